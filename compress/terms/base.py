@@ -1,0 +1,198 @@
+"""The contract of a term: one representation of a tensor's difference to the base.
+
+A tensor's delta is a *sum of terms*. A term is a frozen dataclass whose fields are its
+configuration; that configuration goes to the manifest as JSON, its tensors ("parts") go to the
+payload. From the configuration and the tensor's shape alone every part's dtype and shape follow, so
+sizes are known before any work and a reader can refuse a payload that does not fit.
+
+Rules that every term keeps:
+
+* `decode(encode(D))` is deterministic on every machine; what is lossy is the rounding, not chance.
+* `decode` is float32 and linear in a scale that the caller multiplies on: `W = W0 + s * decode`.
+* The promised bytes (`parts`) are the written bytes.
+* An id and version may be shared by two layouts only if each decodes the other's bytes. Golden files
+  under `tests/golden/` hold every id and version that was ever released.
+
+Shape letters: N rows (output features), M columns (input features). A tensor of more than two
+dimensions is read as `[N1, ..., M]`: all leading dimensions are rows. A 1-D tensor is one row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Final, NamedTuple, Protocol, Self, TypeAlias, runtime_checkable
+
+import torch
+
+from deltafold.compress.errors import DeltafoldError
+
+Parts: TypeAlias = Mapping[str, torch.Tensor]
+
+
+class PartSpec(NamedTuple):
+    """Dtype and shape that one part has on disk."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the part in bytes."""
+        n = self.dtype.itemsize
+        for size in self.shape:
+            n *= size
+        return n
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a term may look at besides the delta itself.
+
+    Attributes:
+        name: the tensor's name in the checkpoint; seeds of random masks depend on it.
+        base: the base's tensor in its own dtype, padded with zero rows up to the variant's shape,
+            or None where the base has no such tensor.
+        variant: the fine-tune's tensor in its own dtype; None when decoding.
+    """
+
+    name: str
+    base: torch.Tensor | None = None
+    variant: torch.Tensor | None = None
+
+
+class Encoded(NamedTuple):
+    """A term whose data-dependent fields are filled in, with its parts (on the CPU)."""
+
+    term: Term
+    parts: dict[str, torch.Tensor]
+
+
+@runtime_checkable
+class Term(Protocol):
+    """One representation of a delta. Implementations are frozen dataclasses."""
+
+    id: ClassVar[str]
+    version: ClassVar[int]
+    #: True where `restore` gives back the fine-tune's very bytes.
+    exact: ClassVar[bool]
+
+    def encode(self, delta: torch.Tensor, context: Context) -> Encoded:
+        """Represent `delta` (float32, any shape). Raises `DeltafoldError` where it cannot."""
+        ...
+
+    def decode(self, parts: Parts, shape: tuple[int, ...], context: Context) -> torch.Tensor:
+        """The represented difference, float32 of `shape`."""
+        ...
+
+    def parts(self, shape: tuple[int, ...]) -> dict[str, PartSpec]:
+        """Every part's dtype and shape for a tensor of `shape`."""
+        ...
+
+
+@runtime_checkable
+class ExactTerm(Term, Protocol):
+    """A term that can give back the fine-tune's own tensor, bit for bit."""
+
+    def restore(
+        self, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype, context: Context
+    ) -> torch.Tensor:
+        """The fine-tune's tensor in its own dtype."""
+        ...
+
+
+def config_of(term: Term) -> dict[str, Any]:
+    """A term as JSON: id, version and every field, nested terms included."""
+    fields: dict[str, Any] = {"id": term.id, "v": term.version}
+    for f in dataclasses.fields(term):  # type: ignore[arg-type]
+        value = getattr(term, f.name)
+        if isinstance(value, Term):
+            value = config_of(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        fields[f.name] = value
+    return fields
+
+
+def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
+    """`[N, M]` of a tensor read as a matrix: the last dimension is M, all others are rows."""
+    if not shape:
+        return 1, 1
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows, shape[-1]
+
+
+REGISTRY: Final[dict[tuple[str, int], type[Any]]] = {}
+
+
+def register(cls: type[Any]) -> type[Any]:
+    """Class decorator: make a term known under its id and version; a duplicate is an error."""
+    key = (cls.id, cls.version)
+    assert key not in REGISTRY, f"two terms share the id and version {key}"
+    REGISTRY[key] = cls
+    return cls
+
+
+def _plugin(term_id: str, version: int) -> Callable[[], type[Any]] | None:
+    for point in entry_points(group="deltafold.terms"):
+        if point.name == f"{term_id}.v{version}":
+            return point.load
+    return None
+
+
+def term_from_config(config: Mapping[str, Any], *, where: str = "") -> Term:
+    """Rebuild a term from `config_of`'s JSON.
+
+    Raises:
+        DeltafoldError: `unknown-codec` for an id or version that is not installed, `bad-manifest`
+            for fields that do not fit.
+    """
+    rest = dict(config)
+    term_id, version = str(rest.pop("id", "")), rest.pop("v", None)
+    cls = REGISTRY.get((term_id, version if isinstance(version, int) else -1))
+    if cls is None and isinstance(version, int) and (load := _plugin(term_id, version)):
+        cls = load()
+    if cls is None:
+        known = ", ".join(f"{i} v{v}" for i, v in sorted(REGISTRY))
+        raise DeltafoldError(
+            "unknown-codec",
+            f"{where or 'the manifest'} uses the term {term_id!r} v{version}, "
+            "which is not installed.",
+            facts=[("known", known)],
+            fix="upgrade deltafold, or install the package that adds this term",
+        )
+    return _build(cls, rest, where)
+
+
+def _build(cls: type[Any], fields: dict[str, Any], where: str) -> Term:
+    names = {f.name for f in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    for key, value in fields.items():
+        if key not in names:
+            raise DeltafoldError(
+                "bad-manifest", f"{where}: the term {cls.id!r} has no field {key!r}."
+            )
+        if isinstance(value, Mapping):
+            value = term_from_config(value, where=where)
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[key] = value
+    try:
+        term: Term = cls(**values)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, DeltafoldError):
+            raise
+        raise DeltafoldError("bad-manifest", f"{where}: term {cls.id!r}: {error}") from error
+    return term
+
+
+class Checked:
+    """Mixin for term dataclasses: `_require` in `__post_init__` names the field that is wrong."""
+
+    def _require(self: Self, ok: bool, message: str) -> None:
+        if not ok:
+            raise DeltafoldError("bad-recipe", f"{type(self).__name__.lower()}: {message}")
