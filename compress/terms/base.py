@@ -10,11 +10,13 @@ Rules that every term keeps:
 * `decode(encode(D))` is deterministic on every machine; what is lossy is the rounding, not chance.
 * `decode` is float32 and linear in a scale that the caller multiplies on: `W = W0 + s * decode`.
 * The promised bytes (`parts`) are the written bytes.
+* A term's first field set is what users choose; fields that depend on the data (`count`, lengths)
+  are filled in by `encode`, which returns the term that the manifest then holds.
 * An id and version may be shared by two layouts only if each decodes the other's bytes. Golden files
   under `tests/golden/` hold every id and version that was ever released.
 
-Shape letters: N rows (output features), M columns (input features). A tensor of more than two
-dimensions is read as `[N1, ..., M]`: all leading dimensions are rows. A 1-D tensor is one row.
+Shape letters: N rows (output features), M columns (input features). Tensors of other ranks are read
+as matrices by `rows_and_columns`.
 """
 
 from __future__ import annotations
@@ -76,8 +78,6 @@ class Term(Protocol):
 
     id: ClassVar[str]
     version: ClassVar[int]
-    #: True where `restore` gives back the fine-tune's very bytes.
-    exact: ClassVar[bool]
 
     def encode(self, delta: torch.Tensor, context: Context) -> Encoded:
         """Represent `delta` (float32, any shape). Raises `DeltafoldError` where it cannot."""
@@ -103,6 +103,12 @@ class ExactTerm(Term, Protocol):
         ...
 
 
+def is_exact(term: Term) -> bool:
+    """Whether `restore` gives back the fine-tune's very bytes, nested terms included."""
+    inner = getattr(term, "inner", None)
+    return isinstance(term, ExactTerm) and (inner is None or is_exact(inner))
+
+
 def config_of(term: Term) -> dict[str, Any]:
     """A term as JSON: id, version and every field, nested terms included."""
     fields: dict[str, Any] = {"id": term.id, "v": term.version}
@@ -117,13 +123,20 @@ def config_of(term: Term) -> dict[str, Any]:
 
 
 def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
-    """`[N, M]` of a tensor read as a matrix: the last dimension is M, all others are rows."""
-    if not shape:
-        return 1, 1
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    return rows, shape[-1]
+    """`(N, M)` of a tensor read as a matrix, by its shape alone; part of the format.
+
+    1-D is one row. A 3-D tensor whose last dimension is at least 32 is a stack of matrices (fused
+    experts `[E, N, M]`): `(E * N, M)`. Anything else of more than two dimensions (convolutions) is
+    `(first, product of the rest)`.
+    """
+    if len(shape) < 2:
+        return 1, shape[0] if shape else 1
+    if len(shape) == 3 and shape[2] >= 32:
+        return shape[0] * shape[1], shape[2]
+    columns = 1
+    for size in shape[1:]:
+        columns *= size
+    return shape[0], columns
 
 
 REGISTRY: Final[dict[tuple[str, int], type[Any]]] = {}

@@ -1,0 +1,142 @@
+"""One tensor: choose its method, code it, and measure what was lost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from deltafold.compress import dtypes
+from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.fingerprint import TensorDigest
+from deltafold.compress.manifest import TensorEntry
+from deltafold.compress.methods import Method
+from deltafold.compress.recipe import Recipe
+from deltafold.compress.repo import pad_rows, payload_digest
+from deltafold.compress.terms import Context, Encoded, Exact, Rows, config_of, is_exact
+
+
+@dataclass(frozen=True, slots=True)
+class TensorStats:
+    """What is worth knowing of one tensor's delta.
+
+    Attributes:
+        mean_abs: mean of |D|.
+        max_abs: largest |D|.
+        relative: ||D||_F / ||W_base||_F.
+        error: ||D - decoded||_F / ||D||_F.
+        changed: share of entries that differ.
+    """
+
+    mean_abs: float
+    max_abs: float
+    relative: float
+    error: float
+    changed: float
+
+
+def encode_tensor(
+    name: str, value: torch.Tensor, base: torch.Tensor | None, recipe: Recipe
+) -> tuple[list[Encoded], torch.Tensor]:
+    """Code one tensor of a fine-tune.
+
+    Args:
+        name: its name in the checkpoint.
+        value: the fine-tune's tensor in its own dtype.
+        base: the base's tensor, None where the base has none; rows may be fewer or more.
+        recipe: which method for which tensor.
+
+    Returns:
+        The terms, and the float32 delta that they stand for.
+
+    Raises:
+        DeltafoldError: `not-finite` where a lossy method would have to store NaN or infinity.
+    """
+    shape = tuple(value.shape)
+    padded = pad_rows(base, shape)
+    delta = value.to(torch.float32)
+    if padded is not None:
+        delta = delta - padded.to(torch.float32)
+    context = Context(name, padded, value)
+    if base is None or not shape:
+        return [Exact().encode(delta, context)], delta
+    method = recipe.method_for(name, shape, floating=value.is_floating_point())
+    dtype = dtypes.NAMES[value.dtype]
+    planned = method.plan(shape, dtype)
+    if not all(is_exact(term) for term in planned):
+        _refuse_not_finite(name, delta, method)
+    added = max(shape[0] - base.shape[0], 0)
+    if added or (len(shape) > 1 and len(planned) == 1 and _few_rows(delta, base.shape[0])):
+        rows = Rows(inner=planned[0], added=added, dtype=dtype)
+        return [rows.encode_with(lambda d, c: method.encode(d, c)[0], delta, context)], delta
+    return method.encode(delta, context), delta
+
+
+def measure(
+    name: str, encoded: list[Encoded], delta: torch.Tensor, base: torch.Tensor | None
+) -> TensorStats:
+    """Decode what was just coded and compare."""
+    shape = tuple(delta.shape)
+    context = Context(name, pad_rows(base, shape))
+    decoded = torch.zeros(shape)
+    for term, parts in encoded:
+        decoded += term.decode(parts, shape, context)
+    norm = _norm(delta)
+    error = _norm(delta - decoded) / norm if norm > 0 else 0.0
+    weights = _norm(base.to(torch.float32)) if base is not None else 0.0
+    magnitude = delta.abs()
+    empty = delta.numel() == 0
+    return TensorStats(
+        mean_abs=0.0 if empty else magnitude.mean().item(),
+        max_abs=0.0 if empty else magnitude.amax().item(),
+        relative=norm / weights if weights > 0 else 0.0,
+        error=error if math.isfinite(error) else 0.0,
+        changed=0.0 if empty else (delta != 0).to(torch.float64).mean().item(),
+    )
+
+
+def manifest_entry(
+    name: str,
+    value: torch.Tensor,
+    base: torch.Tensor | None,
+    encoded: list[Encoded],
+    digest: TensorDigest,
+    error: float,
+) -> TensorEntry:
+    """The manifest's entry of a coded tensor."""
+    shape = tuple(value.shape)
+    promised = sum(s.nbytes for term, _ in encoded for s in term.parts(shape).values())
+    written = sum(p.numel() * p.element_size() for _, parts in encoded for p in parts.values())
+    assert promised == written, f"{name}: {promised} bytes promised, {written} written"
+    return TensorEntry(
+        shape=shape,
+        dtype=digest.dtype,
+        base_shape=None if base is None else tuple(base.shape),
+        sha256=digest.sha256,
+        terms=tuple(config_of(term) for term, _ in encoded),
+        payload_sha256=payload_digest(parts for _, parts in encoded),
+        bytes=written,
+        rel_error=error,
+    )
+
+
+def _refuse_not_finite(name: str, delta: torch.Tensor, method: Method) -> None:
+    if not bool(torch.isfinite(delta).all()):
+        raise DeltafoldError(
+            "not-finite",
+            f"{name} has NaN or infinite entries, which {method.id} cannot store.",
+            fix=f"check the fine-tune, or keep this tensor as it is: --set '{name}=lossless'",
+        )
+
+
+def _few_rows(delta: torch.Tensor, base_rows: int) -> bool:
+    """Whether so many rows are unchanged that an index of the others pays (4 bytes a row)."""
+    if delta.shape[0] != base_rows or delta.shape[0] == 0:
+        return False
+    changed = (delta.reshape(delta.shape[0], -1) != 0).any(dim=1)
+    return int(changed.sum()) < 0.9 * delta.shape[0]
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

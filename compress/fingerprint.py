@@ -1,0 +1,110 @@
+"""A model's identity by content, not by name.
+
+The fingerprint is the sha256 over one JSON line `[name, dtype, shape, sha256 of the bytes]` a tensor,
+sorted by name. Digests of files that did not change since they were last hashed come from a cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from deltafold.compress.checkpoint import Checkpoint, TensorSource
+from deltafold.compress.safetensors_file import SafetensorsFile
+
+
+class TensorDigest(NamedTuple):
+    """Dtype name, shape and sha256 of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+Digests = Mapping[str, TensorDigest]
+
+
+def fingerprint(digests: Digests) -> str:
+    """`sha256:<hex>` over the sorted tensors."""
+    total = hashlib.sha256()
+    for name in sorted(digests):
+        dtype, shape, digest = digests[name]
+        line = json.dumps([name, dtype, list(shape), digest], separators=(",", ":"))
+        total.update(line.encode() + b"\n")
+    return f"sha256:{total.hexdigest()}"
+
+
+def digest_source(
+    source: TensorSource, progress: Callable[[str, int], None] | None = None
+) -> dict[str, TensorDigest]:
+    """Hash every tensor of a source; `progress(name, bytes)` after each."""
+    if isinstance(source, Checkpoint):
+        digests: dict[str, TensorDigest] = {}
+        for file in source.files:
+            digests |= _digest_file(file, progress)
+        return digests
+    return {name: TensorDigest(*source.spec(name), source.sha256(name)) for name in source.names()}
+
+
+def first_differences(expected: Digests, found: Digests) -> list[str]:
+    """Names whose digest, dtype or shape differ, or that only one side has, sorted."""
+    return [n for n in sorted({*expected, *found}) if expected.get(n) != found.get(n)]
+
+
+def cache_folder() -> Path:
+    """`$DELTAFOLD_HOME`, or the user's cache folder."""
+    home = os.environ.get("DELTAFOLD_HOME")
+    if home:
+        return Path(home)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deltafold"
+
+
+def _digest_file(
+    file: SafetensorsFile, progress: Callable[[str, int], None] | None
+) -> dict[str, TensorDigest]:
+    cached = _read_cache(file)
+    digests: dict[str, TensorDigest] = {}
+    for name, entry in file.entries.items():
+        if cached is not None and name in cached:
+            digest = cached[name]
+        else:
+            digest = hashlib.sha256(file.bytes_of(name).data).hexdigest()
+        digests[name] = TensorDigest(entry.dtype, entry.shape, digest)
+        if progress is not None:
+            progress(name, entry.stop - entry.start)
+    if cached is None:
+        _write_cache(file, {name: d.sha256 for name, d in digests.items()})
+    return digests
+
+
+def _cache_path(file: SafetensorsFile) -> Path:
+    stat = file.path.stat()
+    # ctime as well: a tool may set mtime back, but not ctime.
+    key = (
+        f"{file.path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}|{stat.st_ino}"
+    )
+    return cache_folder() / "digests" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+
+
+def _read_cache(file: SafetensorsFile) -> dict[str, str] | None:
+    try:
+        data = json.loads(_cache_path(file).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) and set(data) == set(file.entries) else None
+
+
+def _write_cache(file: SafetensorsFile, digests: dict[str, str]) -> None:
+    path = _cache_path(file)
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(digests), "utf-8")
+        partial.replace(path)
+    except OSError:
+        # A cache that cannot be written (read-only home, full disk) costs time, nothing else.
+        partial.unlink(missing_ok=True)

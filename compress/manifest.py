@@ -1,0 +1,184 @@
+"""`delta_config.json`: what a delta repo says about itself. Described in `docs/format.md`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from deltafold.compress.errors import DeltafoldError
+
+FORMAT = "deltafold"
+#: Readers accept any minor version of their own major version.
+FORMAT_VERSION = "1.0"
+MANIFEST_NAME = "delta_config.json"
+BASE_TENSORS_NAME = "base_tensors.json"
+
+Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Origin(_Strict):
+    """A model that took part. `name` and `revision` are hints; `fingerprint` is the identity."""
+
+    name: str
+    revision: str | None = None
+    fingerprint: Digest
+
+
+class TensorEntry(_Strict):
+    """One tensor of the fine-tune that is not equal to the base's.
+
+    Attributes:
+        shape: the fine-tune's.
+        dtype: the fine-tune's, as safetensors names it.
+        base_shape: the base's; null where the base has no such tensor.
+        sha256: of the fine-tune's bytes.
+        terms: the terms' configurations; their sum is the delta.
+        payload_sha256: over every part, see `docs/format.md`.
+        bytes: of all parts.
+        rel_error: Frobenius norm of what the terms miss over the delta's; 0 where exact.
+    """
+
+    shape: tuple[Size, ...]
+    dtype: str
+    base_shape: tuple[Size, ...] | None
+    sha256: Sha
+    terms: tuple[dict[str, Any], ...]
+    payload_sha256: Sha
+    bytes: Size
+    rel_error: float
+
+
+class FileEntry(_Strict):
+    """A file of the repo. Payload shards carry no digest of their own: their tensors do."""
+
+    bytes: Size
+    sha256: Sha | None = None
+
+
+class Totals(_Strict):
+    """Sizes in bytes. `delta_bytes` counts every file but the card, the report and the manifest."""
+
+    variant_bytes: Size
+    delta_bytes: Size
+    payload_bytes: Size
+    ratio: float
+    coverage: float
+
+
+class Manifest(_Strict):
+    """The whole of `delta_config.json`."""
+
+    format: Literal["deltafold"] = "deltafold"
+    format_version: str = FORMAT_VERSION
+    delta_id: Digest
+    base: Origin
+    variant: Origin
+    created_by: str
+    command: str = ""
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    tensors: dict[str, TensorEntry]
+    unchanged: tuple[str, ...] = ()
+    #: Tensors that the fine-tune does not have, accepted by the user.
+    absent: tuple[str, ...] = ()
+    #: What differs in structure and was accepted by the user.
+    accepted: tuple[str, ...] = ()
+    files: dict[str, FileEntry]
+    totals: Totals
+    quality: dict[str, Any] = Field(default_factory=dict)
+
+    def content_digest(self) -> str:
+        """`sha256:<hex>` over what decides the restored model; the value of `delta_id`.
+
+        Left out are provenance and evidence (who made it, how, how well), so that the same content
+        has one identity.
+        """
+        content = {
+            "format": self.format,
+            "major": self.format_version.split(".")[0],
+            "base": self.base.fingerprint,
+            "tensors": {
+                name: [list(t.shape), t.dtype, list(t.terms), t.payload_sha256]
+                for name, t in self.tensors.items()
+            },
+            "unchanged": sorted(self.unchanged),
+            "absent": sorted(self.absent),
+            "files": {
+                name: f.sha256
+                for name, f in self.files.items()
+                if f.sha256 is not None and not is_evidence(name)
+            },
+        }
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+    def codec_summary(self) -> str:
+        """The default codec, as lists show it."""
+        return str(self.recipe.get("default", "mixed"))
+
+
+def is_evidence(name: str) -> bool:
+    """Files that describe a delta without being part of it."""
+    return name == "README.md" or name.startswith("report/")
+
+
+def parse_manifest(text: str, where: str) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        DeltafoldError: `not-a-delta` where it is something else, `newer-format` where a newer tool
+            wrote it, `bad-manifest` where it breaks the schema or its own digest.
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise DeltafoldError("bad-manifest", f"{where} is not JSON: {error}.") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise DeltafoldError("not-a-delta", f'{where} does not say "format": "{FORMAT}".')
+    _check_version(str(data.get("format_version", "")), where)
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"])
+        raise DeltafoldError(
+            "bad-manifest",
+            f"{where} breaks the schema in {error.error_count()} places.",
+            facts=[("first", f"{place}: {first['msg']}")],
+            fix="pack the fine-tune again; `deltafold schema` prints what is allowed",
+        ) from error
+    if manifest.content_digest() != manifest.delta_id:
+        raise DeltafoldError(
+            "checksum",
+            f"{where} was changed after it was written.",
+            facts=[("delta_id", manifest.delta_id), ("content", manifest.content_digest())],
+            fix="download or pack the delta again",
+        )
+    return manifest
+
+
+def _check_version(version: str, where: str) -> None:
+    ours = int(FORMAT_VERSION.split(".")[0])
+    major = version.split(".")[0]
+    if not major.isdigit():
+        raise DeltafoldError("bad-manifest", f"{where} has no format_version.")
+    if int(major) > ours:
+        raise DeltafoldError(
+            "newer-format",
+            f"{where} was written by a newer deltafold.",
+            facts=[("format", version), ("this version reads", f"{ours}.x")],
+            fix="pip install --upgrade deltafold",
+        )
+
+
+def schema() -> dict[str, Any]:
+    """The manifest's JSON schema."""
+    return Manifest.model_json_schema()

@@ -1,0 +1,30 @@
+"""Methods by name, one file each. Importing this package registers them all."""
+
+from deltafold.compress.methods.base import (
+    METHODS,
+    Method,
+    build,
+    method_class,
+    parse_spec,
+    spec_of,
+)
+from deltafold.compress.methods.bitdelta import BitDelta
+from deltafold.compress.methods.dare import Dare
+from deltafold.compress.methods.exact import ExactMethod, LosslessMethod
+from deltafold.compress.methods.integer import Integer
+from deltafold.compress.methods.svd import Svd
+
+__all__ = [
+    "METHODS",
+    "BitDelta",
+    "Dare",
+    "ExactMethod",
+    "Integer",
+    "LosslessMethod",
+    "Method",
+    "Svd",
+    "build",
+    "method_class",
+    "parse_spec",
+    "spec_of",
+]

@@ -1,0 +1,110 @@
+"""Which method stores which tensor.
+
+A recipe is a default for matrices, one for vectors, and overrides by name; the last override that
+matches wins. Rows that did not change are left out of any matrix where that saves bytes (`rows`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.methods import BitDelta, ExactMethod, LosslessMethod, Method
+from deltafold.compress.methods.base import build, parse_spec, spec_of
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Choices for one packing run.
+
+    Attributes:
+        default: for floating-point tensors of two dimensions or more.
+        vectors: for floating-point tensors of fewer dimensions (norms, biases). They are few bytes
+            and sensitive, so they are kept exactly.
+        overrides: `(pattern, method)` in order; patterns are shell globs on tensor names.
+    """
+
+    default: Method = field(default_factory=lambda: BitDelta(bits=4, group=128))
+    vectors: Method = field(default_factory=ExactMethod)
+    overrides: tuple[tuple[str, Method], ...] = ()
+
+    def method_for(self, name: str, shape: tuple[int, ...], *, floating: bool) -> Method:
+        """The method for one tensor. Tensors that are not floating point are kept bit for bit."""
+        chosen = self.default if len(shape) >= 2 else self.vectors
+        if not floating:
+            chosen = LosslessMethod()
+        elif isinstance(self.default, LosslessMethod) and self.vectors == ExactMethod():
+            chosen = self.default
+        for pattern, override in self.overrides:
+            if fnmatchcase(name, pattern):
+                chosen = override
+        if not floating and not isinstance(chosen, ExactMethod | LosslessMethod):
+            chosen = LosslessMethod()
+        return chosen
+
+    def unused(self, names: list[str]) -> list[str]:
+        """Patterns that match none of `names`: most likely a typing mistake."""
+        return [p for p, _ in self.overrides if not any(fnmatchcase(n, p) for n in names)]
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as the manifest records it; `from_mapping` reads it back."""
+        return {
+            "default": spec_of(self.default),
+            "vectors": spec_of(self.vectors),
+            "tensors": {pattern: spec_of(m) for pattern, m in self.overrides},
+        }
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+        """A recipe from parsed YAML: `default`, `vectors`, `tensors` (pattern -> codec).
+
+        A codec is a spec string, or a mapping with `codec` and its options.
+        """
+        unknown = set(data) - {"default", "vectors", "tensors"}
+        if unknown:
+            raise DeltafoldError(
+                "bad-recipe",
+                f"{where}: unknown fields {', '.join(sorted(unknown))}.",
+                facts=[("known", "default, vectors, tensors")],
+            )
+        tensors = data.get("tensors") or {}
+        if not isinstance(tensors, Mapping):
+            raise DeltafoldError("bad-recipe", f"{where}: `tensors` must map patterns to codecs.")
+        plain = cls()
+        return cls(
+            default=_method(data["default"], where) if "default" in data else plain.default,
+            vectors=_method(data["vectors"], where) if "vectors" in data else plain.vectors,
+            overrides=tuple((str(p), _method(m, where)) for p, m in tensors.items()),
+        )
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Recipe:
+        """A recipe from a YAML file."""
+        try:
+            data = yaml.safe_load(Path(path).read_text("utf-8"))
+        except OSError as error:
+            raise DeltafoldError("not-found", f"{path}: {error.strerror}.") from error
+        except yaml.YAMLError as error:
+            raise DeltafoldError("bad-recipe", f"{path} is not YAML: {error}") from error
+        if not isinstance(data, Mapping):
+            raise DeltafoldError("bad-recipe", f"{path}: a recipe is a mapping.")
+        return cls.from_mapping(data, where=str(path))
+
+
+def _method(value: Any, where: str) -> Method:
+    if isinstance(value, str):
+        return parse_spec(value)
+    if isinstance(value, Mapping) and "codec" in value:
+        options = {str(k): v for k, v in value.items() if k != "codec"}
+        return build(str(value["codec"]), options, where=where)
+    raise DeltafoldError(
+        "bad-recipe",
+        f"{where}: {value!r} is not a codec.",
+        fix='write e.g. "bitdelta:bits=4,group=128"',
+    )

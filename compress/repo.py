@@ -1,0 +1,257 @@
+"""Reading a delta repo: the manifest, the payload, and the fine-tune's tensors made of both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from deltafold.compress import dtypes
+from deltafold.compress.errors import DeltafoldError, name_some
+from deltafold.compress.fingerprint import Digests, TensorDigest, fingerprint, first_differences
+from deltafold.compress.hub import Reference, resolve
+from deltafold.compress.manifest import (
+    BASE_TENSORS_NAME,
+    MANIFEST_NAME,
+    Manifest,
+    TensorEntry,
+    is_evidence,
+    parse_manifest,
+)
+from deltafold.compress.safetensors_file import SafetensorsFile
+from deltafold.compress.terms import Context, Encoded, ExactTerm, Term, is_exact, term_from_config
+
+
+def payload_key(tensor: str, index: int, part: str) -> str:
+    """The payload's key of one part: `<tensor>.<number of the term>.<part>`."""
+    return f"{tensor}.{index}.{part}"
+
+
+def payload_digest(terms: Iterable[Mapping[str, torch.Tensor]]) -> str:
+    """Hex sha256 over the parts of all terms of a tensor, in term order, parts sorted by name.
+
+    Each part adds the length-prefixed JSON `[term, part, dtype, shape]` and its bytes.
+    """
+    total = hashlib.sha256()
+    for index, parts in enumerate(terms):
+        for key in sorted(parts):
+            tensor = parts[key]
+            head = json.dumps(
+                [index, key, dtypes.NAMES[tensor.dtype], list(tensor.shape)], separators=(",", ":")
+            ).encode()
+            total.update(struct.pack("<Q", len(head)) + head)
+            total.update(dtypes.raw_bytes(tensor).numpy().data)
+    return total.hexdigest()
+
+
+class DeltaRepo:
+    """A delta repo that was opened and whose files are all there with the right sizes.
+
+    Raises:
+        DeltafoldError: `not-a-delta`, `newer-format`, `bad-manifest`, `unknown-codec`, `truncated`,
+            `checksum` (of small files; the payload is checked as it is read, see `parts`).
+    """
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+        self.folder = reference.folder
+        self.manifest = self._read_manifest()
+        self._check_files()
+        self._terms = {
+            name: tuple(term_from_config(c, where=f"{self.folder}: {name}") for c in entry.terms)
+            for name, entry in self.manifest.tensors.items()
+        }
+        self._shards = self._open_shards()
+
+    @classmethod
+    def open(cls, reference: str | Path | Reference) -> DeltaRepo:
+        """Open a folder or hub id."""
+        return cls(reference if isinstance(reference, Reference) else resolve(reference))
+
+    @property
+    def digest(self) -> str:
+        """`sha256:...` of the content."""
+        return self.manifest.delta_id
+
+    def entry(self, name: str) -> TensorEntry:
+        """The manifest's entry of a coded tensor."""
+        return self.manifest.tensors[name]
+
+    def terms(self, name: str) -> tuple[Term, ...]:
+        """The terms whose sum is a tensor's delta."""
+        return self._terms[name]
+
+    def exact(self, name: str) -> bool:
+        """Whether the tensor comes back bit for bit."""
+        terms = self._terms[name]
+        return len(terms) == 1 and is_exact(terms[0])
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every tensor comes back bit for bit."""
+        return all(self.exact(name) for name in self._terms)
+
+    def parts(self, name: str, *, check: bool = True) -> list[Encoded]:
+        """The terms of a tensor with their parts. Raises `checksum` where a bit differs."""
+        entry, encoded = self.entry(name), []
+        for index, term in enumerate(self.terms(name)):
+            parts = {}
+            for key, spec in term.parts(tuple(entry.shape)).items():
+                full = payload_key(name, index, key)
+                tensor = self._shards[full].tensor(full)
+                assert tensor.dtype == spec.dtype
+                parts[key] = tensor
+            encoded.append(Encoded(term, parts))
+        if check and payload_digest(e.parts for e in encoded) != entry.payload_sha256:
+            raise DeltafoldError(
+                "checksum",
+                f"{self.folder}: the payload of {name} was changed or damaged.",
+                facts=[("expected", f"sha256 {entry.payload_sha256[:16]}...")],
+                fix="download or pack the delta again",
+            )
+        return encoded
+
+    def delta(self, name: str, base: torch.Tensor | None) -> torch.Tensor:
+        """The decoded delta of a tensor: float32 of the fine-tune's shape.
+
+        Args:
+            name: a coded tensor.
+            base: the base's tensor; None where the base has none. Missing rows count as zero.
+        """
+        entry = self.entry(name)
+        shape = tuple(entry.shape)
+        context = Context(name, pad_rows(base, shape))
+        total = torch.zeros(shape)
+        for term, parts in self.parts(name):
+            total += term.decode(parts, shape, context)
+        return total
+
+    def restored(self, name: str, base: torch.Tensor | None) -> torch.Tensor:
+        """The fine-tune's tensor in its own dtype; bit for bit where `exact(name)`."""
+        entry = self.entry(name)
+        shape, dtype = tuple(entry.shape), dtypes.TORCH[entry.dtype]
+        padded = pad_rows(base, shape)
+        if self.exact(name):
+            ((term, parts),) = self.parts(name)
+            assert isinstance(term, ExactTerm)
+            return term.restore(parts, shape, dtype, Context(name, padded))
+        delta = self.delta(name, base)
+        return (delta if padded is None else padded.to(torch.float32) + delta).to(dtype)
+
+    @cached_property
+    def base_tensors(self) -> dict[str, TensorDigest]:
+        """The base's tensors as they were when the delta was made."""
+        data = json.loads((self.folder / BASE_TENSORS_NAME).read_text("utf-8"))
+        return {n: TensorDigest(d, tuple(s), h) for n, (d, s, h) in data.items()}
+
+    def check_base(self, digests: Digests, *, given: str) -> None:
+        """Raises `base-mismatch` unless `digests` are those of the delta's own base."""
+        found = fingerprint(digests)
+        expected = self.manifest.base
+        if found == expected.fingerprint:
+            return
+        different = first_differences(self.base_tensors, digests)
+        hint = expected.name + (f"@{expected.revision}" if expected.revision else "")
+        raise DeltafoldError(
+            "base-mismatch",
+            f"{self.folder} was packed against another base.",
+            facts=[
+                ("delta expects", f"{hint}  ({expected.fingerprint[:23]}...)"),
+                ("you gave", f"{given}  ({found[:23]}...)"),
+                ("first differences", name_some(different, len(self.base_tensors))),
+            ],
+            fix=f"give the base that it was packed against: {hint}",
+        )
+
+    def variant_names(self) -> list[str]:
+        """Names of all tensors of the fine-tune, sorted."""
+        return sorted([*self.manifest.tensors, *self.manifest.unchanged])
+
+    def _read_manifest(self) -> Manifest:
+        path = self.folder / MANIFEST_NAME
+        if not path.is_file():
+            raise DeltafoldError(
+                "not-a-delta",
+                f"{self.folder} is not a delta repo: it has no {MANIFEST_NAME}.",
+                fix="make one with: deltafold compress BASE VARIANT -o DELTA",
+            )
+        return parse_manifest(path.read_text("utf-8", errors="replace"), str(path))
+
+    def _check_files(self) -> None:
+        for name, entry in self.manifest.files.items():
+            path = self.folder / name
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise DeltafoldError("bad-manifest", f"{self.folder}: {name} leaves the folder.")
+            size = path.stat().st_size if path.is_file() else -1
+            if is_evidence(name):
+                continue
+            if size != entry.bytes:
+                raise DeltafoldError(
+                    "truncated",
+                    f"{path} is {'missing' if size < 0 else 'not as long as it was written'}.",
+                    facts=[
+                        ("expected", f"{entry.bytes} bytes"),
+                        ("found", f"{max(size, 0)} bytes"),
+                    ],
+                    fix="copy or download the delta again",
+                )
+            if entry.sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != entry.sha256:
+                raise DeltafoldError(
+                    "checksum",
+                    f"{path} was changed after the delta was written.",
+                    fix="download or pack the delta again; its tokenizer and configuration are "
+                    "part of its identity",
+                )
+
+    def _open_shards(self) -> dict[str, SafetensorsFile]:
+        home: dict[str, SafetensorsFile] = {}
+        for name in self.manifest.files:
+            if name.endswith(".safetensors"):
+                shard = SafetensorsFile(self.folder / name, code="bad-manifest")
+                home |= dict.fromkeys(shard.entries, shard)
+        promised = self._promised()
+        if set(home) != set(promised):
+            odd = sorted(set(home) ^ set(promised))
+            raise DeltafoldError(
+                "coverage",
+                f"{self.folder}: payload and manifest do not hold the same parts.",
+                facts=[("only in one of them", name_some(odd, len(promised)))],
+                fix="download or pack the delta again",
+            )
+        for key, (dtype, shape) in promised.items():
+            entry = home[key].entries[key]
+            if (entry.dtype, entry.shape) != (dtype, shape):
+                raise DeltafoldError(
+                    "bad-manifest",
+                    f"{self.folder}: {key} is not what the manifest describes.",
+                    facts=[
+                        ("expected", f"{dtype} {list(shape)}"),
+                        ("found", f"{entry.dtype} {list(entry.shape)}"),
+                    ],
+                )
+        return home
+
+    def _promised(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {
+            payload_key(name, index, key): (dtypes.NAMES[spec.dtype], spec.shape)
+            for name, terms in self._terms.items()
+            for index, term in enumerate(terms)
+            for key, spec in term.parts(tuple(self.entry(name).shape)).items()
+        }
+
+
+def pad_rows(base: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """The base's tensor with zero rows up to the fine-tune's first dimension, or cut to it."""
+    if base is None or tuple(base.shape) == shape:
+        return base
+    assert base.dim() == len(shape)
+    assert tuple(base.shape[1:]) == shape[1:]
+    out = torch.zeros(shape, dtype=base.dtype)
+    rows = min(base.shape[0], shape[0])
+    out[:rows] = base[:rows]
+    return out

@@ -1,0 +1,108 @@
+"""Rebuilding a full checkpoint from a delta and its base."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from deltafold.compress import dtypes
+from deltafold.compress.checkpoint import Checkpoint
+from deltafold.compress.companions import companion_files
+from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.fingerprint import digest_source
+from deltafold.compress.progress import OnProgress, Progress, ignore
+from deltafold.compress.repo import DeltaRepo
+from deltafold.compress.shards import ShardWriter
+from deltafold.compress.staging import Staging
+from deltafold.compress.verify import check_coverage, not_restored
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreReport:
+    """The outcome: tensors written, and how many of them have the fine-tune's own sha256."""
+
+    out: Path
+    tensors: int
+    exact: int
+    nbytes: int
+
+
+def restore_checkpoint(
+    delta: str | Path,
+    base: str | Path,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    progress: OnProgress = ignore,
+) -> RestoreReport:
+    """Write the fine-tune as an ordinary Hugging Face checkpoint.
+
+    Exactly stored tensors are checked against the fine-tune's sha256. Lossy ones are rounded to
+    their own dtype, or to `dtype` for all floating-point tensors.
+
+    Raises:
+        DeltafoldError: whatever is wrong with delta or base, before `out` exists.
+    """
+    repo = DeltaRepo.open(delta)
+    source = Checkpoint.open(base)
+    digests = digest_source(source)
+    repo.check_base(digests, given=source.reference.name)
+    check_coverage(repo, digests)
+    names, exact = repo.variant_names(), 0
+    with Staging(Path(out), overwrite=overwrite) as staging:
+        writer = ShardWriter(staging.folder, "model", {"format": "pt"}, max_bytes=4 * 2**30)
+        for done, name in enumerate(names, 1):
+            tensor, checked = _tensor(repo, source, name, dtype)
+            exact += checked
+            writer.add(name, tensor)
+            size = math.prod(tensor.shape) * tensor.element_size()
+            progress(Progress("restore", name, done, len(names), size))
+        writer.finish()
+        _copy_companions(repo, source, staging.folder)
+        staging.publish()
+    return RestoreReport(Path(out), len(names), exact, writer.total_bytes)
+
+
+def _tensor(
+    repo: DeltaRepo, source: Checkpoint, name: str, dtype: torch.dtype | None
+) -> tuple[torch.Tensor, bool]:
+    base = source.tensor(name) if name in source else None
+    if name not in repo.manifest.tensors:
+        assert base is not None
+        tensor, checked = base, True
+    elif repo.exact(name):
+        tensor, checked = repo.restored(name, base), True
+        digest = dtypes.sha256(tensor)
+        if digest != repo.entry(name).sha256:
+            raise not_restored(repo, name)
+    elif dtype is not None:
+        # Straight from float32, without a rounding to the fine-tune's dtype in between.
+        delta = repo.delta(name, base)
+        tensor, checked = _on_top(base, delta), False
+    else:
+        tensor, checked = repo.restored(name, base), False
+    if dtype is not None and tensor.is_floating_point():
+        return tensor.to(dtype), checked and tensor.dtype == dtype
+    return tensor, checked
+
+
+def _on_top(base: torch.Tensor | None, delta: torch.Tensor) -> torch.Tensor:
+    if base is None:
+        return delta
+    rows = min(base.shape[0], delta.shape[0])
+    delta[:rows] += base[:rows].to(torch.float32)
+    return delta
+
+
+def _copy_companions(repo: DeltaRepo, source: Checkpoint, folder: Path) -> None:
+    for path in companion_files(repo.folder):
+        copy = folder / path.relative_to(repo.folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+    if not (folder / "config.json").is_file():
+        raise DeltafoldError("not-a-delta", f"{repo.folder} has no config.json.")

@@ -1,0 +1,43 @@
+"""Representations of a delta, one file each. Importing this package registers them all."""
+
+from deltafold.compress.terms.base import (
+    REGISTRY,
+    Context,
+    Encoded,
+    ExactTerm,
+    Parts,
+    PartSpec,
+    Term,
+    config_of,
+    is_exact,
+    rows_and_columns,
+    term_from_config,
+)
+from deltafold.compress.terms.codes import Codes
+from deltafold.compress.terms.exact import Exact
+from deltafold.compress.terms.lossless import Lossless
+from deltafold.compress.terms.lowrank import LowRank
+from deltafold.compress.terms.planes import Planes
+from deltafold.compress.terms.rows import Rows
+from deltafold.compress.terms.sparse import Sparse
+
+__all__ = [
+    "REGISTRY",
+    "Codes",
+    "Context",
+    "Encoded",
+    "Exact",
+    "ExactTerm",
+    "Lossless",
+    "LowRank",
+    "PartSpec",
+    "Parts",
+    "Planes",
+    "Rows",
+    "Sparse",
+    "Term",
+    "config_of",
+    "is_exact",
+    "rows_and_columns",
+    "term_from_config",
+]

@@ -1,0 +1,127 @@
+"""Checking a delta: its files, its payload, its base, and that nothing is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltafold.compress import dtypes
+from deltafold.compress.checkpoint import Checkpoint
+from deltafold.compress.errors import DeltafoldError, name_some
+from deltafold.compress.fingerprint import TensorDigest, digest_source
+from deltafold.compress.progress import OnProgress, Progress, ignore
+from deltafold.compress.repo import DeltaRepo
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What was checked.
+
+    Attributes:
+        delta_id: the delta's content digest.
+        tensors: tensors of the fine-tune.
+        coded: those with a payload, all of which match their checksums.
+        base_checked: whether the base's fingerprint was compared.
+        restored: tensors that were rebuilt and have the fine-tune's own sha256.
+    """
+
+    delta_id: str
+    tensors: int
+    coded: int
+    base_checked: bool
+    restored: int
+
+
+def verify_delta(
+    delta: str | Path,
+    *,
+    base: str | Path | None = None,
+    full: bool = False,
+    progress: OnProgress = ignore,
+) -> VerifyReport:
+    """Check a delta repo; returns only if all is well.
+
+    Args:
+        delta: folder or hub id.
+        base: also check that this is the delta's base and that every tensor is accounted for.
+        full: also rebuild each exactly stored tensor and compare its sha256 (needs `base`).
+        progress: called after every tensor.
+
+    Raises:
+        DeltafoldError: the first thing that is wrong.
+    """
+    repo = DeltaRepo.open(delta)
+    restored = 0
+    if base is None:
+        if full:
+            raise DeltafoldError("bad-argument", "a full check needs the base.", fix="--base BASE")
+        check_payload(repo, progress)
+    else:
+        source = Checkpoint.open(base)
+        digests = digest_source(source)
+        repo.check_base(digests, given=source.reference.name)
+        check_coverage(repo, digests)
+        restored = _check_restored(repo, source, progress) if full else 0
+        if not full:
+            check_payload(repo, progress)
+    return VerifyReport(
+        delta_id=repo.digest,
+        tensors=len(repo.variant_names()),
+        coded=len(repo.manifest.tensors),
+        base_checked=base is not None,
+        restored=restored,
+    )
+
+
+def check_payload(repo: DeltaRepo, progress: OnProgress = ignore) -> None:
+    """Read every part and compare checksums."""
+    names = sorted(repo.manifest.tensors)
+    for done, name in enumerate(names, 1):
+        repo.parts(name)
+        progress(Progress("verify", name, done, len(names), repo.entry(name).bytes))
+
+
+def check_coverage(repo: DeltaRepo, base: Mapping[str, TensorDigest]) -> None:
+    """Every tensor of the base is coded, unchanged, or known to be absent; or `coverage`."""
+    manifest = repo.manifest
+    known = {*manifest.tensors, *manifest.unchanged, *manifest.absent}
+    missing = sorted(set(base) - known)
+    orphans = sorted({*manifest.unchanged, *manifest.absent} - set(base))
+    twice = sorted(set(manifest.tensors) & {*manifest.unchanged, *manifest.absent})
+    for what, names in (("missing", missing), ("unknown", orphans), ("listed twice", twice)):
+        if names:
+            raise DeltafoldError(
+                "coverage",
+                f"{repo.folder} does not account for every tensor.",
+                facts=[(what, name_some(names, len(base)))],
+                fix="pack the fine-tune again",
+            )
+
+
+def _check_restored(repo: DeltaRepo, source: Checkpoint, progress: OnProgress) -> int:
+    names, restored = sorted(repo.manifest.tensors), 0
+    for done, name in enumerate(names, 1):
+        entry = repo.entry(name)
+        if repo.exact(name):
+            base = source.tensor(name) if name in source else None
+            tensor = repo.restored(name, base)
+            digest = dtypes.sha256(tensor)
+            if digest != entry.sha256:
+                raise not_restored(repo, name)
+            restored += 1
+        else:
+            repo.parts(name)
+        size = math.prod(entry.shape) * dtypes.TORCH[entry.dtype].itemsize
+        progress(Progress("verify", name, done, len(names), size))
+    return restored
+
+
+def not_restored(repo: DeltaRepo, name: str) -> DeltafoldError:
+    """The error for an exactly stored tensor that came back otherwise."""
+    return DeltafoldError(
+        "checksum",
+        f"{repo.folder}: {name} did not come back as the fine-tune's own tensor.",
+        fix="this is a bug or a damaged file; pack the fine-tune again",
+    )
