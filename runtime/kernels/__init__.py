@@ -1,0 +1,1 @@
+"""Run-time forms of deltas: one contract (`reference`), faster forms per device."""

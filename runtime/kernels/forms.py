@@ -1,0 +1,111 @@
+"""From stored terms to the form that this device applies best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from deltafold.compress.terms import (
+    Codes,
+    Context,
+    Encoded,
+    LowRank,
+    Planes,
+    Rows,
+    Sparse,
+    rows_and_columns,
+)
+from deltafold.runtime.kernels.base import DeltaMatrix, Sum
+from deltafold.runtime.kernels.cpu import codes_forms, planes_forms
+from deltafold.runtime.kernels.reference import Dense, RowSubset
+from deltafold.runtime.kernels.simple import Factors, csr
+from deltafold.runtime.kernels.tables import PackedTable
+
+#: Below this share of entries kept, compressed rows beat a dense product on a CPU.
+_SPARSE_BELOW = 0.3
+#: More planes than this read more memory packed than a dense bfloat16 copy does.
+_MOST_PLANES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where and in which dtype a model runs."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def product_form(
+    encoded: list[Encoded], shape: tuple[int, ...], context: Context, target: Target
+) -> DeltaMatrix:
+    """The form for `x @ D^T` (linear layers, lm_head)."""
+    matrix = rows_and_columns(shape)
+    return _sum([_product(e, matrix, shape, context, target) for e in encoded])
+
+
+def table_form(
+    encoded: list[Encoded], shape: tuple[int, ...], context: Context, target: Target
+) -> DeltaMatrix:
+    """The form for looking up rows (embeddings)."""
+    return _sum([_table(e, shape, context, target) for e in encoded])
+
+
+def _sum(forms: list[DeltaMatrix]) -> DeltaMatrix:
+    return forms[0] if len(forms) == 1 else Sum(forms)
+
+
+def _product(
+    encoded: Encoded,
+    matrix: tuple[int, int],
+    shape: tuple[int, ...],
+    context: Context,
+    target: Target,
+) -> DeltaMatrix:
+    term, parts = encoded
+    packed = None
+    if target.device.type == "cpu" and target.dtype == torch.bfloat16:
+        if isinstance(term, Planes) and term.bits <= _MOST_PLANES:
+            packed = planes_forms(term, parts, matrix)
+        elif isinstance(term, Codes):
+            packed = codes_forms(term, parts, matrix)
+    if packed is not None:
+        return _sum(list(packed))
+    if isinstance(term, LowRank):
+        a, b = term.factors(parts)
+        return Factors(a.to(target.device, target.dtype), b.to(target.device, target.dtype))
+    if isinstance(term, Rows):
+        return _row_subset(term, encoded, shape, context, target)
+    delta = term.decode(parts, shape, context).reshape(matrix)
+    sparse = isinstance(term, Sparse) and term.count < _SPARSE_BELOW * delta.numel()
+    if sparse and target.device.type == "cpu":
+        return csr(delta, target.device)
+    return Dense(delta.to(target.device, target.dtype))
+
+
+def _row_subset(
+    term: Rows, encoded: Encoded, shape: tuple[int, ...], context: Context, target: Target
+) -> RowSubset:
+    delta = term.decode(encoded.parts, shape, context).reshape(shape[0], -1)
+    index = encoded.parts["index"].long()
+    if term.added:
+        index = torch.cat([index, torch.arange(shape[0] - term.added, shape[0])])
+    inner = Dense(delta[index].to(target.device, target.dtype))
+    return RowSubset(index.to(target.device), inner, shape[0])
+
+
+def _table(
+    encoded: Encoded, shape: tuple[int, ...], context: Context, target: Target
+) -> DeltaMatrix:
+    term, parts = encoded
+    if isinstance(term, Planes | Codes) and len(shape) == 2 and target.device.type == "cpu":
+        return PackedTable(term, dict(parts), shape[1], target.dtype, target.device)
+    if isinstance(term, Rows):
+        return _row_subset(term, encoded, shape, context, target)
+    if isinstance(term, LowRank):
+        a, b = term.factors(parts)
+        return Factors(a.to(target.device, target.dtype), b.to(target.device, target.dtype))
+    delta = term.decode(parts, shape, context).reshape(rows_and_columns(shape))
+    if isinstance(term, Sparse) and term.count < _SPARSE_BELOW * delta.numel():
+        return csr(delta, target.device)
+    return Dense(delta.to(target.device, target.dtype))

@@ -1,0 +1,137 @@
+"""The zoo: a folder of delta repos. A variant's name is its folder's; its identity is its digest."""
+
+from __future__ import annotations
+
+import difflib
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltafold.compress import DeltafoldError, DeltaRepo
+from deltafold.compress.fingerprint import Digests
+from deltafold.compress.manifest import MANIFEST_NAME
+from deltafold.compress.verify import check_coverage
+
+#: How a file is recognised as the one that was read: replaced in place, it has another stamp.
+Stamp = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """A delta repo of the zoo that is whole and fits the base, or the reason why it is not."""
+
+    name: str
+    folder: Path
+    stamp: Stamp
+    repo: DeltaRepo | None
+    error: DeltafoldError | None
+
+    def opened(self) -> DeltaRepo:
+        """The repo; raises what is wrong with it."""
+        if self.error is not None:
+            raise self.error
+        assert self.repo is not None
+        return self.repo
+
+
+class Zoo:
+    """Names to deltas, kept in step with the folder. Thread-safe.
+
+    Args:
+        folder: holds delta repos, one folder each; None is an empty zoo.
+        base: the base's digests; a delta for another base is refused.
+        base_name: as errors show it.
+        reserved: names that stand for the base.
+    """
+
+    def __init__(
+        self, folder: Path | None, base: Digests, base_name: str, reserved: Iterable[str]
+    ) -> None:
+        if folder is not None and not folder.is_dir():
+            raise DeltafoldError("not-found", f"the zoo {folder} is not a folder.")
+        self.folder = folder
+        self._base, self._base_name = base, base_name
+        self._reserved = frozenset(reserved)
+        self._entries: dict[str, ZooEntry] = {}
+        self._lock = threading.Lock()
+        self.rescan()
+
+    def rescan(self) -> None:
+        """Look at the folder again; only what is new or was replaced is read."""
+        with self._lock:
+            found: dict[str, ZooEntry] = {}
+            for folder in self._delta_folders():
+                known = self._entries.get(folder.name)
+                stamp = _stamp(folder)
+                fresh = known is not None and known.stamp == stamp
+                found[folder.name] = known if known and fresh else self._open(folder, stamp)
+            self._entries = found
+
+    def entries(self) -> list[ZooEntry]:
+        """Every delta repo of the folder, broken ones too, by name."""
+        with self._lock:
+            return [self._entries[name] for name in sorted(self._entries)]
+
+    def find(self, name: str) -> ZooEntry:
+        """The entry behind a name; the folder is looked at again where it is not known yet.
+
+        Raises:
+            DeltafoldError: `variant-not-found`, naming near ones.
+        """
+        entry = self._current(name)
+        if entry is None:
+            self.rescan()
+            entry = self._current(name)
+        if entry is None:
+            raise self._not_found(name)
+        return entry
+
+    def _current(self, name: str) -> ZooEntry | None:
+        with self._lock:
+            entry = self._entries.get(name)
+        return entry if entry and entry.stamp == _stamp(entry.folder) else None
+
+    def _delta_folders(self) -> list[Path]:
+        if self.folder is None:
+            return []
+        return sorted(
+            path
+            for path in self.folder.iterdir()
+            if not path.name.startswith(".")
+            and not path.name.endswith(".partial")
+            and (path / MANIFEST_NAME).is_file()
+        )
+
+    def _open(self, folder: Path, stamp: Stamp) -> ZooEntry:
+        try:
+            if folder.name in self._reserved:
+                raise DeltafoldError(
+                    "bad-argument",
+                    f"{folder} has the name of the base.",
+                    fix="rename the folder: its name is the variant's",
+                )
+            repo = DeltaRepo.open(folder)
+            repo.check_base(self._base, given=self._base_name)
+            check_coverage(repo, self._base)
+        except DeltafoldError as error:
+            return ZooEntry(folder.name, folder, stamp, None, error)
+        return ZooEntry(folder.name, folder, stamp, repo, None)
+
+    def _not_found(self, name: str) -> DeltafoldError:
+        names = [e.name for e in self.entries() if e.error is None]
+        near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
+        return DeltafoldError(
+            "variant-not-found",
+            f"there is no variant called {name!r}.",
+            facts=[("near names", ", ".join(near) or "the zoo is empty")],
+            fix="GET /v1/models lists what is served",
+        )
+
+
+def _stamp(folder: Path) -> Stamp:
+    try:
+        stat = (folder / MANIFEST_NAME).stat()
+    except OSError:
+        return (0, 0, 0)
+    return (stat.st_mtime_ns, stat.st_size, stat.st_ino)
