@@ -1,37 +1,59 @@
 """Compressing fine-tunes of one model into deltas against their base.
 
-Needs neither a GPU nor transformers nor a server; every function takes paths or objects.
+Needs neither a GPU nor transformers nor a server; every function takes paths or objects. Names are
+imported on first use: a command that only prints an error need not wait for torch.
 """
 
-from deltafold.compress.checkpoint import Checkpoint
-from deltafold.compress.errors import CODES, DeltafoldError
-from deltafold.compress.manifest import Manifest, schema
-from deltafold.compress.methods import METHODS, Method, parse_spec
-from deltafold.compress.pipeline import PackReport, compress_checkpoint
-from deltafold.compress.progress import Progress
-from deltafold.compress.recipe import Recipe
-from deltafold.compress.repo import DeltaRepo
-from deltafold.compress.restore import RestoreReport, restore_checkpoint
-from deltafold.compress.verify import VerifyReport, verify_delta
-from deltafold.compress.version import version
+from __future__ import annotations
 
-__all__ = [
-    "CODES",
-    "METHODS",
-    "Checkpoint",
-    "DeltaRepo",
-    "DeltafoldError",
-    "Manifest",
-    "Method",
-    "PackReport",
-    "Progress",
-    "Recipe",
-    "RestoreReport",
-    "VerifyReport",
-    "compress_checkpoint",
-    "parse_spec",
-    "restore_checkpoint",
-    "schema",
-    "verify_delta",
-    "version",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deltafold.compress.checkpoint import Checkpoint as Checkpoint
+    from deltafold.compress.errors import CODES as CODES
+    from deltafold.compress.errors import DeltafoldError as DeltafoldError
+    from deltafold.compress.manifest import Manifest as Manifest
+    from deltafold.compress.manifest import schema as schema
+    from deltafold.compress.methods import METHODS as METHODS
+    from deltafold.compress.methods import Method as Method
+    from deltafold.compress.methods import parse_spec as parse_spec
+    from deltafold.compress.pipeline import PackReport as PackReport
+    from deltafold.compress.pipeline import compress_checkpoint as compress_checkpoint
+    from deltafold.compress.progress import Progress as Progress
+    from deltafold.compress.recipe import Recipe as Recipe
+    from deltafold.compress.release import version as version
+    from deltafold.compress.repo import DeltaRepo as DeltaRepo
+    from deltafold.compress.restore import RestoreReport as RestoreReport
+    from deltafold.compress.restore import restore_checkpoint as restore_checkpoint
+    from deltafold.compress.verify import VerifyReport as VerifyReport
+    from deltafold.compress.verify import verify_delta as verify_delta
+
+_HOMES = {
+    "CODES": "errors",
+    "METHODS": "methods",
+    "Checkpoint": "checkpoint",
+    "DeltaRepo": "repo",
+    "DeltafoldError": "errors",
+    "Manifest": "manifest",
+    "Method": "methods",
+    "PackReport": "pipeline",
+    "Progress": "progress",
+    "Recipe": "recipe",
+    "RestoreReport": "restore",
+    "VerifyReport": "verify",
+    "compress_checkpoint": "pipeline",
+    "parse_spec": "methods",
+    "restore_checkpoint": "restore",
+    "schema": "manifest",
+    "verify_delta": "verify",
+    "version": "release",
+}
+
+__all__ = list(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"deltafold.compress.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'deltafold.compress' has no attribute {name!r}")

@@ -103,11 +103,12 @@ class Checkpoint:
     def _paths(self) -> list[Path]:
         if not (self.folder / "config.json").is_file():
             raise self._not_one("it has no config.json")
+        # Where both are there, transformers loads the single file too.
+        if (self.folder / _SINGLE).is_file():
+            return [self.folder / _SINGLE]
         index = self.folder / _INDEX
         if index.is_file():
             return self._sharded(index)
-        if (self.folder / _SINGLE).is_file():
-            return [self.folder / _SINGLE]
         raise self._not_one(f"it has neither {_SINGLE} nor {_INDEX}")
 
     def _sharded(self, index: Path) -> list[Path]:

@@ -14,7 +14,15 @@ from deltafold.compress.manifest import TensorEntry
 from deltafold.compress.methods import Method
 from deltafold.compress.recipe import Recipe
 from deltafold.compress.repo import pad_rows, payload_digest
-from deltafold.compress.terms import Context, Encoded, Exact, Rows, config_of, is_exact
+from deltafold.compress.terms import (
+    Context,
+    Encoded,
+    Exact,
+    ExactTerm,
+    Rows,
+    config_of,
+    is_exact,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +69,8 @@ def encode_tensor(
     context = Context(name, padded, value)
     if base is None or not shape:
         return [Exact().encode(delta, context)], delta
-    method = recipe.method_for(name, shape, floating=value.is_floating_point())
     dtype = dtypes.NAMES[value.dtype]
+    method = recipe.method_for(name, shape, floating=dtype in dtypes.FLOATS)
     planned = method.plan(shape, dtype)
     if not all(is_exact(term) for term in planned):
         _refuse_not_finite(name, delta, method)
@@ -94,6 +102,28 @@ def measure(
         error=error if math.isfinite(error) else 0.0,
         changed=0.0 if empty else (delta != 0).to(torch.float64).mean().item(),
     )
+
+
+def check_exact(
+    name: str,
+    encoded: list[Encoded],
+    value: torch.Tensor,
+    base: torch.Tensor | None,
+    digest: TensorDigest,
+) -> None:
+    """Rebuild a tensor that is stored exactly; raises `not-lossless` unless it has its sha256."""
+    if len(encoded) != 1 or not is_exact(encoded[0].term):
+        return
+    term, parts = encoded[0]
+    assert isinstance(term, ExactTerm)
+    shape = tuple(value.shape)
+    restored = term.restore(parts, shape, value.dtype, Context(name, pad_rows(base, shape)))
+    if dtypes.sha256(restored) != digest.sha256:
+        raise DeltafoldError(
+            "not-lossless",
+            f"{name} would not come back bit for bit.",
+            fix="pack again; if no file changed during the run, this is a bug",
+        )
 
 
 def manifest_entry(
@@ -134,7 +164,7 @@ def _few_rows(delta: torch.Tensor, base_rows: int) -> bool:
     """Whether so many rows are unchanged that an index of the others pays (4 bytes a row)."""
     if delta.shape[0] != base_rows or delta.shape[0] == 0:
         return False
-    changed = (delta.reshape(delta.shape[0], -1) != 0).any(dim=1)
+    changed = (delta.reshape(delta.shape[0], math.prod(delta.shape[1:])) != 0).any(dim=1)
     return int(changed.sum()) < 0.9 * delta.shape[0]
 
 

@@ -9,12 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
 from deltafold.compress.safetensors_file import SafetensorsFile
+
+#: A file that was written less than this ago is not cached: it may change again without its stamp
+#: changing, since clocks of file systems are coarse.
+_SETTLED_NS: Final = 1_000_000_000
 
 
 class TensorDigest(NamedTuple):
@@ -66,7 +71,9 @@ def cache_folder() -> Path:
 def _digest_file(
     file: SafetensorsFile, progress: Callable[[str, int], None] | None
 ) -> dict[str, TensorDigest]:
-    cached = _read_cache(file)
+    # The key is taken before hashing: what changes meanwhile must not be found under its new stamp.
+    place = _cache_path(file)
+    cached = _read_cache(file, place)
     digests: dict[str, TensorDigest] = {}
     for name, entry in file.entries.items():
         if cached is not None and name in cached:
@@ -76,13 +83,15 @@ def _digest_file(
         digests[name] = TensorDigest(entry.dtype, entry.shape, digest)
         if progress is not None:
             progress(name, entry.stop - entry.start)
-    if cached is None:
-        _write_cache(file, {name: d.sha256 for name, d in digests.items()})
+    if cached is None and place is not None:
+        _write_cache(place, {name: d.sha256 for name, d in digests.items()})
     return digests
 
 
-def _cache_path(file: SafetensorsFile) -> Path:
+def _cache_path(file: SafetensorsFile) -> Path | None:
     stat = file.path.stat()
+    if time.time_ns() - stat.st_ctime_ns < _SETTLED_NS:
+        return None
     # ctime as well: a tool may set mtime back, but not ctime.
     key = (
         f"{file.path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}|{stat.st_ino}"
@@ -90,16 +99,17 @@ def _cache_path(file: SafetensorsFile) -> Path:
     return cache_folder() / "digests" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
 
-def _read_cache(file: SafetensorsFile) -> dict[str, str] | None:
+def _read_cache(file: SafetensorsFile, path: Path | None) -> dict[str, str] | None:
+    if path is None:
+        return None
     try:
-        data = json.loads(_cache_path(file).read_text("utf-8"))
+        data = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return None
     return data if isinstance(data, dict) and set(data) == set(file.entries) else None
 
 
-def _write_cache(file: SafetensorsFile, digests: dict[str, str]) -> None:
-    path = _cache_path(file)
+def _write_cache(path: Path, digests: dict[str, str]) -> None:
     partial = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

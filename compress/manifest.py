@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -139,14 +140,18 @@ def parse_manifest(text: str, where: str) -> Manifest:
     """
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DeltafoldError("bad-manifest", f"{where} is not JSON: {error}.") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise DeltafoldError("not-a-delta", f'{where} does not say "format": "{FORMAT}".')
-    _check_version(str(data.get("format_version", "")), where)
+    version = str(data.get("format_version", ""))
+    _check_version(version, where)
     try:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
+        # What a later minor version added is unknown here, and may not be passed over.
+        if _numbers(version) > _numbers(FORMAT_VERSION):
+            raise _newer(version, where) from error
         first = error.errors()[0]
         place = ".".join(str(p) for p in first["loc"])
         raise DeltafoldError(
@@ -166,17 +171,24 @@ def parse_manifest(text: str, where: str) -> Manifest:
 
 
 def _check_version(version: str, where: str) -> None:
-    ours = int(FORMAT_VERSION.split(".")[0])
-    major = version.split(".")[0]
-    if not major.isdigit():
+    if not re.fullmatch(r"[1-9][0-9]{0,5}\.[0-9]{1,6}", version):
         raise DeltafoldError("bad-manifest", f"{where} has no format_version.")
-    if int(major) > ours:
-        raise DeltafoldError(
-            "newer-format",
-            f"{where} was written by a newer deltafold.",
-            facts=[("format", version), ("this version reads", f"{ours}.x")],
-            fix="pip install --upgrade deltafold",
-        )
+    if _numbers(version)[0] > _numbers(FORMAT_VERSION)[0]:
+        raise _newer(version, where)
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")
+    return int(major), int(minor)
+
+
+def _newer(version: str, where: str) -> DeltafoldError:
+    return DeltafoldError(
+        "newer-format",
+        f"{where} was written by a newer deltafold.",
+        facts=[("format", version), ("this version reads", FORMAT_VERSION)],
+        fix="pip install --upgrade deltafold",
+    )
 
 
 def schema() -> dict[str, Any]:

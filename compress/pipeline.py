@@ -14,7 +14,13 @@ from deltafold.compress import dtypes
 from deltafold.compress.card import write_card, write_tensor_table
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
 from deltafold.compress.companions import check_tokenizer, companion_files
-from deltafold.compress.encode import TensorStats, encode_tensor, manifest_entry, measure
+from deltafold.compress.encode import (
+    TensorStats,
+    check_exact,
+    encode_tensor,
+    manifest_entry,
+    measure,
+)
 from deltafold.compress.errors import DeltafoldError, name_some
 from deltafold.compress.fingerprint import Digests, TensorDigest, digest_source, fingerprint
 from deltafold.compress.manifest import (
@@ -37,7 +43,7 @@ from deltafold.compress.source import open_variant
 from deltafold.compress.staging import Staging
 from deltafold.compress.structure import Structure, compare
 from deltafold.compress.verify import check_payload
-from deltafold.compress.version import version
+from deltafold.compress.release import version
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,8 @@ def compress_checkpoint(
         source.folder, target.reference.folder, accepted="tokenizer" in run.accept
     )
     run.check_patterns(target)
-    with Staging(Path(out), overwrite=overwrite) as staging:
+    inputs = (source.folder, target.reference.folder)
+    with Staging(Path(out), overwrite=overwrite, inputs=inputs) as staging:
         manifest, stats = run.write(source, target, structure, staging.folder, tokenizer)
         check_payload(DeltaRepo.open(staging.folder), progress)
         staging.publish()
@@ -124,6 +131,7 @@ class _Run:
                 "bad-recipe",
                 f"no tensor of {target.reference.name} matches {unused[0]!r}.",
                 facts=[("tensors", name_some(target.names(), len(target.names())))],
+                fix="a pattern is matched with the whole name: begin or end it with *",
             )
 
     def write(
@@ -184,6 +192,7 @@ class _Run:
         value = target.tensor(name)
         base = source.tensor(name) if name in source else None
         encoded, delta = encode_tensor(name, value, base, self.recipe)
+        check_exact(name, encoded, value, base, variant_digests[name])
         for index, (_, parts) in enumerate(encoded):
             for key, part in parts.items():
                 writer.add(payload_key(name, index, key), part)

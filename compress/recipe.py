@@ -57,8 +57,16 @@ class Recipe:
         return {
             "default": spec_of(self.default),
             "vectors": spec_of(self.vectors),
-            "tensors": {pattern: spec_of(m) for pattern, m in self.overrides},
+            "tensors": self._tensors(),
         }
+
+    def _tensors(self) -> dict[str, str]:
+        specs: dict[str, str] = {}
+        for pattern, chosen in self.overrides:
+            # A pattern given again moves to the end: the last match wins.
+            specs.pop(pattern, None)
+            specs[pattern] = spec_of(chosen)
+        return specs
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
@@ -66,12 +74,13 @@ class Recipe:
 
         A codec is a spec string, or a mapping with `codec` and its options.
         """
-        unknown = set(data) - {"default", "vectors", "tensors"}
+        unknown = {str(key) for key in data} - {"default", "vectors", "tensors"}
         if unknown:
             raise DeltafoldError(
                 "bad-recipe",
                 f"{where}: unknown fields {', '.join(sorted(unknown))}.",
                 facts=[("known", "default, vectors, tensors")],
+                fix="see docs/cli.md for an example",
             )
         tensors = data.get("tensors") or {}
         if not isinstance(tensors, Mapping):
@@ -90,7 +99,7 @@ class Recipe:
             data = yaml.safe_load(Path(path).read_text("utf-8"))
         except OSError as error:
             raise DeltafoldError("not-found", f"{path}: {error.strerror}.") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise DeltafoldError("bad-recipe", f"{path} is not YAML: {error}") from error
         if not isinstance(data, Mapping):
             raise DeltafoldError("bad-recipe", f"{path}: a recipe is a mapping.")

@@ -62,6 +62,7 @@ class DeltaRepo:
         self.folder = reference.folder
         self.manifest = self._read_manifest()
         self._check_files()
+        self._check_dtypes()
         self._terms = {
             name: tuple(term_from_config(c, where=f"{self.folder}: {name}") for c in entry.terms)
             for name, entry in self.manifest.tensors.items()
@@ -146,8 +147,20 @@ class DeltaRepo:
     @cached_property
     def base_tensors(self) -> dict[str, TensorDigest]:
         """The base's tensors as they were when the delta was made."""
-        data = json.loads((self.folder / BASE_TENSORS_NAME).read_text("utf-8"))
-        return {n: TensorDigest(d, tuple(s), h) for n, (d, s, h) in data.items()}
+        path = self.folder / BASE_TENSORS_NAME
+        try:
+            data = json.loads(path.read_text("utf-8"))
+            found = {n: TensorDigest(d, tuple(s), h) for n, (d, s, h) in data.items()}
+            sound = fingerprint(found) == self.manifest.base.fingerprint
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            sound = False
+        if not sound:
+            raise DeltafoldError(
+                "bad-manifest",
+                f"{path} does not list the tensors of the base.",
+                fix="download or pack the delta again",
+            )
+        return found
 
     def check_base(self, digests: Digests, *, given: str) -> None:
         """Raises `base-mismatch` unless `digests` are those of the delta's own base."""
@@ -208,11 +221,22 @@ class DeltaRepo:
                     "part of its identity",
                 )
 
+    def _check_dtypes(self) -> None:
+        for name, entry in self.manifest.tensors.items():
+            if entry.dtype not in dtypes.TORCH:
+                raise DeltafoldError(
+                    "bad-manifest", f"{self.folder}: {name} has the dtype {entry.dtype!r}."
+                )
+
     def _open_shards(self) -> dict[str, SafetensorsFile]:
         home: dict[str, SafetensorsFile] = {}
         for name in self.manifest.files:
             if name.endswith(".safetensors"):
                 shard = SafetensorsFile(self.folder / name, code="bad-manifest")
+                for key in sorted(set(home) & set(shard.entries)):
+                    raise DeltafoldError(
+                        "bad-manifest", f"{self.folder}: {key} is in two files of the payload."
+                    )
                 home |= dict.fromkeys(shard.entries, shard)
         promised = self._promised()
         if set(home) != set(promised):

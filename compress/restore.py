@@ -54,7 +54,8 @@ def restore_checkpoint(
     repo.check_base(digests, given=source.reference.name)
     check_coverage(repo, digests)
     names, exact = repo.variant_names(), 0
-    with Staging(Path(out), overwrite=overwrite) as staging:
+    inputs = (source.folder, repo.folder)
+    with Staging(Path(out), overwrite=overwrite, inputs=inputs) as staging:
         writer = ShardWriter(staging.folder, "model", {"format": "pt"}, max_bytes=4 * 2**30)
         for done, name in enumerate(names, 1):
             tensor, checked = _tensor(repo, source, name, dtype)
@@ -100,7 +101,9 @@ def _on_top(base: torch.Tensor | None, delta: torch.Tensor) -> torch.Tensor:
 
 
 def _copy_companions(repo: DeltaRepo, source: Checkpoint, folder: Path) -> None:
-    for path in companion_files(repo.folder):
+    # A file that the manifest does not list is none of the fine-tune's.
+    listed = {repo.folder / name for name in repo.manifest.files}
+    for path in (p for p in companion_files(repo.folder) if p in listed):
         copy = folder / path.relative_to(repo.folder)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)

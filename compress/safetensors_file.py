@@ -1,4 +1,4 @@
-"""One safetensors file: its header checked, its tensors read when asked for.
+"""One safetensors file: its header checked, its tensors read when asked for; and a writer.
 
 The header is read by ourselves, so that a truncated or hostile file is refused with its reason before
 any tensor is touched, and so that a tensor's bytes can be hashed without decoding them.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,11 +81,11 @@ class SafetensorsFile:
 
     def _parse(self, raw: bytes) -> dict[str, Entry]:
         try:
-            header = json.loads(raw)
+            header = json.loads(raw, object_pairs_hook=_no_duplicates)
             metadata = header.pop("__metadata__", {})
             self.metadata = {str(k): str(v) for k, v in metadata.items()}
             entries = {str(name): self._entry(str(name), e) for name, e in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if isinstance(error, DeltafoldError):
                 raise
             raise self._bad(f"its header cannot be read ({error})") from error
@@ -97,8 +98,8 @@ class SafetensorsFile:
         return entries
 
     def _entry(self, name: str, data: Any) -> Entry:
-        start, stop = (int(n) for n in data["data_offsets"])
-        shape = tuple(int(n) for n in data["shape"])
+        start, stop = (_whole(n) for n in data["data_offsets"])
+        shape = tuple(_whole(n) for n in data["shape"])
         dtype = str(data["dtype"])
         if not 0 <= start <= stop or any(n < 0 for n in shape):
             raise self._bad(f"{name} has impossible offsets or shape")
@@ -127,3 +128,45 @@ class SafetensorsFile:
             facts=[("expected", f"{expected} bytes"), ("found", f"{self.size} bytes")],
             fix="copy or download the file again",
         )
+
+
+def write_file(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write tensors to a file whose bytes depend on nothing but its content.
+
+    The library's own writer puts metadata in an order of chance, reports a full disk as an error
+    that is no `OSError`, and makes a file that other users cannot read.
+    """
+    # Wide dtypes first, as the library does: every tensor then begins at a multiple of its own size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    position = 0
+    for name in order:
+        tensor = tensors[name]
+        stop = position + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": dtypes.NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, stop],
+        }
+        position = stop
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        for name in order:
+            file.write(dtypes.raw_bytes(tensors[name]).numpy().data)
+
+
+def _whole(number: Any) -> int:
+    if type(number) is not int:
+        raise TypeError(f"{number!r} is not a whole number")
+    return number
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found

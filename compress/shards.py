@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+
+from deltafold.compress.safetensors_file import write_file
 
 
 class ShardWriter:
@@ -64,6 +65,6 @@ class ShardWriter:
         return self._folder / f".{self._stem}-{index}"
 
     def _flush(self) -> None:
-        save_file(self._pending, self._temporary(len(self._shards)), metadata=self._metadata)
+        write_file(self._temporary(len(self._shards)), self._pending, self._metadata)
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0

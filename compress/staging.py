@@ -10,11 +10,14 @@ import errno
 import fcntl
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from deltafold.compress.errors import DeltafoldError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Staging:
@@ -22,39 +25,47 @@ class Staging:
 
     Args:
         out: the final folder; must not exist unless `overwrite`.
-        overwrite: replace an existing folder, at the moment of publishing.
+        overwrite: replace an existing delta or checkpoint, at the moment of publishing.
+        inputs: folders that the run reads, which `out` must not replace.
 
     Raises:
-        DeltafoldError: `exists`; `busy` where another run works on the same folder.
+        DeltafoldError: `exists`; `busy` where another run works on the same folder; `bad-argument`
+            where `out` cannot be written, or is an input.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool = False) -> None:
-        self.out = out
-        self.folder = out.with_name(out.name + ".partial")
-        self._lock_path = out.with_name(f".{out.name}.lock")
+    def __init__(
+        self, out: Path, *, overwrite: bool = False, inputs: Collection[Path] = ()
+    ) -> None:
+        self._given = out
         self._overwrite = overwrite
         self._lock = -1
         self._published = False
-        if out.exists() and not overwrite:
-            raise DeltafoldError(
-                "exists", f"{out} exists.", fix="choose another -o, or --overwrite"
-            )
+        self.out = out = out.resolve()
+        self._refuse_inputs(inputs)
+        self._refuse_existing()
+        self.folder = out.with_name(out.name + ".partial")
+        self._lock_path = out.with_name(f".{out.name}.lock")
 
     def __enter__(self) -> Self:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self._lock_path, os.O_CREAT | os.O_RDWR, 0o644)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take_lock()
+            # The run that held the lock may have finished since.
+            self._refuse_existing()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir()
         except OSError as error:
-            os.close(self._lock)
-            self._lock = -1
+            self._release()
+            if error.errno in _FULL:
+                raise self._disk_full() from error
             raise DeltafoldError(
-                "busy",
-                f"another run is writing {self.out}.",
-                fix="wait for it, or choose another -o",
+                "bad-argument",
+                f"{self._given} cannot be written: {error.strerror}.",
+                fix="choose another -o",
             ) from error
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir()
+        except DeltafoldError:
+            self._release()
+            raise
         return self
 
     def publish(self) -> None:
@@ -80,15 +91,70 @@ class Staging:
     ) -> None:
         if not self._published:
             shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock_path.unlink(missing_ok=True)
+        self._release()
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise self._disk_full() from error
+
+    def _take_lock(self) -> int:
+        while True:
+            lock = os.open(self._lock_path, os.O_CREAT | os.O_RDWR, 0o644)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(lock)
+                raise DeltafoldError(
+                    "busy",
+                    f"another run is writing {self._given}.",
+                    fix="wait for it, or choose another -o",
+                ) from error
+            # The run before may have removed the file between our opening and our locking it.
+            if _same_file(lock, self._lock_path):
+                return lock
+            os.close(lock)
+
+    def _release(self) -> None:
         if self._lock >= 0:
+            self._lock_path.unlink(missing_ok=True)
             os.close(self._lock)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            self._lock = -1
+
+    def _refuse_inputs(self, inputs: Collection[Path]) -> None:
+        for folder in inputs:
+            if folder.resolve().is_relative_to(self.out):
+                raise DeltafoldError(
+                    "bad-argument",
+                    f"-o {self._given} is where this run reads {folder} from.",
+                    fix="choose another -o",
+                )
+
+    def _refuse_existing(self) -> None:
+        if not self.out.exists():
+            return
+        if not self._overwrite:
             raise DeltafoldError(
-                "not-enough-disk",
-                f"the disk is full; nothing was written to {self.out}.",
-                fix="free some space, or choose another -o",
-            ) from error
+                "exists", f"{self._given} exists.", fix="choose another -o, or --overwrite"
+            )
+        ours = ("delta_config.json", "config.json")
+        if not self.out.is_dir() or not any((self.out / name).is_file() for name in ours):
+            raise DeltafoldError(
+                "exists",
+                f"{self._given} exists and is neither a delta nor a checkpoint: it is not replaced.",
+                fix="choose another -o, or remove it yourself",
+            )
+
+    def _disk_full(self) -> DeltafoldError:
+        return DeltafoldError(
+            "not-enough-disk",
+            f"the disk is full; nothing was written to {self._given}.",
+            fix="free some space, or choose another -o",
+        )
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _sync(path: Path) -> None:

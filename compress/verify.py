@@ -98,6 +98,26 @@ def check_coverage(repo: DeltaRepo, base: Mapping[str, TensorDigest]) -> None:
                 facts=[(what, name_some(names, len(base)))],
                 fix="pack the fine-tune again",
             )
+    for name in manifest.tensors:
+        _check_shape(repo, name, base.get(name))
+
+
+def _check_shape(repo: DeltaRepo, name: str, base: TensorDigest | None) -> None:
+    """Only rows may differ from the base's, and what the base lacks must be stored whole."""
+    entry = repo.entry(name)
+    shape = None if base is None else base.shape
+    sound = entry.base_shape == shape
+    if shape is None:
+        sound = sound and repo.exact(name)
+    elif entry.shape != shape:
+        sound = sound and len(shape) == len(entry.shape) >= 1 and entry.shape[1:] == shape[1:]
+    if not sound:
+        raise DeltafoldError(
+            "bad-manifest",
+            f"{repo.folder}: {name} does not fit the base's tensor.",
+            facts=[("delta", list(entry.shape)), ("base", shape and list(shape))],
+            fix="pack the fine-tune again",
+        )
 
 
 def _check_restored(repo: DeltaRepo, source: Checkpoint, progress: OnProgress) -> int:

@@ -95,8 +95,13 @@ def build(name: str, options: dict[str, Any], *, where: str) -> Method:
                 facts=[("options", ", ".join(fields) or "none")],
                 fix=_usage(name),
             )
-        values[key] = _convert(value, fields[key], where, key)
-    built: Method = cls(**values)
+        values[key] = _convert(value, fields[key], where, key, name)
+    try:
+        built: Method = cls(**values)
+    except DeltafoldError as error:
+        raise DeltafoldError(
+            error.code, f"{where!r}: {error.message}", facts=error.facts, fix=_usage(name)
+        ) from error
     return built
 
 
@@ -119,7 +124,7 @@ def _usage(name: str) -> str:
     return f"--codec {name}:{options}" if options else f"--codec {name}"
 
 
-def _convert(value: Any, hint: Any, where: str, key: str) -> Any:
+def _convert(value: Any, hint: Any, where: str, key: str, name: str) -> Any:
     if isinstance(hint, types.UnionType):
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
     if typing.get_origin(hint) is typing.Literal:
@@ -128,15 +133,19 @@ def _convert(value: Any, hint: Any, where: str, key: str) -> Any:
             raise DeltafoldError(
                 "bad-recipe",
                 f"{where!r}: {key} must be one of {', '.join(map(str, choices))}, not {value!r}.",
+                fix=_usage(name),
             )
         return value
     try:
         if hint is bool:
             return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+        # By way of text, so that YAML's 4.5 and true are no whole numbers.
         if hint in (int, float):
-            return hint(value)
+            return hint(str(value))
     except (KeyError, ValueError) as error:
         raise DeltafoldError(
-            "bad-recipe", f"{where!r}: {key} must be {hint.__name__}, not {value!r}."
+            "bad-recipe",
+            f"{where!r}: {key} must be {hint.__name__}, not {value!r}.",
+            fix=_usage(name),
         ) from error
     return value

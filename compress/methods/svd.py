@@ -32,8 +32,8 @@ class Svd:
     bits: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.bits < 0:
-            raise DeltafoldError("bad-recipe", "svd: rank must be at least 1, bits not negative")
+        if self.rank < 1 or not 0 <= self.bits <= 16:
+            raise DeltafoldError("bad-recipe", "svd: rank must be at least 1, bits 0 to 16")
 
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
         """One `lowrank` term."""

@@ -182,10 +182,15 @@ def term_from_config(config: Mapping[str, Any], *, where: str = "") -> Term:
 
 
 def _build(cls: type[Any], fields: dict[str, Any], where: str) -> Term:
-    names = {f.name for f in dataclasses.fields(cls)}
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    missing = sorted(set(known) - set(fields))
+    if missing:
+        raise DeltafoldError(
+            "bad-manifest", f"{where}: the term {cls.id!r} lacks the field {missing[0]!r}."
+        )
     values: dict[str, Any] = {}
     for key, value in fields.items():
-        if key not in names:
+        if key not in known:
             raise DeltafoldError(
                 "bad-manifest", f"{where}: the term {cls.id!r} has no field {key!r}."
             )
@@ -193,6 +198,10 @@ def _build(cls: type[Any], fields: dict[str, Any], where: str) -> Term:
             value = term_from_config(value, where=where)
         elif isinstance(value, list):
             value = tuple(value)
+        if not _same_type(value, known[key].default):
+            raise DeltafoldError(
+                "bad-manifest", f"{where}: the term {cls.id!r}: {key} cannot be {value!r}."
+            )
         values[key] = value
     try:
         term: Term = cls(**values)
@@ -201,6 +210,13 @@ def _build(cls: type[Any], fields: dict[str, Any], where: str) -> Term:
             raise
         raise DeltafoldError("bad-manifest", f"{where}: term {cls.id!r}: {error}") from error
     return term
+
+
+def _same_type(value: Any, default: Any) -> bool:
+    if default is dataclasses.MISSING:
+        return True
+    # JSON writes 0.0 as it likes; nothing else may stand for another type, true for 1 least of all.
+    return type(value) is type(default) or (type(value) is int and type(default) is float)
 
 
 class Checked:

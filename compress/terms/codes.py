@@ -88,7 +88,8 @@ class Codes(Checked):
         }
 
     def _width(self, columns: int) -> int:
-        return self.group or max(columns, 1)
+        # Never wider than the tensor: a group of 10**9 must not be padded to its full width.
+        return min(self.group or columns, max(columns, 1)) or 1
 
     def _groups(self, columns: int) -> int:
         return -(-columns // self._width(columns)) if columns else 0

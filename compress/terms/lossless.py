@@ -49,6 +49,9 @@ class Lossless(Checked):
         self._require(self.dtype in dtypes.TORCH, f"unknown dtype {self.dtype!r}")
         self._require(self.mode in ("xor", "raw"), "mode must be xor or raw")
         self._require(1 <= self.level <= 22, "level must be 1 to 22")
+        size = dtypes.TORCH[self.dtype].itemsize
+        sound = all(type(n) is int and n >= 0 for n in self.lengths)
+        self._require(sound and len(self.lengths) in (0, size), "lengths must be one a stream")
 
     def encode(self, delta: torch.Tensor, context: Context) -> Encoded:
         """Takes `context.variant` and `context.base`; the delta itself is not looked at."""
@@ -99,16 +102,16 @@ class Lossless(Checked):
         return {f"stream{i}": PartSpec(torch.uint8, (n,)) for i, n in enumerate(lengths)}
 
     def _inflate(self, part: torch.Tensor, count: int, context: Context) -> NDArray[np.uint8]:
+        packed = part.numpy().tobytes()
         try:
-            raw = zstandard.ZstdDecompressor().decompress(
-                part.numpy().tobytes(), max_output_size=count
-            )
+            # Asked before inflating, since a small stream may claim to be a huge one.
+            if zstandard.frame_content_size(packed) != count:
+                raise DeltafoldError("checksum", f"{context.name}: a stream has the wrong length.")
+            raw = zstandard.ZstdDecompressor().decompress(packed)
         except zstandard.ZstdError as error:
             raise DeltafoldError("checksum", f"{context.name}: a stream is damaged: {error}") from (
                 error
             )
-        if len(raw) != count:
-            raise DeltafoldError("checksum", f"{context.name}: a stream has the wrong length.")
         return np.frombuffer(raw, np.uint8)
 
 

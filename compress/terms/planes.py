@@ -126,12 +126,13 @@ class Planes(Checked):
             return total.to(torch.float32)
         if self.scale == "row":
             return magnitudes.mean(dim=1) if columns else torch.zeros(rows)
-        groups = -(-columns // self.group)
-        padded = torch.nn.functional.pad(magnitudes, (0, groups * self.group - columns))
-        sums = padded.reshape(rows, groups, self.group).sum(dim=2)
-        widths = torch.full((groups,), float(self.group))
+        width = self._width(columns)
+        groups = -(-columns // width)
+        padded = torch.nn.functional.pad(magnitudes, (0, groups * width - columns))
+        sums = padded.reshape(rows, groups, width).sum(dim=2)
+        widths = torch.full((groups,), float(width))
         if groups:
-            widths[-1] = columns - (groups - 1) * self.group
+            widths[-1] = columns - (groups - 1) * width
         return sums / widths
 
     def _spread(self, levels: torch.Tensor, columns: int) -> torch.Tensor:
@@ -139,7 +140,11 @@ class Planes(Checked):
             return levels.reshape(1, 1)
         if self.scale == "row":
             return levels.reshape(-1, 1)
-        return levels.repeat_interleave(self.group, dim=1)[:, :columns]
+        return levels.repeat_interleave(self._width(columns), dim=1)[:, :columns]
+
+    def _width(self, columns: int) -> int:
+        # Never wider than the tensor: a group of 10**9 must not be padded to its full width.
+        return min(self.group, max(columns, 1))
 
     def _stack(self, levels: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         stacked = {"scales": torch.stack([level["scales"] for level in levels])}

@@ -7,6 +7,7 @@ its rows. The changed rows are coded by an inner term as one smaller matrix; row
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -14,6 +15,7 @@ from typing import ClassVar
 import torch
 
 from deltafold.compress import dtypes
+from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.terms.base import (
     Checked,
     Context,
@@ -22,6 +24,7 @@ from deltafold.compress.terms.base import (
     Parts,
     PartSpec,
     Term,
+    is_exact,
     register,
 )
 from deltafold.compress.terms.codes import Codes
@@ -56,7 +59,7 @@ class Rows(Checked):
         self._require(self.dtype in dtypes.TORCH, f"unknown dtype {self.dtype!r}")
 
     def encode(self, delta: torch.Tensor, context: Context) -> Encoded:
-        """Code the rows below `added` that are not all zero; take added rows from the variant."""
+        """Code the rows below `added` that changed; take added rows from the variant."""
         return self.encode_with(self.inner.encode, delta, context)
 
     def encode_with(
@@ -67,8 +70,7 @@ class Rows(Checked):
     ) -> Encoded:
         """The same with another encoder of the changed rows (a method that edits them first)."""
         shared = delta.shape[0] - self.added
-        changed = (delta[:shared].reshape(shared, -1) != 0).any(dim=1)
-        index = changed.nonzero().reshape(-1)
+        index = self._changed(delta, context, shared).nonzero().reshape(-1)
         inner = encode_inner(delta[index], self._inner_context(context, index))
         parts = {"index": index.to(torch.int32)}
         parts |= {f"inner.{key}": value for key, value in inner.parts.items()}
@@ -83,7 +85,7 @@ class Rows(Checked):
     def decode(self, parts: Parts, shape: tuple[int, ...], context: Context) -> torch.Tensor:
         """Zero but for the changed and added rows, float32 of `shape`."""
         out = torch.zeros(shape)
-        index = parts["index"].long()
+        index = self._index(parts, shape[0] - self.added, context.name)
         inner_parts = self.inner_parts(parts)
         inner_shape = (self.count, *shape[1:])
         out[index] = self.inner.decode(
@@ -100,7 +102,7 @@ class Rows(Checked):
         assert context.base is not None
         assert isinstance(self.inner, ExactTerm)
         out = context.base.to(dtype, copy=True)
-        index = parts["index"].long()
+        index = self._index(parts, shape[0] - self.added, context.name)
         out[index] = self.inner.restore(
             self.inner_parts(parts),
             (self.count, *shape[1:]),
@@ -125,9 +127,38 @@ class Rows(Checked):
             specs["added"] = PartSpec(dtypes.TORCH[self.dtype], (self.added, *shape[1:]))
         return specs
 
+    def _changed(self, delta: torch.Tensor, context: Context, shared: int) -> torch.Tensor:
+        changed = (_as_matrix(delta[:shared]) != 0).any(dim=1)
+        base, variant = context.base, context.variant
+        if base is None or variant is None or not is_exact(self.inner):
+            return changed
+        # What must come back bit for bit is told apart by its bits: a float32 difference does not
+        # see the sign of a zero, nor the last digits of a large integer.
+        kept = base[:shared].to(variant.dtype)
+        return changed | (_row_bytes(kept) != _row_bytes(variant[:shared])).any(dim=1)
+
+    def _index(self, parts: Parts, rows: int, name: str) -> torch.Tensor:
+        index = parts["index"].long()
+        ascending = bool((index[1:] > index[:-1]).all())
+        if index.numel() and not (ascending and index[0] >= 0 and index[-1] < rows):
+            raise DeltafoldError(
+                "bad-manifest", f"{name}: the index of rows does not ascend within {rows} rows."
+            )
+        return index
+
     def _inner_context(self, context: Context, index: torch.Tensor) -> Context:
         return Context(
             name=context.name,
             base=None if context.base is None else context.base[index],
             variant=None if context.variant is None else context.variant[index],
         )
+
+
+def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+    # Not reshape(rows, -1): that is ambiguous where a dimension is zero.
+    return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
+
+
+def _row_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    width = math.prod(tensor.shape[1:]) * tensor.element_size()
+    return dtypes.raw_bytes(tensor).reshape(tensor.shape[0], width)

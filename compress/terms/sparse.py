@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 
 from deltafold.compress import bits as packing
+from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.philox import keep_mask
 from deltafold.compress.terms import scales
 from deltafold.compress.terms.base import Checked, Context, Encoded, Parts, PartSpec, register
@@ -65,8 +66,13 @@ class Sparse(Checked):
         """The kept entries in their places, float32 of `shape`."""
         total = torch.Size(shape).numel()
         keep = self.positions(parts, total, context.name)
+        values = scales.load(dict(parts), self.value_format, "values")
+        if int(keep.sum()) != values.numel():
+            raise DeltafoldError(
+                "bad-manifest", f"{context.name}: the mask keeps another number of entries."
+            )
         out = torch.zeros(total)
-        out[keep] = scales.load(dict(parts), self.value_format, "values")
+        out[keep] = values
         return out.reshape(shape)
 
     def positions(self, parts: Parts, total: int, name: str) -> torch.Tensor:

@@ -85,6 +85,8 @@ def codes_forms(term: Codes, parts: Parts, shape: tuple[int, ...]) -> list[Int4]
 
 
 def _group(columns: int, group: int) -> int | None:
+    if group and columns % group:
+        return None  # the last group is shorter than the others
     for candidate in _GROUPS:
         if columns % candidate == 0 and (not group or group % candidate == 0):
             return candidate

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible routes: one file per route, and what they share."""

@@ -1,0 +1,113 @@
+"""Every run-time form against the contract: x @ D^T in float64, and rows of D."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deltafold.compress import parse_spec
+from deltafold.compress.terms import Codes, Context, Encoded, Rows
+from deltafold.runtime.kernels.cpu import Int4
+from deltafold.runtime.kernels.forms import Target, product_form, table_form
+from deltafold.runtime.kernels.reference import dense_delta
+
+CPU = torch.device("cpu")
+SPECS = [
+    "bitdelta:scale=tensor",
+    "bitdelta",
+    "bitdelta:bits=2",
+    "bitdelta:bits=4,group=32",
+    "bitdelta:bits=3,group=128",
+    "bitdelta:bits=6",
+    "int:bits=2",
+    "int:bits=4,group=64",
+    "int:bits=8",
+    "int:bits=8,group=32",
+    "dare:drop=0.5",
+    "dare:drop=0.95",
+    "svd:rank=5",
+    "exact",
+    "lossless",
+]
+SHAPES = [(64, 256), (48, 96), (17, 32), (33, 100), (1, 7), (130, 640)]
+
+
+def encoded(spec: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Encoded], Context]:
+    noise = torch.Generator().manual_seed(sum(shape))
+    base = torch.randn(shape, generator=noise).to(dtype)
+    variant = (base + torch.randn(shape, generator=noise) * 0.05).to(dtype)
+    delta = variant.to(torch.float32) - base.to(torch.float32)
+    made = parse_spec(spec).encode(delta, Context("layer.weight", base, variant))
+    return made, Context("layer.weight", base)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)], ids=["f32", "bf16"]
+)
+def test_product_equals_reference(
+    spec: str, shape: tuple[int, int], dtype: torch.dtype, bound: float
+) -> None:
+    terms, context = encoded(spec, shape, dtype)
+    form = product_form(terms, shape, context, Target(CPU, dtype))
+    exact = dense_delta(terms, shape, context).to(torch.float64)
+    x = torch.randn(5, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+    got, expected = form.matmul(x), x.to(torch.float64) @ exact.T
+    assert got.dtype == dtype
+    assert got.shape == expected.shape
+    scale = expected.norm() + 1e-30
+    assert (got.to(torch.float64) - expected).norm() / scale < bound
+    assert form.nbytes > 0
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_rows_equal_reference(spec: str, dtype: torch.dtype) -> None:
+    shape = (37, 96)
+    terms, context = encoded(spec, shape, dtype)
+    form = table_form(terms, shape, context, Target(CPU, dtype))
+    index = torch.tensor([0, 36, 5, 5, 17])
+    expected = dense_delta(terms, shape, context)[index]
+    got = form.gather(index).to(torch.float32)
+    bound = 1e-6 if dtype == torch.float32 else 8e-3
+    assert (got - expected).abs().max() <= bound * max(expected.abs().max().item(), 1.0)
+
+
+def test_bfloat16_planes_and_codes_use_the_packed_product() -> None:
+    target = Target(CPU, torch.bfloat16)
+    terms, context = encoded("bitdelta", (64, 256), torch.bfloat16)
+    form = product_form(terms, (64, 256), context, target)
+    assert isinstance(form, Int4)
+    assert form.nbytes < 64 * 256  # half a byte a weight, and scales
+    terms, context = encoded("bitdelta", (64, 100), torch.bfloat16)
+    assert not isinstance(product_form(terms, (64, 100), context, target), Int4)
+
+
+@pytest.mark.parametrize("added", [0, 3])
+def test_changed_and_added_rows(added: int) -> None:
+    base = torch.randn(20 + added, 32)
+    base[20:] = 0
+    variant = base.clone()
+    variant[torch.tensor([2, 7, 19])] += 0.1
+    variant[20:] = 1.5
+    context = Context("table", base, variant)
+    made = Rows(inner=Codes(bits=8), added=added).encode(variant - base, context)
+    shape = tuple(variant.shape)
+    dense = dense_delta([made], shape, context)
+    assert (dense - (variant - base)).abs().max() < 1e-3
+    target = Target(CPU, torch.float32)
+    x = torch.randn(4, 32)
+    product = product_form([made], shape, context, target)
+    assert torch.allclose(product.matmul(x), x @ dense.T, atol=1e-5)
+    table = table_form([made], shape, context, target)
+    index = torch.arange(shape[0])
+    assert torch.allclose(table.gather(index), dense, atol=1e-6)
+
+
+def test_no_changed_rows() -> None:
+    base = torch.randn(8, 4)
+    context = Context("table", base, base)
+    made = Rows(inner=Codes(bits=8)).encode(torch.zeros(8, 4), context)
+    table = table_form([made], (8, 4), context, Target(CPU, torch.float32))
+    assert torch.equal(table.gather(torch.tensor([1, 3])), torch.zeros(2, 4))
