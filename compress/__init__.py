@@ -50,7 +50,7 @@ _HOMES = {
     "version": "release",
 }
 
-__all__ = list(_HOMES)  # noqa: PLE0605
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -31,7 +31,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     padding = -array.shape[-1] % per_byte
     if padding:
         array = np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, padding)])
-    array = array.reshape(*array.shape[:-1], -1, per_byte)
+    array = array.reshape(*array.shape[:-1], array.shape[-1] // per_byte, per_byte)
     packed = np.zeros(array.shape[:-1], dtype=np.uint8)
     for field in range(per_byte):
         packed |= array[..., field] << np.uint8(field * bits)
@@ -49,5 +49,5 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
         return packed[..., :columns]
     per_byte, mask = 8 // bits, np.uint8(2**bits - 1)
     fields = [(array >> np.uint8(f * bits)) & mask for f in range(per_byte)]
-    codes = np.stack(fields, axis=-1).reshape(*array.shape[:-1], -1)
+    codes = np.stack(fields, axis=-1).reshape(*array.shape[:-1], array.shape[-1] * per_byte)
     return torch.from_numpy(np.ascontiguousarray(codes[..., :columns]))

@@ -29,11 +29,11 @@ NAMES: Final[dict[torch.dtype, str]] = {dtype: name for name, dtype in TORCH.ite
 FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
 
 
-def to_torch(name: str, *, where: str) -> torch.dtype:
-    """The torch dtype behind a safetensors name."""
+def to_torch(name: str, *, where: str, code: str = "not-a-checkpoint") -> torch.dtype:
+    """The torch dtype behind a safetensors name; raises `code` where there is none."""
     if name not in TORCH:
         raise DeltafoldError(
-            "not-a-checkpoint",
+            code,
             f"{where} has the dtype {name!r}, which is not supported.",
             facts=[("supported", ", ".join(TORCH))],
         )

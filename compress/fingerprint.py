@@ -6,6 +6,7 @@ sorted by name. Digests of files that did not change since they were last hashed
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -117,4 +118,5 @@ def _write_cache(path: Path, digests: dict[str, str]) -> None:
         partial.replace(path)
     except OSError:
         # A cache that cannot be written (read-only home, full disk) costs time, nothing else.
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()

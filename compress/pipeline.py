@@ -37,13 +37,13 @@ from deltafold.compress.manifest import (
 )
 from deltafold.compress.progress import OnProgress, Progress, ignore
 from deltafold.compress.recipe import Recipe
+from deltafold.compress.release import version
 from deltafold.compress.repo import DeltaRepo, payload_key
 from deltafold.compress.shards import ShardWriter
 from deltafold.compress.source import open_variant
 from deltafold.compress.staging import Staging
 from deltafold.compress.structure import Structure, compare
 from deltafold.compress.verify import check_payload
-from deltafold.compress.release import version
 
 
 @dataclass(frozen=True)

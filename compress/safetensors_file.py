@@ -103,8 +103,8 @@ class SafetensorsFile:
         dtype = str(data["dtype"])
         if not 0 <= start <= stop or any(n < 0 for n in shape):
             raise self._bad(f"{name} has impossible offsets or shape")
-        itemsize = dtypes.to_torch(dtype, where=f"{self.path.name}: {name}").itemsize
-        expected = itemsize
+        where = f"{self.path.name}: {name}"
+        expected = dtypes.to_torch(dtype, where=where, code=self._code).itemsize
         for n in shape:
             expected *= n
         if stop - start != expected:

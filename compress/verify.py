@@ -13,6 +13,7 @@ from deltafold.compress.errors import DeltafoldError, name_some
 from deltafold.compress.fingerprint import TensorDigest, digest_source
 from deltafold.compress.progress import OnProgress, Progress, ignore
 from deltafold.compress.repo import DeltaRepo
+from deltafold.compress.terms import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,7 @@ def _check_shape(repo: DeltaRepo, name: str, base: TensorDigest | None) -> None:
         sound = sound and repo.exact(name)
     elif entry.shape != shape:
         sound = sound and len(shape) == len(entry.shape) >= 1 and entry.shape[1:] == shape[1:]
+        sound = sound and _added(repo, name) == max(entry.shape[0] - shape[0], 0)
     if not sound:
         raise DeltafoldError(
             "bad-manifest",
@@ -118,6 +120,11 @@ def _check_shape(repo: DeltaRepo, name: str, base: TensorDigest | None) -> None:
             facts=[("delta", list(entry.shape)), ("base", shape and list(shape))],
             fix="pack the fine-tune again",
         )
+
+
+def _added(repo: DeltaRepo, name: str) -> int:
+    """Rows that are stored because the base lacks them."""
+    return sum(term.added for term in repo.terms(name) if isinstance(term, Rows))
 
 
 def _check_restored(repo: DeltaRepo, source: Checkpoint, progress: OnProgress) -> int:

@@ -206,9 +206,7 @@ def _build(cls: type[Any], fields: dict[str, Any], where: str) -> Term:
     try:
         term: Term = cls(**values)
     except (TypeError, ValueError) as error:
-        if isinstance(error, DeltafoldError):
-            raise
-        raise DeltafoldError("bad-manifest", f"{where}: term {cls.id!r}: {error}") from error
+        raise DeltafoldError("bad-manifest", f"{where}: {error.args[0]}") from error
     return term
 
 

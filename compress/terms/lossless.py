@@ -8,6 +8,7 @@ stream split of BitX (Su et al., arXiv 2505.06252).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -81,7 +82,7 @@ class Lossless(Checked):
     ) -> torch.Tensor:
         """The fine-tune's tensor, bit for bit. Raises `checksum` where the streams do not fit."""
         own = dtypes.TORCH[self.dtype]
-        count = torch.Size(shape).numel()
+        count = math.prod(shape)
         size = own.itemsize
         streams = [self._inflate(parts[f"stream{i}"], count, context) for i in range(size)]
         words = _join(streams, count)
@@ -98,7 +99,7 @@ class Lossless(Checked):
     def parts(self, shape: tuple[int, ...]) -> dict[str, PartSpec]:
         """Dtype and shape of each part; before encoding the size of the raw tensor is promised."""
         size = dtypes.TORCH[self.dtype].itemsize
-        lengths = self.lengths or (torch.Size(shape).numel(),) * size
+        lengths = self.lengths or (math.prod(shape),) * size
         return {f"stream{i}": PartSpec(torch.uint8, (n,)) for i, n in enumerate(lengths)}
 
     def _inflate(self, part: torch.Tensor, count: int, context: Context) -> NDArray[np.uint8]:

@@ -6,6 +6,7 @@ and the tensor's name. A mask that depends on the data is stored as a bitmap, on
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -64,7 +65,7 @@ class Sparse(Checked):
 
     def decode(self, parts: Parts, shape: tuple[int, ...], context: Context) -> torch.Tensor:
         """The kept entries in their places, float32 of `shape`."""
-        total = torch.Size(shape).numel()
+        total = math.prod(shape)
         keep = self.positions(parts, total, context.name)
         values = scales.load(dict(parts), self.value_format, "values")
         if int(keep.sum()) != values.numel():
@@ -87,7 +88,7 @@ class Sparse(Checked):
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, PartSpec]:
         """Dtype and shape of each part; before encoding `count` is what the drop rate promises."""
-        total = torch.Size(shape).numel()
+        total = math.prod(shape)
         count = round(total * (1 - self.drop)) if self.count < 0 else self.count
         specs = scales.specs((count,), self.value_format, "values")
         if self.mask == "bitmap":

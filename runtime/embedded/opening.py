@@ -1,0 +1,106 @@
+"""From a reference to a running engine: checkpoint, model, deltas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltafold.compress import Checkpoint, DeltafoldError
+from deltafold.compress.fingerprint import digest_source
+from deltafold.runtime.deltas import Deltas
+
+#: On a CPU, models up to this size in float32 run in float32: most CPUs are no slower at it, and
+#: answers are then exact to the last printed digit.
+_FLOAT32_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A loaded base model and the deltas' host that wraps it."""
+
+    model: Any
+    deltas: Deltas
+
+
+def open_model(
+    base: str | Path,
+    zoo: str | Path | None,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    name: str | None = None,
+    max_deltas: int | None = None,
+    strict: bool = True,
+) -> Opened:
+    """Load a base checkpoint with transformers and wrap it.
+
+    Args:
+        base: folder or hub id.
+        zoo: folder of delta repos, or None for the base alone.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        dtype: "auto" or None for the checkpoint's own (float32 for small models on a CPU), else a
+            torch dtype or its name.
+        name: what the base is served as; its folder or hub name by default.
+        max_deltas: most variants in memory.
+        strict: refuse to start while a delta of the zoo is broken.
+
+    Raises:
+        DeltafoldError: `not-found`, `not-a-checkpoint`, `bad-argument`, `missing-extra`,
+            `engine-unsupported`, and what is wrong with a delta.
+    """
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise DeltafoldError(
+            "missing-extra",
+            "the embedded engine needs transformers.",
+            fix="pip install 'deltafold[hf]'",
+        ) from error
+    checkpoint = Checkpoint.open(base)
+    where = _device(device)
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, dtype=_dtype(dtype, checkpoint, where), local_files_only=True
+    )
+    model = model.to(where).eval()
+    deltas = Deltas(
+        model,
+        checkpoint,
+        zoo,
+        name=name or checkpoint.reference.name,
+        max_deltas=max_deltas,
+        strict=strict,
+        digests=digest_source(checkpoint),
+    )
+    return Opened(model, deltas)
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise DeltafoldError("bad-argument", f"there is no device {device!r}.") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise DeltafoldError(
+            "bad-argument", "no CUDA device was found.", fix="--device cpu, or install a CUDA torch"
+        )
+    return found
+
+
+def _dtype(
+    dtype: str | torch.dtype | None, checkpoint: Checkpoint, device: torch.device
+) -> torch.dtype | str:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is None or dtype == "auto":
+        numbers = sum(e.stop - e.start for f in checkpoint.files for e in f.entries.values()) // 2
+        small = device.type == "cpu" and 4 * numbers <= _FLOAT32_BYTES
+        return torch.float32 if small else "auto"
+    named = getattr(torch, dtype, None)
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise DeltafoldError("bad-argument", f"there is no dtype {dtype!r} to run a model in.")
+    return named

@@ -1,0 +1,110 @@
+"""One forward pass of a batch: tokens in, logits out, each row under its own variant."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+
+from deltafold.compress.errors import DeltafoldError
+from deltafold.runtime.embedded.cache import BatchCache, CachePlan
+from deltafold.runtime.host import DeltaHost, Row
+
+#: Used where a configuration does not say how long a context the model knows.
+_UNSTATED_CONTEXT: Final = 2048
+
+
+class Runner:
+    """Calls a causal language model of transformers through its public arguments alone.
+
+    Base rows are left untouched: their logits are what the plain model gives for a batch of the
+    same shape.
+
+    Attributes:
+        vocabulary: token ids that the base knows, and the width of its logits.
+        device: where tokens go in.
+    """
+
+    def __init__(self, model: Any, host: DeltaHost) -> None:
+        """Raises `engine-unsupported` where a model cannot continue from a cache."""
+        known = set(inspect.signature(type(model).forward).parameters)
+        if "past_key_values" not in known:
+            raise DeltafoldError(
+                "engine-unsupported",
+                f"{type(model).__name__} takes no key-value cache, so it cannot generate here.",
+                fix="serve a decoder-only causal language model",
+            )
+        self._model = model.eval()
+        self._host = host
+        self._takes_positions = "position_ids" in known
+        self._takes_keep = "logits_to_keep" in known
+        self._plan = CachePlan(model)
+        # Asked of the configuration, since a host may have put its own modules into the model.
+        self.vocabulary: int = model.config.get_text_config().vocab_size
+        self.device: torch.device = model.device
+
+    @property
+    def context(self) -> int:
+        """The longest sequence that the model's configuration allows, in tokens."""
+        config = self._model.config.get_text_config()
+        stated = getattr(config, "max_position_embeddings", None) or getattr(
+            config, "seq_length", None
+        )
+        return int(stated or _UNSTATED_CONTEXT)
+
+    def new_cache(self, columns: int) -> BatchCache:
+        """An empty cache with room for this many columns."""
+        return self._plan.new(columns)
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether prompts must be read whole and without padding.
+
+        Not every model with recurrent layers goes on from a state with several tokens at once, or
+        keeps padding out of its state, and none says so.
+        """
+        return self._plan.recurrent
+
+    def __call__(
+        self,
+        cache: BatchCache,
+        rows: Sequence[Row],
+        tokens: Sequence[Sequence[int]],
+        padding: Sequence[int],
+        *,
+        every_position: bool = False,
+    ) -> torch.Tensor:
+        """Append a rectangle of tokens to the cache and run it.
+
+        Args:
+            cache: the memory of exactly these rows; grows by the rectangle's width.
+            rows: the variant of each row.
+            tokens: `[rows][width]`; any valid id stands where there is padding.
+            padding: hidden columns on each row's left, counted over the whole cache.
+            every_position: give logits for all new positions, not only for the last.
+
+        Returns:
+            Logits in the model's dtype on the model's device, `[rows, width or 1, vocabulary]`.
+        """
+        past, width = cache.columns, len(tokens[0])
+        # One transfer for all that the host decided.
+        table = torch.tensor(
+            [[pad, *ids] for pad, ids in zip(padding, tokens, strict=True)], dtype=torch.long
+        ).to(self.device, non_blocking=True)
+        hidden, ids = table[:, :1], table[:, 1:]
+        columns = torch.arange(past + width, device=self.device)
+        inputs: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": (columns >= hidden).long(),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if self._takes_positions:
+            inputs["position_ids"] = (columns[past:] - hidden).clamp_(min=0)
+        if self._takes_keep:
+            inputs["logits_to_keep"] = 0 if every_position else 1
+        with self._host.batch(rows):
+            logits: torch.Tensor = self._model(**inputs).logits
+        return logits if every_position else logits[:, -1:]

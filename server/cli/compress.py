@@ -1,0 +1,190 @@
+"""`deltafold compress`: a base and a fine-tune in, a delta repo out."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from deltafold.server.cli.output import Output, facts, output_options, quiet_option, size
+
+if TYPE_CHECKING:
+    from deltafold.compress import Method, PackReport, Recipe
+
+
+@click.command("compress")
+@click.argument("base")
+@click.argument("variant")
+@click.option("-o", "--out", required=True, help="The delta repo to write.")
+@click.option(
+    "--codec",
+    metavar="SPEC",
+    help="Codec of matrices, e.g. bitdelta:bits=4,group=128 (the default).",
+)
+@click.option(
+    "--set",
+    "sets",
+    metavar="'PATTERN=SPEC'",
+    multiple=True,
+    help="Codec of the tensors whose names match; repeat it, the last match wins.",
+)
+@click.option("--recipe", metavar="FILE", help="YAML recipe; --codec and --set come on top of it.")
+@click.option(
+    "--accept",
+    metavar="WORD",
+    multiple=True,
+    help="Let a difference in structure through: new-tensors, missing-tensors, resized or "
+    "tokenizer; repeat it for several.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing delta.")
+@quiet_option
+@output_options
+@click.pass_obj
+def compress(
+    output: Output,
+    base: str,
+    variant: str,
+    out: str,
+    codec: str | None,
+    sets: tuple[str, ...],
+    recipe: str | None,
+    accept: tuple[str, ...],
+    overwrite: bool,
+) -> None:
+    """Pack the fine-tune VARIANT as a delta against BASE.
+
+    Both are folders with safetensors weights, or hub ids (org/name, org/name@revision). Every tensor
+    is coded, kept exactly, found equal to the base's, or refused. Needs neither data nor a GPU.
+
+    \b
+    deltafold compress Llama-3.1-8B ./sql-ft -o zoo/sql
+    deltafold compress Llama-3.1-8B ./sql-ft -o zoo/sql \\
+        --codec bitdelta:bits=1 --set 'lm_head*=int:bits=8'
+    deltafold compress Llama-3.1-8B ./sql-ft -o archive/sql --codec lossless
+    """
+    from deltafold.compress import compress_checkpoint
+
+    chosen = read_recipe(codec, sets, recipe)
+    began = time.monotonic()
+    with output.progress() as progress:
+        report = compress_checkpoint(
+            base,
+            variant,
+            out,
+            recipe=chosen,
+            accept=accept,
+            overwrite=overwrite,
+            command=_command(base, variant, out, codec, sets, recipe, accept),
+            progress=progress,
+        )
+    seconds = time.monotonic() - began
+    output.result(_data(report, seconds), _text(report, seconds))
+
+
+def read_recipe(codec: str | None, sets: Sequence[str], recipe: str | None) -> Recipe:
+    """The recipe that options and file describe together.
+
+    Raises:
+        DeltafoldError: `unknown-codec`, `bad-recipe`, `bad-argument` or `not-found`.
+    """
+    from deltafold.compress import Recipe, parse_spec
+
+    chosen = Recipe.from_file(recipe) if recipe else Recipe()
+    if codec:
+        chosen = replace(chosen, default=parse_spec(codec))
+    return replace(chosen, overrides=(*chosen.overrides, *map(_override, sets)))
+
+
+def _override(text: str) -> tuple[str, Method]:
+    from deltafold.compress import DeltafoldError, parse_spec
+
+    pattern, equals, spec = text.partition("=")
+    if not (pattern and equals and spec):
+        raise DeltafoldError(
+            "bad-argument",
+            f"--set {text!r} is not of the form PATTERN=SPEC.",
+            fix="--set '*norm*=exact'",
+        )
+    try:
+        return pattern, parse_spec(spec)
+    except DeltafoldError as error:
+        usage = error.fix.removeprefix("--codec ")
+        fix = f"--set '{pattern}={usage}'" if usage != error.fix else error.fix
+        raise DeltafoldError(error.code, error.message, facts=error.facts, fix=fix) from error
+
+
+def _command(
+    base: str,
+    variant: str,
+    out: str,
+    codec: str | None,
+    sets: Sequence[str],
+    recipe: str | None,
+    accept: Sequence[str],
+) -> str:
+    """The command as the model card shows it; of a folder on this machine only the name."""
+    words = ["deltafold", "compress", _public(base), _public(variant), "-o", Path(out).name]
+    words += ["--codec", codec] if codec else []
+    words += ["--recipe", Path(recipe).name] if recipe else []
+    words += [word for text in sets for word in ("--set", text)]
+    words += [word for text in accept for word in ("--accept", text)]
+    return shlex.join(words)
+
+
+def _public(reference: str) -> str:
+    folder = Path(reference).expanduser()
+    return folder.resolve().name if folder.is_dir() else reference
+
+
+def _data(report: PackReport, seconds: float) -> dict[str, Any]:
+    from deltafold.server.cli.bar import peak_memory
+
+    manifest, totals = report.manifest, report.manifest.totals
+    return {
+        "out": str(report.out),
+        "delta_id": manifest.delta_id,
+        "bytes": totals.delta_bytes,
+        "variant_bytes": totals.variant_bytes,
+        "ratio": totals.ratio,
+        "coverage": totals.coverage,
+        "counts": {
+            "coded": len(manifest.tensors),
+            "unchanged": len(manifest.unchanged),
+            "absent": len(manifest.absent),
+        },
+        "accepted": list(manifest.accepted),
+        "recipe": manifest.recipe,
+        "base": manifest.base.model_dump(),
+        "worst": [{"tensor": name, "rel_error": error} for name, error in report.worst()],
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def _text(report: PackReport, seconds: float) -> str:
+    from deltafold.server.cli.bar import peak_memory_text
+
+    manifest, totals = report.manifest, report.manifest.totals
+    counts = f"{len(manifest.tensors)} coded, {len(manifest.unchanged)} equal to the base's"
+    if manifest.absent:
+        counts += f", {len(manifest.absent)} absent"
+    lines = [
+        ("size", f"{size(totals.delta_bytes)}, {totals.ratio:.2%} of {size(totals.variant_bytes)}"),
+        ("tensors", counts),
+        ("codec", manifest.codec_summary()),
+        ("base", f"{manifest.base.name}  ({manifest.base.fingerprint[:23]}...)"),
+    ]
+    worst = report.worst(1)
+    if worst and worst[0][1] > 0:
+        lines.append(("largest error", f"{worst[0][1]:.3f} of its delta, {worst[0][0]}"))
+    elif manifest.tensors:
+        lines.append(("largest error", "0: every tensor comes back bit for bit"))
+    if manifest.accepted:
+        lines.append(("accepted", ", ".join(manifest.accepted)))
+    lines.append(("took", f"{seconds:.1f} s, peak memory {peak_memory_text()}"))
+    return f"{report.out}: written and verified\n{facts(lines)}"

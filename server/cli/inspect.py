@@ -1,0 +1,203 @@
+"""`deltafold inspect`: what a delta holds, or which deltas a zoo holds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from deltafold.server.cli.output import Output, facts, output_options, size, table
+
+if TYPE_CHECKING:
+    from deltafold.compress import DeltaRepo, Manifest
+
+#: Looked for by name, so that telling a zoo from a delta needs no library.
+_MANIFEST = "delta_config.json"
+
+
+@click.command("inspect")
+@click.argument("delta_or_zoo", metavar="DELTA|ZOO")
+@click.option("--tensors", is_flag=True, help="List every tensor of a delta.")
+@output_options
+@click.pass_obj
+def inspect(output: Output, delta_or_zoo: str, tensors: bool) -> None:
+    """Show sizes, codecs, base and coverage of DELTA, or list the deltas of ZOO.
+
+    In a zoo, a delta that cannot be used is listed with the code of its error. The payload itself
+    is not read; `deltafold verify` does that.
+
+    \b
+    deltafold inspect zoo/sql --tensors
+    deltafold inspect zoo
+    """
+    from deltafold.compress import DeltaRepo
+
+    folder = Path(delta_or_zoo).expanduser()
+    deltas = _deltas_of(folder)
+    if deltas:
+        found = [_zoo_entry(path) for path in deltas]
+        total = sum(entry.get("bytes", 0) for entry in found)
+        data = {"kind": "zoo", "path": str(folder), "deltas": found, "bytes": total}
+        output.result(data, _zoo_text(folder, found, total, output))
+        return
+    repo = DeltaRepo.open(delta_or_zoo)
+    data = _summary(repo)
+    if tensors:
+        data["tensors"] = _tensors(repo.manifest)
+    output.result(data, _text(data))
+
+
+def _deltas_of(folder: Path) -> list[Path]:
+    """The delta repos in a folder that is not one itself; what a zoo serves."""
+    if not folder.is_dir() or (folder / _MANIFEST).is_file():
+        return []
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if (path / _MANIFEST).is_file()
+        and not path.name.startswith(".")
+        and not path.name.endswith(".partial")
+    )
+
+
+def _zoo_entry(folder: Path) -> dict[str, Any]:
+    from deltafold.compress import DeltafoldError, DeltaRepo
+
+    try:
+        return {"name": folder.name, "ok": True, **_summary(DeltaRepo.open(folder))}
+    except DeltafoldError as error:
+        return {"name": folder.name, "ok": False, "error": error.to_json()}
+
+
+def _summary(repo: DeltaRepo) -> dict[str, Any]:
+    manifest = repo.manifest
+    return {
+        "kind": "delta",
+        "path": str(repo.folder),
+        "delta_id": manifest.delta_id,
+        "format_version": manifest.format_version,
+        "base": manifest.base.model_dump(),
+        "variant": manifest.variant.model_dump(),
+        "codec": manifest.codec_summary(),
+        "recipe": manifest.recipe,
+        "bytes": manifest.totals.delta_bytes,
+        "payload_bytes": manifest.totals.payload_bytes,
+        "variant_bytes": manifest.totals.variant_bytes,
+        "ratio": manifest.totals.ratio,
+        "coverage": manifest.totals.coverage,
+        "lossless": repo.lossless,
+        "counts": {
+            "coded": len(manifest.tensors),
+            "unchanged": len(manifest.unchanged),
+            "absent": len(manifest.absent),
+        },
+        "terms": _by_term(manifest),
+        "accepted": list(manifest.accepted),
+        "quality": manifest.quality,
+        "created_by": manifest.created_by,
+        "command": manifest.command,
+    }
+
+
+def _by_term(manifest: Manifest) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = defaultdict(lambda: {"tensors": 0, "bytes": 0})
+    for entry in manifest.tensors.values():
+        kind = "+".join(_short(term) for term in entry.terms)
+        found[kind]["tensors"] += 1
+        found[kind]["bytes"] += entry.bytes
+    return dict(sorted(found.items()))
+
+
+def _short(term: dict[str, Any]) -> str:
+    """`rows(planes)`: a term's id with that of the term within."""
+    inner = term.get("inner")
+    return f"{term['id']}({_short(inner)})" if isinstance(inner, dict) else str(term["id"])
+
+
+def _tensors(manifest: Manifest) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "shape": list(entry.shape),
+            "dtype": entry.dtype,
+            "stored": "+".join(_short(term) for term in entry.terms),
+            "terms": list(entry.terms),
+            "bytes": entry.bytes,
+            "rel_error": entry.rel_error,
+        }
+        for name, entry in manifest.tensors.items()
+    ]
+    rows += [{"name": name, "stored": "unchanged", "bytes": 0} for name in manifest.unchanged]
+    rows += [{"name": name, "stored": "absent", "bytes": 0} for name in manifest.absent]
+    return sorted(rows, key=lambda row: str(row["name"]))
+
+
+def _text(data: dict[str, Any]) -> str:
+    base, counts = data["base"], data["counts"]
+    name = base["name"] + (f"@{base['revision']}" if base["revision"] else "")
+    lines = [
+        ("fine-tune", data["variant"]["name"]),
+        ("base", f"{name}  ({base['fingerprint'][:23]}...)"),
+        ("id", data["delta_id"]),
+        ("size", f"{size(data['bytes'])}, {data['ratio']:.2%} of {size(data['variant_bytes'])}"),
+        ("codec", data["codec"] + ("  (bit for bit)" if data["lossless"] else "")),
+        ("coverage", f"{data['coverage']:.0%}"),
+        (
+            "tensors",
+            f"{counts['coded']} coded, {counts['unchanged']} equal to the base's"
+            + (f", {counts['absent']} absent" if counts["absent"] else ""),
+        ),
+    ]
+    if data["accepted"]:
+        lines.append(("accepted", ", ".join(data["accepted"])))
+    lines += [(f"quality {key}", str(value)) for key, value in data["quality"].items()]
+    lines.append(("made by", data["created_by"]))
+    if data["command"]:
+        lines.append(("command", data["command"]))
+    rows = [[k, str(v["tensors"]), f"{v['bytes']:,}"] for k, v in data["terms"].items()]
+    text = f"{data['path']}\n{facts(lines)}"
+    if rows:
+        text += "\n\n" + table(["stored as", "tensors", "bytes"], rows, "tensors bytes")
+    if "tensors" in data:
+        text += "\n\n" + _tensor_table(data["tensors"])
+    return text
+
+
+def _tensor_table(tensors: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            row["name"],
+            "x".join(map(str, row.get("shape", []))) or "-",
+            row.get("dtype", "-"),
+            row["stored"],
+            f"{row['bytes']:,}",
+            f"{row['rel_error']:.4f}" if "rel_error" in row else "-",
+        ]
+        for row in tensors
+    ]
+    head = ["tensor", "shape", "dtype", "stored as", "bytes", "error"]
+    return table(head, rows, "bytes error")
+
+
+def _zoo_text(folder: Path, found: list[dict[str, Any]], total: int, output: Output) -> str:
+    whole = [e for e in found if e["ok"]]
+    rows = [
+        [
+            e["name"],
+            size(e["bytes"]),
+            f"{e['ratio']:.2%}",
+            e["codec"],
+            f"{e['base']['name']}  ({e['base']['fingerprint'][7:15]})",
+        ]
+        for e in whole
+    ]
+    text = f"{folder}: {len(whole)} deltas, {size(total)}"
+    if rows:
+        text += "\n" + table(["name", "size", "ratio", "codec", "base"], rows, "size ratio")
+    for entry in (e for e in found if not e["ok"]):
+        error = entry["error"]
+        head = output.style(f"error[{error['code']}]", fg="red")
+        text += f"\n{entry['name']}  {head}: {error['message']}"
+    return text

@@ -1,0 +1,478 @@
+"""Packing and restoring whole checkpoints."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from checkpoints import (
+    Pair,
+    assert_same,
+    base_tensors,
+    bits,
+    fine_tuned,
+    make_pair,
+    read_checkpoint,
+    write_checkpoint,
+)
+
+from deltafold.compress import (
+    DeltafoldError,
+    DeltaRepo,
+    Progress,
+    Recipe,
+    compress_checkpoint,
+    parse_spec,
+    restore_checkpoint,
+    verify_delta,
+)
+from deltafold.compress.terms import Codes, Exact, Lossless, Planes, Rows
+
+LOSSLESS = Recipe(default=parse_spec("lossless"))
+MATRIX = "model.layers.0.self_attn.q_proj.weight"
+TABLE = "model.embed_tokens.weight"
+
+
+def pack(pair: Pair, recipe: Recipe | None = None, **options) -> DeltaRepo:
+    compress_checkpoint(pair.base, pair.variant, pair.out, recipe=recipe, **options)
+    return DeltaRepo.open(pair.out)
+
+
+def restored(pair: Pair, **options) -> dict[str, torch.Tensor]:
+    out = pair.root / "restored"
+    restore_checkpoint(pair.out, pair.base, out, overwrite=True, **options)
+    return read_checkpoint(out)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_lossless_restores_every_bit(tmp_path, dtype):
+    pair = make_pair(tmp_path, dtype)
+    pair.variant_tensors[MATRIX][0, :3] = torch.tensor([float("nan"), float("inf"), -0.0])
+    write_checkpoint(pair.variant, pair.variant_tensors)
+    assert pack(pair, LOSSLESS).lossless
+    assert_same(restored(pair), pair.variant_tensors)
+    report = verify_delta(pair.out, base=pair.base, full=True)
+    assert report.restored == report.coded == len(pair.variant_tensors) - 1
+
+
+def test_lossless_restores_mixed_dtypes(tmp_path):
+    base = base_tensors(torch.float32)
+    variant = fine_tuned(base)
+    for number, name in enumerate(sorted(base)):
+        if base[name].is_floating_point():
+            base[name] = base[name].to([torch.bfloat16, torch.float32][number % 2])
+            variant[name] = variant[name].to([torch.float16, torch.bfloat16][number // 2 % 2])
+    pair = Pair(
+        tmp_path,
+        write_checkpoint(tmp_path / "base", base),
+        write_checkpoint(tmp_path / "variant", variant),
+        base,
+        variant,
+    )
+    pack(pair, LOSSLESS)
+    assert_same(restored(pair), variant)
+
+
+def test_lossless_sees_the_sign_of_a_zero(pair):
+    changed = pair.base_tensors[TABLE].clone()
+    changed[3] = 0.0
+    pair.base_tensors[TABLE] = changed
+    write_checkpoint(pair.base, pair.base_tensors)
+    negative = changed.clone()
+    negative[3, 5] = -0.0
+    pair.rewrite(model__embed_tokens__weight=negative)
+    pack(pair, LOSSLESS)
+    assert bits(restored(pair)[TABLE]) == bits(negative)
+
+
+def test_large_integers_come_back(pair):
+    large = torch.full((8, 4), 2**60)
+    pair.base_tensors["counts"] = large
+    write_checkpoint(pair.base, pair.base_tensors)
+    changed = large + torch.eye(8, 4, dtype=torch.int64)
+    pair.rewrite(counts=changed)
+    pack(pair)
+    assert torch.equal(restored(pair)["counts"], changed)
+
+
+def test_the_default_recipe(pair):
+    repo = pack(pair)
+    manifest = repo.manifest
+    assert manifest.totals.coverage == 1.0
+    assert manifest.unchanged == ("model.position_ids",)
+    (matrix,) = repo.terms(MATRIX)
+    assert isinstance(matrix, Planes)
+    assert (matrix.bits, matrix.group) == (4, 128)
+    for name in ("model.norm.weight", "model.layers.0.self_attn.q_proj.bias", "logit_scale"):
+        assert isinstance(repo.terms(name)[0], Exact)
+    found = restored(pair)
+    for name, value in pair.variant_tensors.items():
+        if repo.manifest.tensors.get(name) and not repo.exact(name):
+            delta = value.float() - pair.base_tensors[name].float()
+            error = (found[name].float() - value.float()).norm() / delta.norm()
+            assert error < 0.2, name
+            # The file's rounding to bf16 comes on top of what the codec misses.
+            assert abs(error - manifest.tensors[name].rel_error) < 0.03
+        else:
+            assert bits(found[name]) == bits(value), name
+
+
+def test_restoring_in_another_dtype(pair):
+    pack(pair)
+    wide = restored(pair, dtype=torch.float32)
+    own = restored(pair)
+    for name, value in own.items():
+        if value.is_floating_point():
+            assert wide[name].dtype == torch.float32
+            assert torch.equal(wide[name].to(value.dtype), value)
+        else:
+            assert wide[name].dtype == value.dtype
+
+
+def test_an_unchanged_fine_tune_costs_no_payload(pair):
+    write_checkpoint(pair.variant, pair.base_tensors)
+    repo = pack(pair)
+    assert repo.manifest.tensors == {}
+    assert repo.manifest.totals.payload_bytes == 0
+    assert_same(restored(pair), pair.base_tensors)
+
+
+def test_a_changed_dtype_alone_costs_nearly_nothing(tmp_path):
+    base = base_tensors(torch.bfloat16)
+    wide = {n: t.float() if t.is_floating_point() else t for n, t in base.items()}
+    pair = Pair(
+        tmp_path,
+        write_checkpoint(tmp_path / "base", base),
+        write_checkpoint(tmp_path / "variant", wide),
+        base,
+        wide,
+    )
+    repo = pack(pair)
+    assert repo.entry(MATRIX).bytes < 100
+    assert_same(restored(pair), wide)
+
+
+@pytest.mark.parametrize("spec", ["bitdelta:bits=4", "int", "lossless", "exact", "dare", "svd"])
+def test_embeddings_that_changed_in_part_are_rows(pair, spec):
+    table = pair.base_tensors[TABLE].clone()
+    table[[3, 17, 30]] += 0.25
+    pair.rewrite(model__embed_tokens__weight=table)
+    repo = pack(pair, Recipe(default=parse_spec(spec)))
+    (term,) = repo.terms(TABLE)
+    assert isinstance(term, Rows)
+    assert term.count == 3
+    found = restored(pair)[TABLE]
+    untouched = [row for row in range(table.shape[0]) if row not in (3, 17, 30)]
+    assert bits(found[untouched]) == bits(table[untouched])
+    if repo.exact(TABLE):
+        assert bits(found) == bits(table)
+
+
+@pytest.mark.parametrize("spec", ["bitdelta:bits=2", "int:bits=8", "lossless", "exact", "svd"])
+def test_added_rows_come_back_exactly(pair, spec):
+    more = torch.cat([pair.variant_tensors[TABLE], torch.randn(5, 40).to(torch.bfloat16)])
+    pair.rewrite(model__embed_tokens__weight=more)
+    repo = pack(pair, Recipe(default=parse_spec(spec)), accept=["resized"])
+    assert repo.manifest.accepted == ("resized",)
+    assert repo.entry(TABLE).base_shape == (48, 40)
+    found = restored(pair)[TABLE]
+    assert found.shape == (53, 40)
+    assert bits(found[48:]) == bits(more[48:])
+    if repo.exact(TABLE):
+        assert bits(found) == bits(more)
+    verify_delta(pair.out, base=pair.base, full=True)
+
+
+def test_only_added_rows(pair):
+    table = pair.base_tensors[TABLE]
+    more = torch.cat([table, torch.ones(2, 40, dtype=torch.bfloat16)])
+    pair.rewrite(model__embed_tokens__weight=more)
+    for spec in ("bitdelta", "int", "svd", "dare", "lossless"):
+        pack(pair, Recipe(default=parse_spec(spec)), accept=["resized"], overwrite=True)
+        assert bits(restored(pair)[TABLE]) == bits(more), spec
+
+
+def test_a_longer_vector(pair):
+    name = "model.layers.0.self_attn.q_proj.bias"
+    longer = torch.cat([pair.variant_tensors[name], torch.ones(3, dtype=torch.bfloat16)])
+    pair.rewrite(**{name.replace(".", "__"): longer})
+    pack(pair, accept=["resized"])
+    assert bits(restored(pair)[name]) == bits(longer)
+
+
+@pytest.mark.parametrize("spec", ["bitdelta:bits=4", "lossless"])
+def test_fewer_rows(pair, spec):
+    fewer = pair.variant_tensors[TABLE][:40].clone()
+    pair.rewrite(model__embed_tokens__weight=fewer)
+    pack(pair, Recipe(default=parse_spec(spec)), accept=["resized"])
+    found = restored(pair)[TABLE]
+    assert found.shape == (40, 40)
+    if spec == "lossless":
+        assert bits(found) == bits(fewer)
+
+
+def test_new_tensors_are_exact(pair):
+    head = torch.randn(7, 40).to(torch.float16)
+    pair.rewrite(score__weight=head, score__scale=torch.tensor(2.0))
+    repo = pack(pair, accept=["new-tensors"])
+    assert repo.entry("score.weight").base_shape is None
+    assert isinstance(repo.terms("score.weight")[0], Exact)
+    assert bits(restored(pair)["score.weight"]) == bits(head)
+    assert restored(pair)["score.scale"].shape == ()
+
+
+def test_absent_tensors_are_recorded(pair):
+    pair.rewrite(lm_head__weight=None)
+    repo = pack(pair, accept=["missing-tensors"])
+    assert repo.manifest.absent == ("lm_head.weight",)
+    assert repo.manifest.totals.coverage == 1.0
+    assert "lm_head.weight" not in restored(pair)
+    verify_delta(pair.out, base=pair.base)
+
+
+def test_tied_in_both_is_simply_one_tensor_less(tmp_path):
+    base = {n: t for n, t in base_tensors().items() if n != "lm_head.weight"}
+    pair = Pair(
+        tmp_path,
+        write_checkpoint(tmp_path / "base", base),
+        write_checkpoint(tmp_path / "variant", fine_tuned(base)),
+        base,
+        fine_tuned(base),
+    )
+    pack(pair, LOSSLESS)
+    assert_same(restored(pair), pair.variant_tensors)
+
+
+def test_an_accepted_tokenizer_is_packed(pair):
+    pair.rewrite(words=("a", "b", "<new>"))
+    repo = pack(pair, accept=["tokenizer"])
+    assert repo.manifest.accepted == ("tokenizer",)
+    restored(pair)
+    theirs = (pair.variant / "tokenizer.json").read_bytes()
+    assert (pair.out / "tokenizer.json").read_bytes() == theirs
+    assert (pair.root / "restored" / "tokenizer.json").read_bytes() == theirs
+
+
+def test_padding_set_by_the_last_user_is_no_other_tokenizer(pair):
+    path = pair.variant / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "padding": {"length": 8}}))
+    assert pack(pair).manifest.accepted == ()
+
+
+def test_companions_go_along_and_nothing_executable_does(pair):
+    (pair.variant / "generation_config.json").write_text("{}")
+    (pair.variant / "chat_template.jinja").write_text("{{ messages }}")
+    (pair.variant / "additional_chat_templates").mkdir()
+    (pair.variant / "additional_chat_templates" / "tool.jinja").write_text("x")
+    (pair.variant / "LICENSE").write_text("free")
+    (pair.variant / "modeling_evil.py").write_text("import os")
+    (pair.variant / "pytorch_model.bin").write_bytes(b"pickle")
+    (pair.variant / "adapter_config.json").write_text("{}")
+    pack(pair)
+    files = set(tree(pair.out))
+    assert files == {
+        "LICENSE",
+        "README.md",
+        "additional_chat_templates/tool.jinja",
+        "base_tensors.json",
+        "chat_template.jinja",
+        "config.json",
+        "delta.safetensors",
+        "delta_config.json",
+        "generation_config.json",
+        "report/tensors.csv",
+        "tokenizer.json",
+    }
+    (pair.out / "preprocessor_config.json").write_text("put there later")
+    restored(pair)
+    again = set(tree(pair.root / "restored"))
+    assert again == {
+        "LICENSE",
+        "additional_chat_templates/tool.jinja",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+
+
+def test_two_runs_give_the_same_bytes(pair, tmp_path):
+    first, second = tmp_path / "one" / "sql", tmp_path / "two" / "sql"
+    for out in (first, second):
+        compress_checkpoint(pair.base, pair.variant, out, command="deltafold compress a b")
+    assert tree(first) == tree(second)
+
+
+def test_sharded_checkpoints_are_the_same_model(pair, tmp_path):
+    base = write_checkpoint(tmp_path / "shards" / "base", pair.base_tensors, shards=3)
+    variant = write_checkpoint(tmp_path / "shards" / "variant", pair.variant_tensors, shards=2)
+    whole, parted = tmp_path / "a", tmp_path / "b"
+    compress_checkpoint(pair.base, pair.variant, whole)
+    compress_checkpoint(base, variant, parted)
+    assert tree(whole) == tree(parted)
+    verify_delta(whole, base=base)
+
+
+def test_a_payload_in_shards(pair, monkeypatch):
+    from deltafold.compress import pipeline
+    from deltafold.compress.shards import ShardWriter
+
+    def small(folder, stem, metadata):
+        return ShardWriter(folder, stem, metadata, max_bytes=4000)
+
+    monkeypatch.setattr(pipeline, "ShardWriter", small)
+    repo = pack(pair, LOSSLESS)
+    shards = sorted(path.name for path in pair.out.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert shards[0] == f"delta-00001-of-{len(shards):05}.safetensors"
+    index = json.loads((pair.out / "delta.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(shards)
+    assert "delta.safetensors.index.json" in repo.manifest.files
+    assert_same(restored(pair), pair.variant_tensors)
+    (pair.out / shards[1]).unlink()
+    with pytest.raises(DeltafoldError, match="missing") as caught:
+        DeltaRepo.open(pair.out)
+    assert caught.value.code == "truncated"
+
+
+def test_a_restored_checkpoint_in_shards(pair, monkeypatch):
+    from deltafold.compress import restore
+    from deltafold.compress.checkpoint import Checkpoint
+    from deltafold.compress.shards import ShardWriter
+
+    def small(folder, stem, metadata, max_bytes):
+        return ShardWriter(folder, stem, metadata, max_bytes=8000)
+
+    monkeypatch.setattr(restore, "ShardWriter", small)
+    pack(pair, LOSSLESS)
+    assert_same(restored(pair), pair.variant_tensors)
+    assert len(Checkpoint.open(pair.root / "restored").files) > 1
+
+
+def test_a_lossless_delta_stands_for_its_fine_tune(pair, tmp_path):
+    archive, small, direct = tmp_path / "archive", tmp_path / "small", tmp_path / "direct"
+    compress_checkpoint(pair.base, pair.variant, archive, recipe=LOSSLESS)
+    compress_checkpoint(pair.base, archive, small)
+    compress_checkpoint(pair.base, pair.variant, direct)
+    assert DeltaRepo.open(small).digest == DeltaRepo.open(direct).digest
+    one, other = (DeltaRepo.open(p).manifest.variant.fingerprint for p in (small, direct))
+    assert one == other
+
+
+def test_a_lossy_delta_does_not(pair, tmp_path):
+    pack(pair)
+    with pytest.raises(DeltafoldError, match="lossy") as caught:
+        compress_checkpoint(pair.base, pair.out, tmp_path / "again")
+    assert caught.value.code == "not-lossless"
+
+
+def test_last_match_wins(pair):
+    recipe = Recipe(
+        overrides=(
+            ("*", parse_spec("exact")),
+            ("*proj*", parse_spec("int:bits=8")),
+            (MATRIX, parse_spec("lossless")),
+        )
+    )
+    repo = pack(pair, recipe)
+    assert isinstance(repo.terms(MATRIX)[0], Lossless)
+    assert isinstance(repo.terms("model.layers.0.mlp.up_proj.weight")[0], Codes)
+    assert isinstance(repo.terms("model.patch.conv.weight")[0], Exact)
+
+
+def test_yaml_is_the_same_as_code(pair, tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        """
+default: bitdelta:bits=2
+vectors: lossless
+tensors:
+  "*proj*": {codec: int, bits: 8}
+  "lm_head*": exact
+"""
+    )
+    same = Recipe(
+        default=parse_spec("bitdelta:bits=2"),
+        vectors=parse_spec("lossless"),
+        overrides=(("*proj*", parse_spec("int:bits=8")), ("lm_head*", parse_spec("exact"))),
+    )
+    read = Recipe.from_file(path)
+    assert read == same
+    assert Recipe.from_mapping(read.to_json()) == same
+    repo = pack(pair, read)
+    assert Recipe.from_mapping(repo.manifest.recipe) == same
+
+
+def test_the_report_and_the_card(pair):
+    report = compress_checkpoint(pair.base, pair.variant, pair.out, command="deltafold compress x")
+    assert report.coverage == 1.0
+    assert 0 < report.ratio < 2
+    name, worst = report.worst(1)[0]
+    assert worst == max(e.rel_error for e in report.manifest.tensors.values())
+    with (pair.out / "report" / "tensors.csv").open() as file:
+        rows = {row["tensor"]: row for row in csv.DictReader(file)}
+    assert set(rows) == set(report.manifest.tensors)
+    assert int(rows[name]["bytes"]) == report.manifest.tensors[name].bytes
+    text = (pair.out / "README.md").read_text()
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["base_model"] == ["base"]
+    assert head["library_name"] == "deltafold"
+    assert "codec-planes" in head["tags"]
+    assert "deltafold compress x" in text
+
+
+def test_sizes_are_what_is_on_the_disk(pair):
+    manifest = pack(pair).manifest
+    on_disk = {name: len(data) for name, data in tree(pair.out).items()}
+    for name, entry in manifest.files.items():
+        assert on_disk[name] == entry.bytes
+    assert manifest.totals.delta_bytes == sum(e.bytes for e in manifest.files.values())
+    assert set(on_disk) - set(manifest.files) == {
+        "README.md",
+        "delta_config.json",
+        "report/tensors.csv",
+    }
+    variant = sum(len(bits(t)) for t in pair.variant_tensors.values())
+    assert manifest.totals.variant_bytes == variant
+
+
+def test_every_file_can_be_read_by_others(pair):
+    before = os.umask(0o022)
+    try:
+        pack(pair)
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in pair.out.rglob("*") if path.is_file()}
+    assert modes == {0o644}
+
+
+def test_progress_counts_every_tensor(pair):
+    events: list[Progress] = []
+    pack(pair, progress=events.append)
+    for phase, runs in (("hash", 2), ("pack", 1), ("verify", 1)):
+        mine = [event for event in events if event.phase == phase]
+        assert len(mine) == sum(1 for e in mine if e.done == e.total) * mine[0].total
+        assert sum(1 for e in mine if e.done == e.total) == runs
+
+
+def test_overwriting_replaces_the_whole_folder(pair):
+    first = pack(pair).digest
+    (pair.out / "notes.md").write_text("mine")
+    second = pack(pair, LOSSLESS, overwrite=True).digest
+    assert first != second
+    assert "notes.md" not in tree(pair.out)
+    assert sorted(path.name for path in pair.out.parent.iterdir()) == ["delta"]

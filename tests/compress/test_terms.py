@@ -1,0 +1,297 @@
+"""Every registered term against the shared checks."""
+
+from __future__ import annotations
+
+import pytest
+import term_checks as checks
+import torch
+from term_checks import Case
+
+from deltafold.compress import DeltafoldError
+from deltafold.compress.terms import (
+    REGISTRY,
+    Codes,
+    Context,
+    Exact,
+    Lossless,
+    LowRank,
+    Planes,
+    Rows,
+    Sparse,
+    config_of,
+    is_exact,
+    rows_and_columns,
+    term_from_config,
+)
+from deltafold.compress.terms.base import register
+
+CASES = [
+    Case(Planes(bits=1, scale="tensor", scale_format="float32"), error=0.61),
+    Case(Planes(bits=1, scale="row"), error=0.61),
+    Case(Planes(bits=2, scale="row", scale_format="float32"), error=0.37),
+    Case(Planes(bits=4, scale="group", group=32), error=0.18),
+    Case(Planes(bits=8, scale="group", group=1000), error=0.12),
+    Case(Codes(bits=8), error=0.011),
+    Case(Codes(bits=4, group=32), error=0.13),
+    Case(Codes(bits=4, scale_format="float32"), error=0.16),
+    Case(Codes(bits=2, group=7), error=0.50),
+    Case(Codes(bits=2, group=10**12), error=0.60),
+    Case(LowRank(rank=4), error=1.0),
+    Case(LowRank(rank=64), error=1e-3),
+    Case(LowRank(rank=64, factor_format="float32"), error=1e-5),
+    Case(Sparse(mask="seed", drop=0.5, seed=7), error=None),
+    Case(Sparse(mask="seed", drop=0.0, value_format="float32"), error=0.0),
+    Case(Sparse(mask="bitmap"), error=1e-3),
+    Case(Exact(), error=0.0),
+    Case(Lossless(), error=0.0),
+    Case(Lossless(level=1), error=0.0),
+    Case(Rows(), error=0.16, scalars=False),
+    Case(Rows(inner=Planes(bits=4)), error=0.20, scalars=False),
+    Case(Rows(inner=Lossless()), error=0.0, scalars=False),
+    Case(Rows(inner=Rows(inner=Exact())), error=0.0, scalars=False),
+]
+EXACT = [Exact(), Lossless(), Rows(inner=Exact()), Rows(inner=Lossless())]
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def test_every_registered_term_has_a_case():
+    assert {(type(c.term).id, type(c.term).version) for c in CASES} == set(REGISTRY)
+
+
+@every_case
+def test_error_is_as_promised(case):
+    checks.check_error(case)
+
+
+@every_case
+@pytest.mark.parametrize(
+    "check",
+    [
+        checks.check_deterministic,
+        checks.check_promise,
+        checks.check_config,
+        checks.check_decoded,
+        checks.check_zero,
+        checks.check_homogeneous,
+    ],
+)
+def test_shapes(case, check):
+    for shape in checks.SHAPES:
+        check(case, shape)
+    if case.scalars:
+        check(case, ())
+
+
+def _patterns(dtype: torch.dtype) -> torch.Tensor:
+    """Every bit pattern of a 16-bit dtype, or many of a wider one, as a matrix."""
+    if dtype.itemsize == 1:
+        return torch.arange(256, dtype=torch.uint8).view(dtype).reshape(16, 16)
+    if dtype.itemsize == 2:
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+        return every.view(dtype).reshape(256, 256)
+    words = torch.int32 if dtype.itemsize == 4 else torch.int64
+    draw = torch.Generator().manual_seed(5)
+    info = torch.iinfo(words)
+    some = torch.randint(info.min, info.max, (64, 64), generator=draw, dtype=words)
+    some[0, :8] = torch.tensor([0, info.min, -1, 1, info.max, 2, 3, 4], dtype=words)
+    return some.view(dtype)
+
+
+every_exact = pytest.mark.parametrize(
+    "term", EXACT, ids=["exact", "lossless", "rows-exact", "rows-lossless"]
+)
+
+
+@every_exact
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+        torch.float64,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    ],
+    ids=str,
+)
+def test_exact_terms_keep_every_bit(term, dtype):
+    variant = _patterns(dtype)
+    raw = variant.view(torch.uint8)  # some dtypes cannot be flipped themselves
+    for base in (raw.flip(0), raw.flip(1), torch.zeros_like(raw)):
+        checks.check_bit_exact(term, base.contiguous().view(dtype), variant)
+
+
+@every_exact
+def test_exact_terms_keep_booleans(term):
+    variant = torch.tensor([[True, False, True], [False, False, True]])
+    checks.check_bit_exact(term, ~variant, variant)
+
+
+@pytest.mark.parametrize("term", [Exact(), Lossless()], ids=str)
+def test_exact_terms_need_no_base(term):
+    checks.check_bit_exact(term, None, _patterns(torch.bfloat16))
+
+
+@pytest.mark.parametrize("inner", [Exact(), Lossless()], ids=str)
+def test_rows_see_what_a_difference_does_not(inner):
+    # -0 equals 0, 2**60 + 1 is 2**60 in float32, and NaN differs from itself.
+    zeros = torch.zeros(4, 8, dtype=torch.bfloat16)
+    negative = zeros.clone()
+    negative[2, 3] = -0.0
+    checks.check_bit_exact(Rows(inner=inner), zeros, negative)
+    large = torch.full((4, 8), 2**60)
+    checks.check_bit_exact(Rows(inner=inner), large, large + torch.eye(4, 8, dtype=torch.int64))
+    nan = torch.full((4, 8), float("nan"), dtype=torch.bfloat16)
+    checks.check_bit_exact(Rows(inner=inner), nan, nan.clone())
+
+
+def test_rows_keep_an_unchanged_row_in_another_dtype():
+    base = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    variant = base.to(torch.bfloat16)
+    checks.check_bit_exact(Rows(inner=Exact()), base, variant)
+
+
+def test_rows_store_changed_rows_only():
+    base = torch.zeros(10, 16, dtype=torch.bfloat16)
+    variant = base.clone()
+    variant[[2, 7]] = 1
+    delta = variant.float()
+    encoded = Rows(inner=Codes(bits=8)).encode(delta, Context("w", base, variant))
+    assert encoded.parts["index"].tolist() == [2, 7]
+    assert encoded.parts["inner.codes"].shape == (2, 16)
+    torch.testing.assert_close(encoded.term.decode(encoded.parts, (10, 16), Context("w")), delta)
+
+
+def test_added_rows_are_values():
+    base = torch.zeros(4, 8, dtype=torch.bfloat16)
+    variant = torch.cat([base, torch.full((2, 8), 3.0, dtype=torch.bfloat16)])
+    padded = torch.cat([base, torch.zeros(2, 8, dtype=torch.bfloat16)])
+    term = Rows(inner=Planes(), added=2)
+    encoded = term.encode(variant.float(), Context("w", padded, variant))
+    assert encoded.parts["added"].dtype == torch.bfloat16
+    found = encoded.term.decode(encoded.parts, (6, 8), Context("w", padded))
+    assert torch.equal(found, variant.float())
+
+
+def test_exact_inside_rows_is_exact_and_planes_are_not():
+    assert is_exact(Rows(inner=Exact()))
+    assert not is_exact(Rows(inner=Planes()))
+    assert not is_exact(Planes())
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((), (1, 1)),
+        ((5,), (1, 5)),
+        ((4, 6), (4, 6)),
+        ((2, 3, 32), (6, 32)),
+        ((2, 3, 31), (2, 93)),
+        ((4, 3, 3, 3), (4, 27)),
+        ((2, 3, 4, 64), (2, 768)),
+    ],
+)
+def test_rows_and_columns(shape, expected):
+    assert rows_and_columns(shape) == expected
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: Planes(bits=0), "bits"),
+        (lambda: Planes(bits=9), "bits"),
+        (lambda: Planes(scale="group"), "group"),
+        (lambda: Planes(scale="row", group=8), "group"),
+        (lambda: Planes(scale="all"), "scale"),
+        (lambda: Codes(bits=3), "bits"),
+        (lambda: Codes(group=-1), "group"),
+        (lambda: LowRank(rank=0), "rank"),
+        (lambda: Sparse(drop=1.0), "drop"),
+        (lambda: Sparse(drop=float("nan")), "drop"),
+        (lambda: Sparse(seed=-1), "seed"),
+        (lambda: Sparse(mask="none"), "mask"),
+        (lambda: Lossless(level=23), "level"),
+        (lambda: Lossless(lengths=(1, 2, 3)), "lengths"),
+        (lambda: Exact(dtype="F7"), "dtype"),
+        (lambda: Rows(inner="codes"), "inner"),
+    ],
+)
+def test_impossible_configurations_are_refused(make, field):
+    with pytest.raises(DeltafoldError, match=field) as caught:
+        make()
+    assert caught.value.code == "bad-recipe"
+
+
+PLANES = config_of(Planes())
+
+
+@pytest.mark.parametrize(
+    ("config", "code"),
+    [
+        ({**PLANES, "id": "waves"}, "unknown-codec"),
+        ({**PLANES, "v": 2}, "unknown-codec"),
+        ({**PLANES, "v": "1"}, "unknown-codec"),
+        ({**PLANES, "colour": 1}, "bad-manifest"),
+        ({k: v for k, v in PLANES.items() if k != "bits"}, "bad-manifest"),
+        ({**PLANES, "bits": "1"}, "bad-manifest"),
+        ({**PLANES, "bits": True}, "bad-manifest"),
+        ({**PLANES, "bits": 1.5}, "bad-manifest"),
+        ({**PLANES, "bits": None}, "bad-manifest"),
+        ({**PLANES, "bits": [1]}, "bad-manifest"),
+        ({**PLANES, "bits": 9}, "bad-manifest"),
+        ({**config_of(Rows()), "inner": 3}, "bad-manifest"),
+        ({**config_of(Rows()), "inner": {"id": "waves", "v": 1}}, "unknown-codec"),
+        ({**config_of(Lossless()), "lengths": ["1", "2"]}, "bad-manifest"),
+        ({}, "unknown-codec"),
+    ],
+)
+def test_configurations_from_elsewhere_are_refused(config, code):
+    with pytest.raises(DeltafoldError) as caught:
+        term_from_config(config, where="some delta")
+    assert caught.value.code == code
+
+
+def test_two_terms_cannot_share_an_id():
+    with pytest.raises(AssertionError, match="share the id"):
+        register(Planes)
+
+
+def test_a_damaged_stream_is_an_error():
+    delta, context = checks.make_context((8, 8))
+    encoded = Lossless().encode(delta, context)
+    for stream in (torch.zeros(9, dtype=torch.uint8), encoded.parts["stream0"][:-3]):
+        with pytest.raises(DeltafoldError) as caught:
+            encoded.term.decode({**encoded.parts, "stream0": stream}, (8, 8), context)
+        assert caught.value.code == "checksum"
+
+
+def test_a_stream_may_not_inflate_beyond_its_tensor():
+    _, context = checks.make_context((2048, 8))
+    bomb = Lossless().encode(torch.zeros(2048, 8), context)
+    small = Context("w", torch.zeros(1, 8, dtype=torch.bfloat16))
+    with pytest.raises(DeltafoldError, match="wrong length"):
+        bomb.term.decode(bomb.parts, (1, 8), small)
+
+
+@pytest.mark.parametrize("index", [[1, 1], [2, 1], [-1, 2], [0, 8]])
+def test_an_index_must_ascend_within_the_tensor(index):
+    delta, context = checks.make_context((8, 8))
+    encoded = Rows().encode(delta * (torch.arange(8) < 2).reshape(8, 1), context)
+    parts = {**encoded.parts, "index": torch.tensor(index, dtype=torch.int32)}
+    with pytest.raises(DeltafoldError, match="ascend"):
+        encoded.term.decode(parts, (8, 8), Context("w"))
+
+
+def test_a_mask_must_keep_as_many_entries_as_there_are_values():
+    delta, context = checks.make_context((4, 8))
+    encoded = Sparse(mask="bitmap").encode(delta, context)
+    parts = {**encoded.parts, "mask": torch.zeros(4, dtype=torch.uint8)}
+    with pytest.raises(DeltafoldError, match="number of entries"):
+        encoded.term.decode(parts, (4, 8), Context("w"))

@@ -1,0 +1,29 @@
+"""What every test gets: a home of its own, no network, and tiny checkpoints on demand."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from checkpoints import Pair, make_pair
+from hypothesis import settings
+
+settings.register_profile("deltafold", deadline=None, database=None, derandomize=True)
+settings.load_profile("deltafold")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def deltafold_home(tmp_path_factory, monkeypatch):
+    """The cache of digests, empty and private to one test."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("DELTAFOLD_HOME", str(home))
+    for name in ("NO_COLOR", "DELTAFOLD_PROGRESS"):
+        monkeypatch.delenv(name, raising=False)
+    return home
+
+
+@pytest.fixture
+def pair(tmp_path) -> Pair:
+    """A base and a fine-tune of it, bf16, all kinds of tensors."""
+    return make_pair(tmp_path)

@@ -1,0 +1,139 @@
+"""Make golden files: bytes that every later release must still decode.
+
+    python tests/golden/make.py
+
+Writes `<id>-v<version>[-variant].safetensors` and `.json` for every case below that has no file yet.
+A file that exists is never written again: it stands for deltas that are out in the world. A term
+whose bytes change gets a new version, and a new case here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+
+from deltafold.compress.terms import (
+    Codes,
+    Context,
+    Exact,
+    ExactTerm,
+    Lossless,
+    LowRank,
+    Planes,
+    Rows,
+    Sparse,
+    Term,
+    config_of,
+    is_exact,
+)
+
+FOLDER = Path(__file__).parent
+#: The tensor's name is part of what is fixed: seeded masks depend on it.
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+class Golden(NamedTuple):
+    """A case: the file's name after id and version, a term, and the tensor that it codes.
+
+    Attributes:
+        rows: with `Rows`, how many of the shared rows changed.
+        without_base: the base has no such tensor.
+    """
+
+    variant: str
+    term: Term
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.bfloat16
+    rows: int | None = None
+    without_base: bool = False
+
+
+CASES = [
+    Golden("tensor", Planes(bits=1, scale="tensor", scale_format="float32"), (5, 27)),
+    Golden("row", Planes(bits=2, scale="row", scale_format="float32"), (3, 2, 33)),
+    Golden("group", Planes(bits=4, scale="group", group=16), (6, 40)),
+    Golden("2bit", Codes(bits=2, group=8), (5, 21)),
+    Golden("4bit", Codes(bits=4, scale_format="float32"), (4, 3, 3, 3)),
+    Golden("8bit", Codes(bits=8, group=16), (6, 40), torch.float32),
+    Golden("", LowRank(rank=3), (12, 20)),
+    Golden("float32", LowRank(rank=2, factor_format="float32"), (7, 9), torch.float16),
+    Golden("seed", Sparse(mask="seed", drop=0.75, seed=12345678901234567890), (8, 33)),
+    Golden("bitmap", Sparse(mask="bitmap", value_format="float32"), (5, 13)),
+    Golden("", Exact(), (3, 7)),
+    Golden("int64", Exact(), (2, 3), torch.int64),
+    Golden("scalar-new", Exact(), (), torch.float32, without_base=True),
+    Golden("bf16", Lossless(), (9, 31)),
+    Golden("f32", Lossless(level=9), (4, 5), torch.float32),
+    Golden("u8", Lossless(), (4, 5), torch.uint8),
+    Golden("raw", Lossless(), (4, 5), torch.float16, without_base=True),
+    Golden("codes", Rows(inner=Codes(bits=4)), (12, 10), rows=4),
+    Golden("planes-added", Rows(inner=Planes(bits=2), added=3), (12, 10), rows=4),
+    Golden("lossless-added", Rows(inner=Lossless(), added=2), (8, 10), rows=3),
+]
+
+
+def stem(case: Golden) -> str:
+    """The files' name without their endings."""
+    parts = [f"{case.term.id}-v{case.term.version}", *([case.variant] if case.variant else [])]
+    return "-".join(parts)
+
+
+def make(case: Golden) -> None:
+    """Write one case's two files."""
+    base, variant = _tensors(case)
+    context = Context(NAME, base, variant)
+    delta = variant.float() - (0 if base is None else base.float())
+    encoded = case.term.encode(delta, context)
+    reading = Context(NAME, base)
+    stored = {f"part.{key}": part for key, part in encoded.parts.items()}
+    stored["decoded"] = encoded.term.decode(encoded.parts, case.shape, reading).clone()
+    if base is not None:
+        stored["base"] = base
+    if is_exact(encoded.term):
+        assert isinstance(encoded.term, ExactTerm)
+        stored["restored"] = variant
+    description = {
+        "name": NAME,
+        "shape": list(case.shape),
+        "term": config_of(encoded.term),
+        # A product of factors is summed in another order by every matrix library.
+        "tolerance": 1e-6 if isinstance(case.term, LowRank) else 0.0,
+    }
+    save_file(stored, FOLDER / f"{stem(case)}.safetensors")
+    text = json.dumps(description, indent=2)
+    (FOLDER / f"{stem(case)}.json").write_text(f"{text}\n", "utf-8")
+
+
+def _tensors(case: Golden) -> tuple[torch.Tensor | None, torch.Tensor]:
+    draw = torch.Generator().manual_seed(len(stem(case)))
+    if not case.dtype.is_floating_point:
+        base = torch.randint(0, 200, case.shape, generator=draw).to(case.dtype)
+        variant = torch.randint(0, 200, case.shape, generator=draw).to(case.dtype)
+    else:
+        base = torch.randn(case.shape, generator=draw).mul(0.1).to(case.dtype)
+        step = torch.randn(case.shape, generator=draw) * 0.01
+        if case.rows is not None:
+            step[case.rows :] = 0
+        variant = (base.float() + step).to(case.dtype)
+    if isinstance(case.term, Rows) and case.term.added:
+        base[-case.term.added :] = 0
+        variant[-case.term.added :] = 0.5
+    return (None if case.without_base else base), variant
+
+
+def main() -> None:
+    """Write what is not there yet."""
+    for case in CASES:
+        if (FOLDER / f"{stem(case)}.json").exists():
+            print(f"kept  {stem(case)}")
+        else:
+            make(case)
+            print(f"wrote {stem(case)}")
+
+
+if __name__ == "__main__":
+    main()
