@@ -26,74 +26,88 @@ class Group:
 
     Attributes:
         variant: whose delta to add.
-        rows: int64 `[r]` batch rows, on the model's device.
-        scales: float32 `[r]` factors of the delta; None where all are 1.
+        size: batch rows of this variant; the groups' rows follow one another in `BatchState.rows`.
     """
 
     variant: LoadedVariant
-    rows: torch.Tensor
-    scales: torch.Tensor | None
+    size: int
 
 
 class BatchState:
-    """The current batch, shared by all hooks of one model; used by one thread."""
+    """The current batch, shared by all hooks of one model; used by one thread.
+
+    Attributes:
+        groups: variants with rows in this batch.
+        rows: int64, the batch rows of all groups, one group after the other, on the model's device.
+        scales: float32, the factor of each of these rows' deltas; None where all are 1.
+        size: rows of the whole batch.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.groups: tuple[Group, ...] = ()
-        self.size = 0
+        self._clear()
 
     @contextmanager
     def running(self, rows: Sequence[tuple[LoadedVariant | None, float]]) -> Iterator[None]:
         """Within it, batch row i runs `rows[i]`."""
         assert not self.groups, "batches do not nest"
-        self.size = len(rows)
-        self.groups = self._grouped(rows)
+        self._fill(rows)
         try:
             yield
         finally:
-            self.groups, self.size = (), 0
+            self._clear()
 
-    def rows_of(self, group: Group, leading: int, where: str) -> tuple[torch.Tensor, int]:
-        """A group's rows in a tensor whose first dimension is `leading`, and rows per batch row.
+    def rows_in(self, leading: int, where: str) -> tuple[torch.Tensor, int]:
+        """The groups' rows in a tensor whose first dimension is `leading`, and how many a batch row.
 
         Most modules see `[B, T, ...]`; some see all tokens in one dimension `[B * T, ...]`.
+
+        Raises:
+            DeltafoldError: `engine-unsupported` where that dimension cannot be the batch.
         """
         if leading == self.size:
-            return group.rows, 1
-        if self.size and leading % self.size == 0 and leading:
-            each = leading // self.size
-            within = torch.arange(each, device=group.rows.device)
-            return (group.rows.unsqueeze(1) * each + within).reshape(-1), each
-        raise DeltafoldError(
-            "engine-unsupported",
-            f"{where} does not keep requests apart: its input has {leading} rows for a batch of "
-            f"{self.size}.",
-            fix="restore this variant and serve it by itself",
-        )
+            return self.rows, 1
+        each, rest = divmod(leading, self.size)
+        if rest or not each:
+            raise DeltafoldError(
+                "engine-unsupported",
+                f"{where} does not keep requests apart: its input has {leading} rows for a batch of "
+                f"{self.size}.",
+                fix="restore this variant and serve it by itself",
+            )
+        within = torch.arange(each, device=self._device)
+        return (self.rows.unsqueeze(1) * each + within).reshape(-1), each
 
-    def _grouped(self, rows: Sequence[tuple[LoadedVariant | None, float]]) -> tuple[Group, ...]:
+    def spread_scales(self, each: int, like: torch.Tensor) -> torch.Tensor:
+        """The scales for rows from `rows_in`, shaped to multiply `like`."""
+        assert self.scales is not None
+        repeated = self.scales.repeat_interleave(each) if each > 1 else self.scales
+        return repeated.reshape(-1, *[1] * (like.dim() - 1)).to(like.dtype)
+
+    def _clear(self) -> None:
+        self.groups: tuple[Group, ...] = ()
+        self.rows = torch.empty(0, dtype=torch.int64, device=self._device)
+        self.scales: torch.Tensor | None = None
+        self.size = 0
+
+    def _fill(self, rows: Sequence[tuple[LoadedVariant | None, float]]) -> None:
         members: dict[int, list[int]] = {}
         for i, (variant, scale) in enumerate(rows):
             # Scale 0 is the base itself.
             if variant is not None and scale != 0:
                 members.setdefault(id(variant), []).append(i)
+        order = [i for indices in members.values() for i in indices]
         groups = []
         for indices in members.values():
             variant = rows[indices[0]][0]
             assert variant is not None
-            factors = [rows[i][1] for i in indices]
-            plain = all(f == 1 for f in factors)
-            groups.append(
-                Group(
-                    variant=variant,
-                    rows=torch.tensor(indices, device=self._device),
-                    scales=None
-                    if plain
-                    else torch.tensor(factors, dtype=torch.float32, device=self._device),
-                )
-            )
-        return tuple(groups)
+            groups.append(Group(variant, len(indices)))
+        self.size = len(rows)
+        self.rows = torch.tensor(order, dtype=torch.int64, device=self._device)
+        if any(rows[i][1] != 1 for i in order):
+            factors = [rows[i][1] for i in order]
+            self.scales = torch.tensor(factors, dtype=torch.float32, device=self._device)
+        self.groups = tuple(groups)
 
 
 def loaded_rows(rows: Sequence[Row]) -> list[tuple[LoadedVariant | None, float]]:

@@ -125,9 +125,7 @@ class CachePlan:
             if not (_is_attention(layer) or type(layer) in (_STATE_LAYER, _EMPTY_LAYER)):
                 raise _unsupported(f"layer {i} keeps a {type(layer).__name__}")
         self.recurrent = any(type(layer) is _STATE_LAYER for layer in self._templates)
-        types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-        stateful = types & {"linear_attention", "conv", "mamba"} or model._is_stateful
-        if _STATE_LAYER is None and stateful:
+        if _STATE_LAYER is None and _keeps_states(model):
             raise _unsupported("this release of transformers is too old for its recurrent layers")
 
     def new(self, columns: int) -> BatchCache:
@@ -137,6 +135,13 @@ class CachePlan:
             for layer in self._templates
         ]
         return BatchCache(layers)
+
+
+def _keeps_states(model: Any) -> bool:
+    """Whether a model has recurrent layers, for releases whose cache does not tell."""
+    types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    recurrent = types & {"linear_attention", "conv", "mamba"}
+    return bool(recurrent) or getattr(model, "_is_stateful", False)
 
 
 def _is_attention(layer: Any) -> bool:

@@ -333,6 +333,7 @@ class EmbeddedEngine:
     def _run(self) -> None:
         error: Exception | None = None
         try:
+            self._loop.enter_thread()
             while self._collect():
                 self._loop.step()
         except Exception as problem:  # a bug of ours: nobody may be left waiting

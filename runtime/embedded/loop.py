@@ -70,6 +70,12 @@ class Loop:
         """Rows and columns that memory is allocated for."""
         return self._cache.capacity if self._cache else (0, 0)
 
+    def enter_thread(self) -> None:
+        """Called first on the thread that will step."""
+        # The current device belongs to a thread, and kernels start on the current one.
+        if self._runner.device.type == "cuda":
+            torch.cuda.set_device(self._runner.device)
+
     @torch.inference_mode()
     def step(self) -> None:
         """Advance everything a little."""

@@ -21,6 +21,8 @@ from deltafold.runtime.engine import Sampling
 _COLDEST: Final = 1e-5
 #: Likeliest tokens looked at first on a CPU, where sorting a whole vocabulary is slow.
 _FIRST_LOOK: Final = 256
+#: Weights that are summed up together before looking closer.
+_BLOCK: Final = 512
 
 
 class RawLogprob(NamedTuple):
@@ -50,19 +52,24 @@ def choose(
     logits: torch.Tensor, samplings: Sequence[Sampling], generators: Sequence[Random]
 ) -> list[Choice]:
     """The next token of every row; `logits` are `[rows, vocabulary]` in any dtype."""
+    if logits.device.type == "mps":  # has no float64
+        logits = logits.cpu()
     tokens = logits.argmax(dim=-1)
     # NaN is the largest of all to argmax, so one look at the winner finds broken logits.
     winners = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
     drawn = [i for i, s in enumerate(samplings) if s.temperature >= _COLDEST]
     if drawn:
-        at = torch.tensor(drawn, device=logits.device)
         numbers = [generators[i].random() for i in drawn]
-        tokens[at] = _draw(logits[at].float(), [samplings[i] for i in drawn], numbers)
+        own = [samplings[i] for i in drawn]
+        _put(tokens, drawn, _draw(_rows(logits, drawn).float(), own, numbers))
     table = [tokens.double().unsqueeze(1), winners.isfinite().double().unsqueeze(1)]
     asked = [i for i, s in enumerate(samplings) if s.logprobs is not None]
     if asked:
         most = max(samplings[i].logprobs or 0 for i in asked)
-        table += _logprob_columns(logits, tokens, asked, most)
+        found = torch.cat(_logprobs_of(_rows(logits, asked), _rows(tokens, asked), most), dim=1)
+        columns = found.new_zeros((len(samplings), found.shape[1]))
+        _put(columns, asked, found)
+        table.append(columns)
     # float64 carries ids and float32 values without loss, so all of it travels together.
     host = torch.cat(table, dim=1).tolist()
     return [_to_choice(line, s) for line, s in zip(host, samplings, strict=True)]
@@ -80,7 +87,7 @@ def prompt_logprobs(
     """
     with torch.inference_mode():
         wanted = torch.tensor(list(targets), device=logits.device)
-        columns = _logprobs_of(logits.float(), wanted, top)
+        columns = _logprobs_of(logits, wanted, top)
         lines = torch.cat(columns, dim=1).tolist()
     return [
         (RawLogprob(target, line[0]), _pairs(line[1:], top))
@@ -90,20 +97,9 @@ def prompt_logprobs(
 
 def _logprobs_of(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> list[torch.Tensor]:
     """float64 columns: the tokens' log-probabilities, then `top` values, then `top` ids."""
-    logprobs = logits.log_softmax(dim=-1)
+    logprobs = logits.float().log_softmax(dim=-1)
     values, ids = logprobs.topk(min(top, logits.shape[-1]), dim=-1)
     return [logprobs.gather(1, tokens.unsqueeze(1)).double(), values.double(), ids.double()]
-
-
-def _logprob_columns(
-    logits: torch.Tensor, tokens: torch.Tensor, asked: list[int], top: int
-) -> list[torch.Tensor]:
-    """`_logprobs_of` for the rows that asked, zeros for the others."""
-    at = torch.tensor(asked, device=logits.device)
-    found = torch.cat(_logprobs_of(logits[at].float(), tokens[at], top), dim=1)
-    columns = found.new_zeros((logits.shape[0], found.shape[1]))
-    columns[at] = found
-    return [columns]
 
 
 def _to_choice(line: list[float], sampling: Sampling) -> Choice:
@@ -125,34 +121,29 @@ def _draw(
     """Tokens for rows that sample: float32 logits `[rows, vocabulary]`, one number per row."""
     device, vocabulary = logits.device, logits.shape[-1]
     heat = torch.tensor([s.temperature for s in samplings], device=device).unsqueeze(1)
-    # The maximum goes first: the quotient stays in range for every temperature.
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / heat
+    probabilities = (logits / heat).softmax(dim=-1)
     uniform = torch.tensor(numbers, dtype=torch.float64, device=device).unsqueeze(1)
     # Each row's path depends on its own settings, so that company cannot change its rounding.
     cut = [i for i, s in enumerate(samplings) if s.top_p < 1 or 0 < s.top_k < vocabulary]
     whole = [i for i in range(len(samplings)) if i not in cut]
     tokens = torch.empty(len(samplings), dtype=torch.long, device=device)
     if whole:
-        at = torch.tensor(whole, device=device)
-        tokens[at] = _walk(scaled[at].softmax(dim=-1), uniform[at])
+        _put(tokens, whole, _walk(_rows(probabilities, whole), _rows(uniform, whole)))
     if cut:
-        at = torch.tensor(cut, device=device)
-        tokens[at] = _draw_truncated(scaled[at], [samplings[i] for i in cut], uniform[at])
+        own = [samplings[i] for i in cut]
+        _put(tokens, cut, _draw_truncated(_rows(probabilities, cut), own, _rows(uniform, cut)))
     return tokens
 
 
 def _draw_truncated(
-    scaled: torch.Tensor, samplings: Sequence[Sampling], uniform: torch.Tensor
+    probabilities: torch.Tensor, samplings: Sequence[Sampling], uniform: torch.Tensor
 ) -> torch.Tensor:
     """Top-k first, then top-p of what is left, as transformers and vLLM do."""
-    vocabulary = scaled.shape[-1]
-    top_k = torch.tensor([s.top_k or vocabulary for s in samplings], device=scaled.device)
-    top_p = torch.tensor(
-        [s.top_p for s in samplings], dtype=torch.float64, device=scaled.device
-    ).unsqueeze(1)
-    probabilities = scaled.softmax(dim=-1)
+    vocabulary, device = probabilities.shape[-1], probabilities.device
+    top_k = torch.tensor([s.top_k or vocabulary for s in samplings], device=device)
+    top_p = torch.tensor([s.top_p for s in samplings], dtype=torch.float64, device=device)
     look = vocabulary
-    if scaled.device.type == "cpu":
+    if device.type == "cpu":
         look = min(vocabulary, max([_FIRST_LOOK, *(s.top_k for s in samplings)]))
     while True:
         found, order = probabilities.topk(look, dim=-1)
@@ -161,7 +152,7 @@ def _draw_truncated(
         found = found.masked_fill(
             torch.arange(look, device=found.device) >= top_k.unsqueeze(1), 0.0
         )
-        limit = top_p * torch.where(top_k < vocabulary, found.sum(dim=-1), 1.0).unsqueeze(1)
+        limit = (top_p * torch.where(top_k < vocabulary, found.sum(dim=-1), 1.0)).unsqueeze(1)
         before = found.cumsum(dim=-1) - found
         if look == vocabulary or bool(((before[:, -1:] >= limit) | (found[:, -1:] == 0)).all()):
             break
@@ -171,8 +162,32 @@ def _draw_truncated(
 
 
 def _walk(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Index per row at which the cumulative weight passes `uniform` of the total."""
-    reached = weights.double().cumsum(dim=-1)
-    passed = reached > uniform * reached[:, -1:]
-    # The first True; argmax gives the first of equal maxima.
-    return passed.to(torch.uint8).argmax(dim=-1)
+    """Index per row at which the cumulative weight passes `uniform` of the total.
+
+    First the block in which that happens, then the place inside: a running sum over a whole
+    vocabulary costs more than all the rest of sampling.
+    """
+    padded = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % _BLOCK))
+    blocks = padded.view(weights.shape[0], -1, _BLOCK)
+    sums = blocks.sum(dim=-1, dtype=torch.float64)
+    ends = sums.cumsum(dim=-1)
+    goal = uniform * ends[:, -1:]
+    block = _first(ends > goal)
+    row = torch.arange(len(block), device=block.device)
+    begin = (ends - sums)[row, block].unsqueeze(1)
+    inside = begin + blocks[row, block].double().cumsum(dim=-1)
+    return block * _BLOCK + _first(inside > goal)
+
+
+def _first(flags: torch.Tensor) -> torch.Tensor:
+    """Index of the first True of every row; argmax gives the first of equal maxima."""
+    return flags.to(torch.uint8).argmax(dim=-1)
+
+
+def _rows(tensor: torch.Tensor, at: list[int]) -> torch.Tensor:
+    """`tensor[at]`, without a copy where that is all of it."""
+    return tensor if len(at) == len(tensor) else tensor[torch.tensor(at, device=tensor.device)]
+
+
+def _put(tensor: torch.Tensor, at: list[int], values: torch.Tensor) -> None:
+    tensor[torch.tensor(at, device=tensor.device)] = values

@@ -14,6 +14,7 @@ from deltafold.compress.terms import (
     Planes,
     Rows,
     Sparse,
+    Term,
     rows_and_columns,
 )
 from deltafold.runtime.kernels.base import DeltaMatrix, Sum
@@ -22,8 +23,10 @@ from deltafold.runtime.kernels.reference import Dense, RowSubset
 from deltafold.runtime.kernels.simple import Factors, csr
 from deltafold.runtime.kernels.tables import PackedTable
 
-#: Below this share of entries kept, compressed rows beat a dense product on a CPU.
+#: Below this share of entries kept, compressed rows beat a dense product on a CPU, unless the matrix
+#: is so small that the call costs more than the product.
 _SPARSE_BELOW = 0.3
+_SPARSE_FROM = 2**18
 #: More planes than this read more memory packed than a dense bfloat16 copy does.
 _MOST_PLANES = 4
 
@@ -77,8 +80,7 @@ def _product(
     if isinstance(term, Rows):
         return _row_subset(term, encoded, shape, context, target)
     delta = term.decode(parts, shape, context).reshape(matrix)
-    sparse = isinstance(term, Sparse) and term.count < _SPARSE_BELOW * delta.numel()
-    if sparse and target.device.type == "cpu":
+    if target.device.type == "cpu" and _is_sparse(term, delta):
         return csr(delta, target.device)
     return Dense(delta.to(target.device, target.dtype))
 
@@ -106,6 +108,11 @@ def _table(
         a, b = term.factors(parts)
         return Factors(a.to(target.device, target.dtype), b.to(target.device, target.dtype))
     delta = term.decode(parts, shape, context).reshape(rows_and_columns(shape))
-    if isinstance(term, Sparse) and term.count < _SPARSE_BELOW * delta.numel():
+    if _is_sparse(term, delta):
         return csr(delta, target.device)
     return Dense(delta.to(target.device, target.dtype))
+
+
+def _is_sparse(term: Term, delta: torch.Tensor) -> bool:
+    few = isinstance(term, Sparse) and term.count < _SPARSE_BELOW * delta.numel()
+    return few and delta.numel() >= _SPARSE_FROM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -48,7 +49,7 @@ def test_every_plane_lowers_the_error(scale):
     for bits in range(1, 9):
         (encoded,) = BitDelta(bits=bits, scale=scale).encode(delta, Context("w"))
         errors.append(error(decode(encoded, (64, 256)), delta))
-    assert all(later < earlier for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(errors))
 
 
 @pytest.mark.parametrize(("scale", "group"), [("tensor", 0), ("row", 0), ("group", 32)])

@@ -29,7 +29,7 @@ SPECS = [
     "exact",
     "lossless",
 ]
-SHAPES = [(64, 256), (48, 96), (17, 32), (33, 100), (1, 7), (130, 640)]
+SHAPES = [(64, 256), (48, 96), (17, 32), (33, 100), (1, 7), (130, 640), (520, 512)]
 
 
 def encoded(spec: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Encoded], Context]:

@@ -1,0 +1,239 @@
+"""Every command: what it prints, in text and in JSON, and the status it ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import jsonschema
+import pytest
+import torch
+from checkpoints import assert_same, read_checkpoint
+from click.testing import CliRunner
+
+from deltafold.compress import METHODS, schema, version
+from deltafold.server.cli.main import cli
+
+BASIC = ("--codec", "bitdelta:bits=2", "--set", "lm_head*=int:bits=8", "--set", "*norm*=lossless")
+
+
+def run(*args, status: int = 0, env=None):
+    result = CliRunner().invoke(cli, [str(a) for a in args], env=env)
+    assert result.exit_code == status, f"{result.output}\n{result.exception!r}"
+    return result
+
+
+def run_json(*args, status: int = 0):
+    result = run(*args, "--json", status=status)
+    assert result.stdout.count("\n") == 1, result.stdout
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def packed(pair):
+    run("compress", pair.base, pair.variant, "-o", pair.out, *BASIC, "--quiet")
+    return pair
+
+
+def test_compress(pair):
+    result = run("compress", pair.base, pair.variant, "-o", pair.out, *BASIC)
+    assert "written and verified" in result.stdout
+    assert "10 coded, 1 equal to the base's" in result.stdout
+    assert "bitdelta:bits=2" in result.stdout
+    assert "pack: 11/11 tensors" in result.stderr
+    assert "GB/s" in result.stderr
+
+
+def test_compress_json(pair):
+    data = run_json("compress", pair.base, pair.variant, "-o", pair.out, *BASIC)
+    assert data["out"] == str(pair.out)
+    assert data["delta_id"].startswith("sha256:")
+    assert data["coverage"] == 1.0
+    assert data["counts"] == {"coded": 10, "unchanged": 1, "absent": 0}
+    assert data["bytes"] / data["variant_bytes"] == data["ratio"]
+    assert data["recipe"] == {
+        "default": "bitdelta:bits=2",
+        "vectors": "exact",
+        "tensors": {"lm_head*": "int:bits=8", "*norm*": "lossless"},
+    }
+    assert [set(w) for w in data["worst"]] == [{"tensor", "rel_error"}] * 5
+    assert data["peak_memory_bytes"] > 2**20
+
+
+def test_compress_lossless_says_so(pair):
+    result = run("compress", pair.base, pair.variant, "-o", pair.out, "--codec", "lossless")
+    assert "bit for bit" in result.stdout
+
+
+def test_quiet_and_no_progress(pair):
+    result = run("compress", pair.base, pair.variant, "-o", pair.out, "--quiet")
+    assert result.stderr == ""
+    again = ["compress", pair.base, pair.variant, "-o", pair.out, "--overwrite"]
+    assert run(*again, env={"DELTAFOLD_PROGRESS": "0"}).stderr == ""
+    assert run(*again).stderr != ""
+
+
+def test_the_recorded_command_names_no_place_on_this_machine(packed):
+    data = run_json("inspect", packed.out)
+    assert data["command"] == (
+        "deltafold compress base variant -o delta --codec bitdelta:bits=2 "
+        "--set 'lm_head*=int:bits=8' --set '*norm*=lossless'"
+    )
+    everything = b"".join(p.read_bytes() for p in packed.out.rglob("*") if p.is_file())
+    assert str(packed.root).encode() not in everything
+
+
+def test_a_recipe_file_comes_before_options(pair):
+    plan = pair.root / "plan.yaml"
+    plan.write_text('default: int\ntensors: {"*proj*": exact, "lm_head*": svd}\n')
+    options = ["--recipe", plan, "--codec", "bitdelta", "--set", "lm_head*=int:bits=8"]
+    data = run_json("compress", pair.base, pair.variant, "-o", pair.out, *options)
+    assert data["recipe"]["default"] == "bitdelta"
+    assert data["recipe"]["tensors"] == {"*proj*": "exact", "lm_head*": "int:bits=8"}
+    assert "--recipe plan.yaml" in run_json("inspect", pair.out)["command"]
+
+
+def test_options_and_yaml_give_the_same_delta(pair):
+    plan = pair.root / "plan.yaml"
+    plan.write_text(
+        'default: bitdelta:bits=2\ntensors: {"lm_head*": {codec: int, bits: 8}, "*norm*": lossless}'
+    )
+    one = run_json("compress", pair.base, pair.variant, "-o", pair.out, *BASIC)
+    two = run_json("compress", pair.base, pair.variant, "-o", pair.root / "b", "--recipe", plan)
+    assert one["delta_id"] == two["delta_id"]
+
+
+def test_accept(pair):
+    pair.rewrite(score__weight=torch.zeros(2, 40), words=("x", "y"))
+    accept = ["--accept", "new-tensors", "--accept", "tokenizer"]
+    result = run("compress", pair.base, pair.variant, "-o", pair.out, *accept)
+    assert "new-tensors, tokenizer" in result.stdout
+
+
+def test_inspect(packed):
+    text = run("inspect", packed.out).stdout
+    for part in ("base  (sha256:", "bitdelta:bits=2", "coverage", "100%", "planes", "codes"):
+        assert part in text
+    assert "model.norm.weight" not in text
+    text = run("inspect", packed.out, "--tensors").stdout
+    assert "model.norm.weight" in text
+    assert "unchanged" in text
+
+
+def test_inspect_json(packed):
+    data = run_json("inspect", packed.out)
+    assert data["kind"] == "delta"
+    assert data["base"]["name"] == "base"
+    assert data["variant"]["name"] == "variant"
+    assert not data["lossless"]
+    assert sum(term["tensors"] for term in data["terms"].values()) == 10
+    assert sum(term["bytes"] for term in data["terms"].values()) == data["payload_bytes"]
+    assert "tensors" not in data
+    tensors = run_json("inspect", packed.out, "--tensors")["tensors"]
+    assert {t["name"] for t in tensors} == set(packed.variant_tensors)
+    assert sum(t["bytes"] for t in tensors) == data["payload_bytes"]
+
+
+def test_inspect_a_zoo(packed):
+    zoo = packed.out.parent
+    shutil.copytree(packed.out, zoo / "broken")
+    (zoo / "broken" / "config.json").unlink()
+    (zoo / "older").mkdir()
+    (zoo / "older" / "delta_config.json").write_text('{"format": "deltafold"}')
+    for ignored in ("half.partial", ".hidden"):
+        shutil.copytree(packed.out, zoo / ignored)
+    (zoo / "notes.txt").write_text("no delta")
+    text = run("inspect", zoo).stdout
+    assert "1 deltas" in text
+    assert "broken  error[truncated]" in text
+    assert "older  error[bad-manifest]" in text
+    data = run_json("inspect", zoo)
+    assert data["kind"] == "zoo"
+    assert [(d["name"], d["ok"]) for d in data["deltas"]] == [
+        ("broken", False),
+        ("delta", True),
+        ("older", False),
+    ]
+    assert data["deltas"][0]["error"]["code"] == "truncated"
+    assert data["bytes"] == data["deltas"][1]["bytes"]
+
+
+def test_inspect_what_is_neither(pair):
+    assert "error[not-a-delta]" in run("inspect", pair.base, status=3).stderr
+    (pair.root / "empty").mkdir()
+    assert "error[not-a-delta]" in run("inspect", pair.root / "empty", status=3).stderr
+
+
+def test_verify(packed):
+    result = run("verify", packed.out)
+    assert "ok" in result.stdout
+    assert "the base was not checked" in result.stdout
+    result = run("verify", packed.out, "--base", packed.base, "--full")
+    assert "all 11 tensors are accounted for" in result.stdout
+    assert "lossy" in result.stdout
+    data = run_json("verify", packed.out, "--base", packed.base, "--full")
+    assert data["ok"] is True
+    assert (data["tensors"], data["coded"], data["base_checked"]) == (11, 10, True)
+    assert 0 < data["restored"] < 10
+
+
+def test_verify_finds_damage(packed):
+    path = packed.out / "delta.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    result = run("verify", packed.out, status=3)
+    assert result.stdout == ""
+    assert "error[checksum]" in result.stderr
+    assert "fix: " in result.stderr.splitlines()[-1]
+    assert run_json("verify", packed.out, status=3)["error"]["code"] == "checksum"
+
+
+def test_restore(pair):
+    run("compress", pair.base, pair.variant, "-o", pair.out, "--codec", "lossless")
+    out = pair.root / "again"
+    result = run("restore", pair.out, "--base", pair.base, "-o", out)
+    assert "11, of which 11 are the fine-tune's bit for bit" in result.stdout
+    assert_same(read_checkpoint(out), pair.variant_tensors)
+    assert (
+        "error[exists]" in run("restore", pair.out, "--base", pair.base, "-o", out, status=2).stderr
+    )
+    args = ["restore", pair.out, "--base", pair.base, "-o", out, "--overwrite"]
+    data = run_json(*args, "--dtype", "float32")
+    assert (data["tensors"], data["dtype"]) == (11, "float32")
+    assert read_checkpoint(out)["logit_scale"].dtype == torch.float32
+
+
+def test_codecs():
+    text = run("codecs").stdout
+    data = run_json("codecs")
+    assert [codec["id"] for codec in data["codecs"]] == sorted(METHODS)
+    assert {"id": "planes", "v": 1} in data["terms"]
+    for codec in data["codecs"]:
+        assert codec["id"] in text
+        assert codec["summary"] in text
+        for option in codec["options"]:
+            assert f"{option['name']}={option['default']}" in text
+
+
+def test_schema_describes_real_manifests(packed):
+    printed = json.loads(run("schema").stdout)
+    assert printed == run_json("schema") == schema()
+    manifest = json.loads((packed.out / "delta_config.json").read_text("utf-8"))
+    jsonschema.validate(manifest, printed)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**manifest, "colour": "red"}, printed)
+
+
+def test_version():
+    assert f"deltafold {version()}\n" in run("version").stdout
+    data = run_json("version")
+    assert data["deltafold"] == version()
+    assert data["torch"] == torch.__version__
+
+
+def test_the_home_of_the_cache(packed, deltafold_home):
+    path = packed.base / "model.safetensors"
+    os.utime(path, (1, 1))  # ctime is now all the same: too young for the cache
+    assert not (deltafold_home / "digests").exists()
