@@ -84,7 +84,7 @@ def encode_tensor(
 def measure(
     name: str, encoded: list[Encoded], delta: torch.Tensor, base: torch.Tensor | None
 ) -> TensorStats:
-    """Decode what was just coded and compare."""
+    """Decode what was just coded and compare; raises `not-finite` where the codec overflowed."""
     shape = tuple(delta.shape)
     context = Context(name, pad_rows(base, shape))
     decoded = torch.zeros(shape)
@@ -92,6 +92,12 @@ def measure(
         decoded += term.decode(parts, shape, context)
     norm = _norm(delta)
     error = _norm(delta - decoded) / norm if norm > 0 else 0.0
+    if not math.isfinite(error) and bool(torch.isfinite(delta).all()):
+        raise DeltafoldError(
+            "not-finite",
+            f"{name} has entries that are too large for its codec.",
+            fix=f"check the fine-tune, or keep this tensor as it is: --set '{name}=lossless'",
+        )
     weights = _norm(base.to(torch.float32)) if base is not None else 0.0
     magnitude = delta.abs()
     empty = delta.numel() == 0

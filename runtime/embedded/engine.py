@@ -67,8 +67,8 @@ class EmbeddedEngine:
             max_batch_tokens: bound of key-value memory, in rows times columns (every row takes as
                 many columns as the longest); None means that nothing but the two above bounds it.
                 Requests that outgrow it lose their row for a while and are read again.
-            prefill_chunk: most prompt tokens in one forward pass. Job requests wait for one
-                such pass per token while prompts are being read. Models with recurrent layers read
+            prefill_chunk: most prompt tokens in one forward pass. Running requests wait for
+                one such pass per token while prompts are being read. Models with recurrent layers read
                 prompts whole, one after another.
 
         Raises:

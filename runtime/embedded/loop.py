@@ -8,6 +8,7 @@ longer than one piece takes.
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -257,6 +258,8 @@ class Loop:
     def _fail(self, rows: Sequence[Job], error: Exception) -> None:
         ids = ", ".join(s.ticket.id for s in rows)
         _log.error("requests %s failed", ids, exc_info=error)
+        # Receivers keep the error; it must not keep a whole pass's tensors alive with it.
+        traceback.clear_frames(error.__traceback__)
         for job in rows:
             self._end(job, "error", error)
 

@@ -39,7 +39,7 @@ class Bar:
         self._done = event.done
         self._bytes += event.nbytes
         if self._live:
-            self._draw()
+            self._draw(last=event.done == event.total)
         elif event.done == event.total or time.monotonic() - self._printed >= _EVERY:
             self._print(event)
 
@@ -66,10 +66,12 @@ class Bar:
                 bar_format="{desc:<8}{n_fmt}/{total_fmt} tensors |{bar}|{postfix}, {remaining} left",
             )
 
-    def _draw(self) -> None:
+    def _draw(self, *, last: bool) -> None:
         assert self._bar is not None
         self._bar.set_postfix_str(f"{self._rate()}, peak {peak_memory_text()}", refresh=False)
         self._bar.update(self._done - self._bar.n)
+        if last:  # tqdm draws ten times a second at most, and a short run is shorter
+            self._bar.refresh()
 
     def _print(self, event: Progress) -> None:
         self._printed = time.monotonic()

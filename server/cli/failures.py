@@ -17,11 +17,11 @@ BUG = 1
 
 
 def interrupted(output: Output) -> int:
-    """Ctrl-C: nothing half-written is left, so there is nothing else to say."""
+    """Ctrl-C. Whatever was going on has cleaned up after itself."""
     if output.as_json:
         output.failure_json("interrupted", "interrupted")
     else:
-        click.echo("interrupted: nothing was written", err=True)
+        click.echo("interrupted", err=True)
     return INTERRUPTED
 
 

@@ -33,7 +33,9 @@ COMMANDS: Final[Mapping[str, Lazy]] = {
     "restore": Lazy(f"{_ROOM}.restore:restore", "Write the fine-tune as a full checkpoint again."),
     "serve": Lazy(f"{_ROOM}.serve:serve", "Serve a base and a zoo over the OpenAI API."),
     "chat": Lazy(f"{_ROOM}.chat:chat", "Talk to the variants of a running server."),
-    "demo": Lazy(f"{_ROOM}.demo:demo", "Serve the fine-tunes that come with deltafold.", "demo"),
+    "demo": Lazy(
+        f"{_ROOM}.demo:demo", "Pack, serve and compare real fine-tunes, all tiny.", "demo"
+    ),
     "codecs": Lazy(f"{_ROOM}.codecs:codecs", "List the codecs and their options."),
     "schema": Lazy(f"{_ROOM}.schema:schema", "Print the JSON schema of delta_config.json."),
     "version": Lazy(f"{_ROOM}.version:version", "Print the versions that matter in a report."),

@@ -109,6 +109,14 @@ def test_lossy_codecs_refuse_what_is_not_finite(pair, value, spec):
     verify_delta(pair.out, base=pair.base, full=True)
 
 
+def test_lossy_codecs_refuse_what_overflows(pair):
+    huge = torch.full((48, 40), 3e38, dtype=torch.bfloat16)
+    pair.rewrite(model__embed_tokens__weight=huge)
+    with refused("not-finite", TABLE, "=lossless"):
+        pack(pair, recipe=Recipe(default=parse_spec("bitdelta")))
+    assert nothing_left(pair.out)
+
+
 def test_a_pattern_without_a_tensor(pair):
     recipe = Recipe(overrides=(("layers.0.mlp", parse_spec("exact")),))
     with refused("bad-recipe", "layers.0.mlp", "*"):

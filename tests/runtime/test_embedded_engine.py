@@ -10,6 +10,7 @@ from typing import Any
 import pico
 import pytest
 import torch
+import transformers
 
 from deltafold.runtime.embedded import EmbeddedEngine
 from deltafold.runtime.engine import Chunk, Output, Request, Sampling
@@ -84,7 +85,8 @@ def test_a_mixed_crowd_gets_what_each_gets_alone(
 
 @pytest.mark.parametrize("family", ["Lfm2", "Qwen3_5Text"])
 def test_models_with_recurrent_layers(family: str, tmp_path: Path) -> None:
-    pytest.importorskip("transformers.cache_utils")
+    if not hasattr(transformers.cache_utils, "LinearAttentionLayer"):
+        pytest.skip("this release of transformers has no cache for recurrent layers")
     kinds = {"Lfm2": "conv", "Qwen3_5Text": "linear_attention"}
     changes: dict[str, Any] = {"layer_types": [kinds[family], "full_attention"]}
     if family == "Qwen3_5Text":
