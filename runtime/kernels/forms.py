@@ -17,9 +17,11 @@ from deltafold.compress.terms import (
     Term,
     rows_and_columns,
 )
+from deltafold.compress.terms.base import Parts
 from deltafold.runtime.kernels.base import DeltaMatrix, Sum
 from deltafold.runtime.kernels.cpu import codes_forms, planes_forms
 from deltafold.runtime.kernels.reference import Dense, RowSubset
+from deltafold.runtime.kernels.signs import codes_words, planes_words
 from deltafold.runtime.kernels.simple import Factors, csr
 from deltafold.runtime.kernels.tables import PackedTable
 
@@ -66,14 +68,10 @@ def _product(
     target: Target,
 ) -> DeltaMatrix:
     term, parts = encoded
-    packed = None
-    if target.device.type == "cpu" and target.dtype == torch.bfloat16:
-        if isinstance(term, Planes) and term.bits <= _MOST_PLANES:
-            packed = planes_forms(term, parts, matrix)
-        elif isinstance(term, Codes):
-            packed = codes_forms(term, parts, matrix)
-    if packed is not None:
-        return _sum(list(packed))
+    if isinstance(term, Planes | Codes) and target.device.type == "cpu":
+        packed = _packed(term, parts, matrix, target.dtype)
+        if packed is not None:
+            return packed
     if isinstance(term, LowRank):
         a, b = term.factors(parts)
         return Factors(a.to(target.device, target.dtype), b.to(target.device, target.dtype))
@@ -83,6 +81,25 @@ def _product(
     if target.device.type == "cpu" and _is_sparse(term, delta):
         return csr(delta, target.device)
     return Dense(delta.to(target.device, target.dtype))
+
+
+def _packed(
+    term: Planes | Codes, parts: Parts, matrix: tuple[int, int], dtype: torch.dtype
+) -> DeltaMatrix | None:
+    """Our own kernel where this machine has it, else torch's int4 product where that is fast."""
+    if isinstance(term, Codes):
+        words = codes_words(term, parts, matrix)
+    else:
+        words = planes_words(term, parts, matrix)
+    if words is not None:
+        return words
+    if dtype != torch.bfloat16:
+        return None
+    if isinstance(term, Codes):
+        forms = codes_forms(term, parts, matrix)
+    else:
+        forms = planes_forms(term, parts, matrix) if term.bits <= _MOST_PLANES else None
+    return None if forms is None else _sum(list(forms))
 
 
 def _row_subset(

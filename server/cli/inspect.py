@@ -193,7 +193,8 @@ def _zoo_text(folder: Path, found: list[dict[str, Any]], total: int, output: Out
         ]
         for e in whole
     ]
-    text = f"{folder}: {len(whole)} deltas, {size(total)}"
+    count = "1 delta" if len(whole) == 1 else f"{len(whole)} deltas"
+    text = f"{folder}: {count}, {size(total)}"
     if rows:
         text += "\n" + table(["name", "size", "ratio", "codec", "base"], rows, "size ratio")
     for entry in (e for e in found if not e["ok"]):

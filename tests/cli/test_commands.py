@@ -144,7 +144,7 @@ def test_inspect_a_zoo(packed):
         shutil.copytree(packed.out, zoo / ignored)
     (zoo / "notes.txt").write_text("no delta")
     text = run("inspect", zoo).stdout
-    assert "1 deltas" in text
+    assert ": 1 delta, " in text
     assert "broken  error[truncated]" in text
     assert "older  error[bad-manifest]" in text
     data = run_json("inspect", zoo)

@@ -7,9 +7,12 @@ import torch
 
 from deltafold.compress import parse_spec
 from deltafold.compress.terms import Codes, Context, Encoded, Rows
+from deltafold.runtime.kernels.base import Sum
 from deltafold.runtime.kernels.cpu import Int4
 from deltafold.runtime.kernels.forms import Target, product_form, table_form
-from deltafold.runtime.kernels.reference import dense_delta
+from deltafold.runtime.kernels.native import signs_library
+from deltafold.runtime.kernels.reference import Dense, dense_delta
+from deltafold.runtime.kernels.signs import SignWords
 
 CPU = torch.device("cpu")
 SPECS = [
@@ -74,14 +77,50 @@ def test_rows_equal_reference(spec: str, dtype: torch.dtype) -> None:
     assert (got - expected).abs().max() <= bound * max(expected.abs().max().item(), 1.0)
 
 
-def test_bfloat16_planes_and_codes_use_the_packed_product() -> None:
-    target = Target(CPU, torch.bfloat16)
-    terms, context = encoded("bitdelta", (64, 256), torch.bfloat16)
-    form = product_form(terms, (64, 256), context, target)
-    assert isinstance(form, Int4)
-    assert form.nbytes < 64 * 256  # half a byte a weight, and scales
-    terms, context = encoded("bitdelta", (64, 100), torch.bfloat16)
-    assert not isinstance(product_form(terms, (64, 100), context, target), Int4)
+PACKED = [
+    "bitdelta",
+    "bitdelta:bits=3,group=128",
+    "int:bits=4",
+    "int:bits=8,group=64",
+    "int:bits=2",
+]
+
+
+@pytest.mark.skipif(signs_library() is None, reason="needs AVX2 and a C compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("spec", PACKED)
+def test_planes_and_codes_use_our_kernel(spec: str, dtype: torch.dtype) -> None:
+    terms, context = encoded(spec, (64, 256), dtype)
+    form = product_form(terms, (64, 256), context, Target(CPU, dtype))
+    assert isinstance(form, SignWords)
+    assert form.nbytes < 64 * 256 * 2
+
+
+@pytest.mark.parametrize("spec", PACKED)
+@pytest.mark.parametrize("shape", [(64, 256), (33, 128), (48, 100)], ids=str)
+def test_without_a_compiler_torch_does_the_products(
+    spec: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltafold.runtime.kernels.signs.signs_library", lambda: None)
+    dtype = torch.bfloat16
+    terms, context = encoded(spec, shape, dtype)
+    form = product_form(terms, shape, context, Target(CPU, dtype))
+    assert isinstance(form, Int4 | Sum if shape[1] % 128 == 0 else Dense)
+    exact = dense_delta(terms, shape, context).to(torch.float64)
+    x = torch.randn(5, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = x.to(torch.float64) @ exact.T
+    assert (form.matmul(x).to(torch.float64) - expected).norm() / expected.norm() < 6e-3
+
+
+@pytest.mark.skipif(signs_library() is None, reason="needs AVX2 and a C compiler")
+def test_tokens_are_independent_of_each_other_and_of_outliers() -> None:
+    terms, context = encoded("bitdelta:bits=2", (96, 640), torch.float32)
+    form = product_form(terms, (96, 640), context, Target(CPU, torch.float32))
+    x = torch.randn(7, 640, generator=torch.Generator().manual_seed(2))
+    x[3, 17] = 1e5
+    together = form.matmul(x)
+    for i in range(len(x)):
+        assert torch.equal(form.matmul(x[i : i + 1])[0], together[i])
 
 
 @pytest.mark.parametrize("added", [0, 3])

@@ -1,0 +1,142 @@
+"""Sign planes and codes in the layout of `signs.c`: little more than a bit a weight and plane.
+
+Codes of b bits are b planes: with bits t_i in {0, 1} and s_i = 2 t_i - 1, a code is
+`q - 2**(b-1) = sum_i 2**(i-1) s_i - 1/2`, so its planes' scales are powers of two times the code's own,
+and the half that is left is a constant for each group, times the sum of the group's activations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+
+import torch
+
+from deltafold.compress.terms import Codes, Planes
+from deltafold.compress.terms.base import Parts
+from deltafold.runtime.kernels.native import signs_library
+
+_ROWS, _LOOKUPS, _COLUMNS, _ENTRIES = 32, 10, 3, 8
+_WORD = _LOOKUPS * _COLUMNS
+
+
+@dataclass(frozen=True)
+class SignWords:
+    """Packed signs.
+
+    Attributes:
+        words: int32 `[planes, blocks, groups * words, 32]`.
+        levels: float32 `[planes, groups, rows]`, rows padded to a multiple of 32.
+        offsets: float32 `[groups, rows]`, or None.
+        width: columns of a group.
+        rows: N.
+        columns: M.
+        library: the compiled kernel.
+    """
+
+    words: torch.Tensor
+    levels: torch.Tensor
+    offsets: torch.Tensor | None
+    width: int
+    rows: int
+    columns: int
+    library: ctypes.CDLL = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
+        held = [self.words, self.levels, *([] if self.offsets is None else [self.offsets])]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """`x @ D^T`; computed in float32."""
+        flat = x.to(torch.float32).contiguous()
+        planes, groups, rows = self.levels.shape
+        words = self.words.shape[2] // groups
+        scratch = torch.empty(groups * (words * _LOOKUPS * _ENTRIES + 1))
+        y = torch.empty(len(flat), rows)
+        self.library.signs_product(
+            flat.data_ptr(),
+            len(flat),
+            self.columns,
+            self.words.data_ptr(),
+            self.levels.data_ptr(),
+            None if self.offsets is None else self.offsets.data_ptr(),
+            planes,
+            groups,
+            self.width,
+            words,
+            rows,
+            scratch.data_ptr(),
+            y.data_ptr(),
+        )
+        return y[:, : self.rows].to(x.dtype)
+
+    def gather(self, index: torch.Tensor) -> torch.Tensor:
+        """Not for tables: the packed layout has no cheap rows."""
+        raise AssertionError("sign words are made for products only")
+
+
+def planes_words(term: Planes, parts: Parts, shape: tuple[int, int]) -> SignWords | None:
+    """Sign planes, or None where this machine has no kernel for them."""
+    library = signs_library()
+    if library is None:
+        return None
+    rows, columns = shape
+    width = term.group if term.scale == "group" else max(columns, 1)
+    plus = torch.stack([signs for signs, _ in term.planes(parts, shape)])
+    levels = term.levels(parts)
+    if levels.dim() == 1:
+        levels = levels.unsqueeze(1).expand(-1, rows)
+    if levels.dim() == 2:
+        levels = levels.unsqueeze(2)
+    return _packed(plus, levels.transpose(1, 2), None, width, library)
+
+
+def codes_words(term: Codes, parts: Parts, shape: tuple[int, int]) -> SignWords | None:
+    """Uniform codes as planes, or None where this machine has no kernel for them."""
+    library = signs_library()
+    if library is None:
+        return None
+    columns = shape[1]
+    width = term.group or max(columns, 1)
+    codes, scale = term.grid(parts, shape)
+    shifted = codes.to(torch.int32) + 2 ** (term.bits - 1)
+    plus = torch.stack([(shifted >> i & 1).bool() for i in range(term.bits)])
+    per_group = (scale[:, ::width] if scale.shape[1] > 1 else scale).T
+    levels = torch.stack([per_group * 2.0 ** (i - 1) for i in range(term.bits)])
+    return _packed(plus, levels, per_group * -0.5, width, library)
+
+
+def _packed(
+    plus: torch.Tensor,
+    levels: torch.Tensor,
+    offsets: torch.Tensor | None,
+    width: int,
+    library: ctypes.CDLL,
+) -> SignWords:
+    """Pack bool `[planes, N, M]` with levels `[planes, groups, N]` and offsets `[groups, N]`."""
+    planes, rows, columns = plus.shape
+    padding = -rows % _ROWS
+    groups = levels.shape[1]
+    words = -(-width // _WORD)
+    pad = torch.nn.functional.pad
+    bits = pad(plus.to(torch.uint8), (0, groups * width - columns, 0, padding))
+    bits = bits.reshape(planes, rows + padding, groups, width)
+    bits = pad(bits, (0, words * _WORD - width)).reshape(
+        planes, rows + padding, groups * words, _WORD
+    )
+    packed = torch.zeros(bits.shape[:-1], dtype=torch.int32)
+    for i in range(_WORD):
+        packed |= bits[..., i].to(torch.int32) << i
+    blocks = (rows + padding) // _ROWS
+    packed = packed.reshape(planes, blocks, _ROWS, groups * words).transpose(2, 3).contiguous()
+    return SignWords(
+        words=packed,
+        levels=pad(levels.to(torch.float32), (0, padding)).contiguous(),
+        offsets=None if offsets is None else pad(offsets, (0, padding)).contiguous(),
+        width=width,
+        rows=rows,
+        columns=columns,
+        library=library,
+    )
