@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,6 @@ def _cell(
     )
 
 
-def _share(hits: Any) -> float:
+def _share(hits: Iterable[bool]) -> float:
     values = list(hits)
     return sum(values) / len(values)

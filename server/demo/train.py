@@ -59,7 +59,7 @@ class Schedule:
 BASE_SCHEDULE: Final = Schedule(steps=500, lr=3e-3, warmup=50, weight_decay=0.05, seed=1)
 VARIANT_SCHEDULES: Final[dict[str, Schedule]] = {
     "shout": Schedule(steps=200, seed=2),
-    "reverse": Schedule(steps=300, seed=3),
+    "reverse": Schedule(steps=400, seed=3),
     "rot13": Schedule(steps=200, seed=4),
     "no-vowels": Schedule(steps=300, seed=5),
     "title": Schedule(steps=200, seed=6),
