@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test dev lint bench clean help
+.PHONY: demo test dev lint bench wheel clean help
 
 help:
 	@echo "make demo   set up, then serve 25 compressed fine-tunes from one base and compare them"
@@ -12,6 +12,7 @@ help:
 	@echo "make dev    set up an editable environment and the links that type checkers read"
 	@echo "make lint   ruff and mypy --strict"
 	@echo "make bench  the CPU benchmark of the delta kernels"
+	@echo "make wheel  build the wheel, install it into an empty environment, run the demo there"
 
 demo: $(STAMP)
 	$(BIN)/deltafold demo
@@ -29,6 +30,16 @@ lint: dev
 bench: $(STAMP)
 	$(BIN)/python benchmarks/linear_cpu.py
 
+# A fresh environment each time: what this proves is that the wheel alone is enough.
+wheel: $(STAMP)
+	rm -rf build dist .venv-wheel
+	$(BIN)/python -m build --wheel --outdir dist .
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[demo]"
+	cd / && "$(CURDIR)/.venv-wheel/bin/deltafold" demo --words 8
+	rm -rf build .venv-wheel
+
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
@@ -45,4 +56,4 @@ $(STAMP): pyproject.toml constraints.txt
 	ln -sfn ../../runtime/_api/py.typed $@/py.typed
 
 clean:
-	rm -rf $(VENV) .dev build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .dev build dist .venv-wheel *.egg-info .pytest_cache .mypy_cache .ruff_cache

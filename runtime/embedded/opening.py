@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ from deltafold.runtime.deltas import Deltas
 #: On a CPU, models up to this size in float32 run in float32: most CPUs are no slower at it, and
 #: answers are then exact to the last printed digit.
 _FLOAT32_BYTES = 2 * 2**30
+#: Smaller checkpoints are loaded before anybody could read transformers' progress bar.
+_WORTH_A_BAR = 2**30
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,10 @@ def open_model(
         ) from error
     checkpoint = Checkpoint.open(base)
     where = _device(device)
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=_dtype(dtype, checkpoint, where), local_files_only=True
-    )
+    with _quiet(checkpoint.nbytes() < _WORTH_A_BAR):
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder, dtype=_dtype(dtype, checkpoint, where), local_files_only=True
+        )
     model = model.to(where).eval()
     deltas = Deltas(
         model,
@@ -75,6 +81,20 @@ def open_model(
         digests=digest_source(checkpoint),
     )
     return Opened(model, deltas)
+
+
+@contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    from transformers.utils import logging
+
+    hide = quiet and logging.is_progress_bar_enabled()
+    if hide:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            logging.enable_progress_bar()
 
 
 def _device(device: str) -> torch.device:
@@ -97,7 +117,7 @@ def _dtype(
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype is None or dtype == "auto":
-        numbers = sum(e.stop - e.start for f in checkpoint.files for e in f.entries.values()) // 2
+        numbers = sum(math.prod(checkpoint.spec(name).shape) for name in checkpoint.names())
         small = device.type == "cpu" and 4 * numbers <= _FLOAT32_BYTES
         return torch.float32 if small else "auto"
     named = getattr(torch, dtype, None)
