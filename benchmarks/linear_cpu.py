@@ -11,6 +11,7 @@ checkpoints would do, a dense product a variant with weights of its own.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import platform
 import statistics
@@ -21,8 +22,9 @@ from pathlib import Path
 import torch
 
 from deltafold.compress import parse_spec
-from deltafold.compress.terms import Context
+from deltafold.compress.terms import Context, Encoded
 from deltafold.runtime.kernels.forms import Target, product_form
+from deltafold.runtime.kernels.native import signs_library
 
 CODECS = (
     "bitdelta:bits=1",
@@ -41,14 +43,16 @@ def main() -> None:
     options = _options()
     torch.manual_seed(0)
     size, variants = options.size, options.variants
-    rows = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        rows |= _cases(size, variants, dtype)
+    delta = torch.randn(size, size) * 1e-3
+    stored = {spec: parse_spec(spec).encode(delta, Context("layer.weight")) for spec in CODECS}
+    rows: dict[str, Callable[[], torch.Tensor]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        rows |= _cases(size, variants, dtype, stored)
     times = _round_robin(rows, options.rounds)
     table = [_row(name, times, size) for name in rows]
     _print(table, options)
     if options.json:
-        result = {"machine": platform.processor() or platform.machine(), "rows": table}
+        result = {"machine": machine(), "rows": table}
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n", "utf-8")
 
 
@@ -56,16 +60,17 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--variants", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json")
     return parser.parse_args()
 
 
-def _cases(size: int, variants: int, dtype: torch.dtype) -> dict[str, Callable[[], torch.Tensor]]:
+def _cases(
+    size: int, variants: int, dtype: torch.dtype, stored: dict[str, list[Encoded]]
+) -> dict[str, Callable[[], torch.Tensor]]:
     label = str(dtype).removeprefix("torch.")
     weight = torch.randn(size, size).to(dtype)
     x = torch.randn(variants, size).to(dtype)
-    delta = torch.randn(size, size) * 1e-3
     linear = torch.nn.functional.linear
 
     def base() -> torch.Tensor:
@@ -77,8 +82,7 @@ def _cases(size: int, variants: int, dtype: torch.dtype) -> dict[str, Callable[[
         return torch.cat([linear(x[i : i + 1], copies[i]) for i in range(variants)])
 
     cases = {f"{label} base": base, f"{label} dense copies": dense}
-    for spec in CODECS:
-        encoded = parse_spec(spec).encode(delta, Context("layer.weight"))
+    for spec, encoded in stored.items():
         forms = [
             product_form(encoded, (size, size), Context("layer.weight"), Target(x.device, dtype))
             for _ in range(variants)
@@ -124,12 +128,22 @@ def _row(name: str, times: dict[str, list[float]], size: int) -> dict[str, objec
     }
 
 
+def machine() -> dict[str, str]:
+    """What the figures depend on besides this code."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": platform.processor() or platform.machine(),
+        "vector": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "own kernel": "yes" if signs_library() else "no",
+    }
+
+
 def _print(table: list[dict[str, object]], options: argparse.Namespace) -> None:
-    print(
-        f"linear {options.size} x {options.size}, {options.variants} variants x 1 token, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"{torch.backends.cpu.get_cpu_capability()}"
-    )
+    print(f"linear {options.size} x {options.size}, {options.variants} variants x 1 token")
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
     print(f"{'dtype':<9} {'case':<28} {'min ms':>8} {'median':>8} {'x base':>7} {'x dense':>8}")
     for row in table:
         print(
