@@ -1,4 +1,4 @@
-"""The CPU's fast form: torch's int4 product, which carries any code of 1 to 4 bits.
+"""The CPU's portable fast form: torch's int4 product, which carries any code of 1 to 4 bits.
 
 `aten::_weight_int4pack_mm_for_cpu` multiplies by `(q - 8) * s + z` with q of 4 bits and (s, z) a group
 of columns, reading half a byte a weight where a dense bfloat16 copy reads two. A sign plane is q in
