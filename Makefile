@@ -28,7 +28,7 @@ lint: dev
 	$(BIN)/mypy -p deltafold
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/linear_cpu.py
+	$(BIN)/python benchmarks/linear.py
 
 # A fresh environment each time: what this proves is that the wheel alone is enough.
 wheel: $(STAMP)

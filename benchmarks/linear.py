@@ -1,6 +1,6 @@
-"""One linear layer on the CPU: the base alone, base + deltas of 8 variants, and 8 dense copies.
+"""One linear layer: the base alone, base + deltas of 8 variants, and 8 dense copies.
 
-    python benchmarks/linear_cpu.py [--size 4096] [--variants 8] [--json FILE]
+    python benchmarks/linear.py [--device cpu] [--size 4096] [--variants 8] [--json FILE]
 
 Everything is timed in one run, round-robin, so that a busy machine slows all rows alike. Printed are
 the minimum and median over the rounds, and ratios of minima. Rows: y = x W^T for 8 tokens (the base);
@@ -47,17 +47,18 @@ def main() -> None:
     stored = {spec: parse_spec(spec).encode(delta, Context("layer.weight")) for spec in CODECS}
     rows: dict[str, Callable[[], torch.Tensor]] = {}
     for dtype in (torch.float32, torch.bfloat16):
-        rows |= _cases(size, variants, dtype, stored)
-    times = _round_robin(rows, options.rounds)
+        rows |= _cases(size, variants, Target(torch.device(options.device), dtype), stored)
+    times = _round_robin(rows, options.rounds, options.device)
     table = [_row(name, times, size) for name in rows]
     _print(table, options)
     if options.json:
-        result = {"machine": machine(), "rows": table}
+        result = {"machine": machine(options.device), "rows": table}
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n", "utf-8")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--variants", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=30)
@@ -66,11 +67,12 @@ def _options() -> argparse.Namespace:
 
 
 def _cases(
-    size: int, variants: int, dtype: torch.dtype, stored: dict[str, list[Encoded]]
+    size: int, variants: int, target: Target, stored: dict[str, list[Encoded]]
 ) -> dict[str, Callable[[], torch.Tensor]]:
+    device, dtype = target.device, target.dtype
     label = str(dtype).removeprefix("torch.")
-    weight = torch.randn(size, size).to(dtype)
-    x = torch.randn(variants, size).to(dtype)
+    weight = torch.randn(size, size).to(device, dtype)
+    x = torch.randn(variants, size).to(device, dtype)
     linear = torch.nn.functional.linear
 
     def base() -> torch.Tensor:
@@ -84,7 +86,7 @@ def _cases(
     cases = {f"{label} base": base, f"{label} dense copies": dense}
     for spec, encoded in stored.items():
         forms = [
-            product_form(encoded, (size, size), Context("layer.weight"), Target(x.device, dtype))
+            product_form(encoded, (size, size), Context("layer.weight"), target)
             for _ in range(variants)
         ]
 
@@ -99,16 +101,20 @@ def _cases(
 
 
 def _round_robin(
-    cases: dict[str, Callable[[], torch.Tensor]], rounds: int
+    cases: dict[str, Callable[[], torch.Tensor]], rounds: int, device: str
 ) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in cases}
     with torch.inference_mode():
         for call in cases.values():
             call()
+        if device != "cpu":
+            torch.cuda.synchronize()
         for _ in range(rounds):
             for name, call in cases.items():
                 start = time.perf_counter()
                 call()
+                if device != "cpu":
+                    torch.cuda.synchronize()
                 times[name].append((time.perf_counter() - start) * 1e3)
     return times
 
@@ -128,11 +134,11 @@ def _row(name: str, times: dict[str, list[float]], size: int) -> dict[str, objec
     }
 
 
-def machine() -> dict[str, str]:
+def machine(device: str) -> dict[str, str]:
     """What the figures depend on besides this code."""
     return {
         "date": datetime.date.today().isoformat(),
-        "cpu": platform.processor() or platform.machine(),
+        "device": platform.machine() if device == "cpu" else torch.cuda.get_device_name(device),
         "vector": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
@@ -143,7 +149,7 @@ def machine() -> dict[str, str]:
 
 def _print(table: list[dict[str, object]], options: argparse.Namespace) -> None:
     print(f"linear {options.size} x {options.size}, {options.variants} variants x 1 token")
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    print(", ".join(f"{key} {value}" for key, value in machine(options.device).items()))
     print(f"{'dtype':<9} {'case':<28} {'min ms':>8} {'median':>8} {'x base':>7} {'x dense':>8}")
     for row in table:
         print(
