@@ -14,7 +14,8 @@ from deltafold.compress.errors import DeltafoldError
 NEXT = """\
 Next:
   deltafold demo --serve                      keep it running, then in another terminal:
-  deltafold chat --model shout-4bit           talk to a variant; /model reverse-4bit switches
+  deltafold chat --model shout-4bit           give it lower-case words of 3 to 8 letters, which is
+                                              all it knows; /model reverse-4bit switches
   deltafold compress BASE VARIANT -o zoo/NAME pack a fine-tune of your own
   deltafold serve BASE --zoo zoo              serve it"""
 

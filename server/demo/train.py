@@ -92,7 +92,7 @@ def train_base(
     with _reproducible(schedule.seed):
         model = _new_model()
         losses = _train(model, tasks.BASE_TASK, schedule, progress)
-    return _finish(model, tasks.BASE_TASK, out, losses, progress)
+        return _finish(model, tasks.BASE_TASK, out, losses, progress)
 
 
 def train_variant(
@@ -108,7 +108,7 @@ def train_variant(
     model, _ = load(base)
     with _reproducible(chosen.seed):
         losses = _train(model, task, chosen, progress)
-    return _finish(model, task, out, losses, progress)
+        return _finish(model, task, out, losses, progress)
 
 
 def retrain(out_folder: Path, progress: Progress = _quiet) -> dict[str, Trained]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ SHORT = train.Schedule(steps=10, batch=32, lr=3e-3, warmup=2, seed=1)
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return build_tokenizer()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_words() -> Iterator[None]:
+    """Models trained for a few steps end no answer early, and are slow to measure."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "EVALUATION_WORDS", 40)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +181,8 @@ def test_evaluation_counts_exact_answers_only(tokenizer: Any) -> None:
     model = _Scripted(answer, prompt_length=len(tokenizer(prompt_of("hello"))["input_ids"]))
     assert train.evaluate(model, tokenizer, "shout", ["hello", "world"]) == 0.5
     assert train.evaluate(model, tokenizer, "shout", []) == 0.0
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DeltafoldError, match="no demo model"):
+        train.train_variant(tmp_path / "nowhere", "shout", tmp_path / "shout")
