@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from deltafold.compress.checkpoint import Checkpoint as Checkpoint
     from deltafold.compress.errors import CODES as CODES
     from deltafold.compress.errors import DeltafoldError as DeltafoldError
+    from deltafold.compress.export import ExportReport as ExportReport
+    from deltafold.compress.export import export_peft as export_peft
+    from deltafold.compress.lora import import_lora as import_lora
     from deltafold.compress.manifest import Manifest as Manifest
     from deltafold.compress.manifest import schema as schema
     from deltafold.compress.methods import METHODS as METHODS
@@ -35,6 +38,7 @@ _HOMES = {
     "Checkpoint": "checkpoint",
     "DeltaRepo": "repo",
     "DeltafoldError": "errors",
+    "ExportReport": "export",
     "Manifest": "manifest",
     "Method": "methods",
     "PackReport": "pipeline",
@@ -43,6 +47,8 @@ _HOMES = {
     "RestoreReport": "restore",
     "VerifyReport": "verify",
     "compress_checkpoint": "pipeline",
+    "export_peft": "export",
+    "import_lora": "lora",
     "parse_spec": "methods",
     "restore_checkpoint": "restore",
     "schema": "manifest",

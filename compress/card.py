@@ -38,13 +38,17 @@ def write_card(folder: Path, manifest: Manifest, base: Reference) -> None:
     """`README.md`: the Hugging Face head, how to use the delta, sizes, recipe, command."""
     head = {
         "base_model": [manifest.base.name],
-        "base_model_relation": "quantized",
+        "base_model_relation": "adapter" if _is_lora(manifest) else "quantized",
         "library_name": "deltafold",
         "tags": ["delta", "deltafold", *sorted({f"codec-{c}" for c in _codecs(manifest)})],
     }
     (folder / "README.md").write_text(
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n{_body(manifest, base)}", "utf-8"
     )
+
+
+def _is_lora(manifest: Manifest) -> bool:
+    return manifest.codec_summary() == "lora"
 
 
 def _codecs(manifest: Manifest) -> set[str]:
@@ -63,10 +67,11 @@ def _body(manifest: Manifest, base: Reference) -> str:
         f"| {key} | {count} | {size:,} |" for key, (count, size) in sorted(by_codec.items())
     )
     worst = max((e.rel_error for e in manifest.tensors.values()), default=0.0)
+    kind = "A LoRA" if _is_lora(manifest) else "A full fine-tune"
     recipe = yaml.safe_dump(manifest.recipe, sort_keys=False).strip()
     return f"""# {manifest.variant.name}, as a delta against {manifest.base.name}
 
-A full fine-tune in {totals.delta_bytes:,} bytes, {totals.ratio:.1%} of its {totals.variant_bytes:,}
+{kind} in {totals.delta_bytes:,} bytes, {totals.ratio:.1%} of its {totals.variant_bytes:,}
 bytes of weights. It needs its base, `{name}`, whose content it knows by fingerprint
 (`{manifest.base.fingerprint}`).
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,41 @@ def companion_files(folder: Path) -> list[Path]:
     return found
 
 
+def named(folder: Path) -> dict[str, Path]:
+    """`companion_files` by their name within the folder."""
+    return {p.relative_to(folder).as_posix(): p for p in companion_files(folder)}
+
+
+def copy_files(files: Mapping[str, Path], folder: Path) -> None:
+    """Copy each file to its name within `folder`."""
+    for name, path in files.items():
+        copy = folder / name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def vocabulary(folder: Path) -> tuple[int | None, bool]:
+    """By a checkpoint's `config.json`: how many words it knows, and whether its tables are tied."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        text = config.get("text_config") or {}
+        words = config.get("vocab_size", text.get("vocab_size"))
+        tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+    except (OSError, ValueError, AttributeError):
+        return None, False
+    return words if isinstance(words, int) else None, tied is True
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder brings a tokenizer of its own."""
     return any((folder / name).is_file() for name in _VOCABULARIES)
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a companion file says how text becomes tokens, chat templates included."""
+    starts = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "additional_chat")
+    ends = (".model", ".tiktoken", ".spm", ".bpe")
+    return name in _VOCABULARIES or name.startswith(starts) or name.endswith(ends)
 
 
 def check_tokenizer(base: Path, variant: Path, *, accepted: bool) -> bool:

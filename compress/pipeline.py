@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
 
 from deltafold.compress import dtypes
 from deltafold.compress.card import write_card, write_tensor_table
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
-from deltafold.compress.companions import check_tokenizer, companion_files
+from deltafold.compress.companions import check_tokenizer, copy_files, named
 from deltafold.compress.encode import (
     TensorStats,
     check_exact,
@@ -43,7 +45,11 @@ from deltafold.compress.shards import ShardWriter
 from deltafold.compress.source import open_variant
 from deltafold.compress.staging import Staging
 from deltafold.compress.structure import Structure, compare
+from deltafold.compress.terms import Encoded
 from deltafold.compress.verify import check_payload
+
+#: The terms of a tensor that need no encoder, and the float32 delta that they stand for; or None.
+Given: TypeAlias = Callable[[str], tuple[list[Encoded], torch.Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -96,36 +102,73 @@ def compress_checkpoint(
     Raises:
         DeltafoldError: whatever is wrong, before anything stands under `out`.
     """
-    run = _Run(recipe or Recipe(), frozenset(accept), command, progress)
     source = Checkpoint.open(base)
     target = open_variant(variant, source)
-    structure = compare(source, target, run.accept)
-    tokenizer = check_tokenizer(
-        source.folder, target.reference.folder, accepted="tokenizer" in run.accept
+    companions = named(target.reference.folder)
+    return pack(
+        Job(source, target, companions, recipe or Recipe(), frozenset(accept), command, progress),
+        out,
+        overwrite=overwrite,
     )
-    run.check_patterns(target)
-    inputs = (source.folder, target.reference.folder)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is packed, and how.
+
+    Attributes:
+        source: the base.
+        target: the fine-tune.
+        companions: the small files of the delta repo: name there -> file to copy.
+        recipe: which codec for which tensor.
+        accept: differences in structure that are meant.
+        command: recorded in the manifest and card.
+        progress: called after every tensor.
+        given: terms that the fine-tune brings itself; the recipe has no say there.
+        record: the manifest's `recipe`; that of `recipe` if None.
+    """
+
+    source: Checkpoint
+    target: TensorSource
+    companions: Mapping[str, Path]
+    recipe: Recipe
+    accept: frozenset[str] = frozenset()
+    command: str = ""
+    progress: OnProgress = ignore
+    given: Given = lambda name: None
+    record: Mapping[str, Any] | None = None
+
+
+def pack(job: Job, out: str | Path, *, overwrite: bool = False) -> PackReport:
+    """Write a delta repo, the one way in which they are made.
+
+    Raises:
+        DeltafoldError: whatever is wrong, before anything stands under `out`.
+    """
+    run = _Run(job)
+    structure = compare(job.source, job.target, job.accept)
+    inputs = (job.source.folder, job.target.reference.folder)
+    tokenizer = check_tokenizer(*inputs, accepted="tokenizer" in job.accept)
+    run.check_patterns()
     with Staging(Path(out), overwrite=overwrite, inputs=inputs) as staging:
-        manifest, stats = run.write(source, target, structure, staging.folder, tokenizer)
-        check_payload(DeltaRepo.open(staging.folder), progress)
+        manifest, stats = run.write(structure, staging.folder, tokenizer)
+        check_payload(DeltaRepo.open(staging.folder), job.progress)
         staging.publish()
     return PackReport(Path(out), manifest, stats)
 
 
 @dataclass
 class _Run:
-    """One packing run: the choices, and what has come of them so far."""
+    """One packing run: what to do, and what has come of it so far."""
 
-    recipe: Recipe
-    accept: frozenset[str]
-    command: str
-    progress: OnProgress
+    job: Job
     entries: dict[str, TensorEntry] = field(default_factory=dict)
     unchanged: list[str] = field(default_factory=list)
     stats: dict[str, TensorStats] = field(default_factory=dict)
 
-    def check_patterns(self, target: TensorSource) -> None:
-        unused = self.recipe.unused(target.names())
+    def check_patterns(self) -> None:
+        target = self.job.target
+        unused = self.job.recipe.unused(target.names())
         if unused:
             raise DeltafoldError(
                 "bad-recipe",
@@ -135,35 +178,28 @@ class _Run:
             )
 
     def write(
-        self,
-        source: Checkpoint,
-        target: TensorSource,
-        structure: Structure,
-        folder: Path,
-        tokenizer: bool,
+        self, structure: Structure, folder: Path, tokenizer: bool
     ) -> tuple[Manifest, dict[str, TensorStats]]:
-        base_digests = self._hash(source)
+        job, target = self.job, self.job.target
+        base_digests = self._hash(job.source)
         variant_digests = self._hash(target)
         writer = ShardWriter(folder, "delta", {"format": FORMAT, "format_version": FORMAT_VERSION})
         names = target.names()
         for done, name in enumerate(names, 1):
-            self._tensor(name, source, target, base_digests, variant_digests, writer)
+            self._tensor(name, base_digests, variant_digests, writer)
             spec = target.spec(name)
             nbytes = math.prod(spec.shape) * dtypes.TORCH[spec.dtype].itemsize
-            self.progress(Progress("pack", name, done, len(names), nbytes))
+            job.progress(Progress("pack", name, done, len(names), nbytes))
         assert len(self.entries) + len(self.unchanged) == len(names)
         payload = writer.finish()
         _write_base_tensors(folder, base_digests)
-        for path in companion_files(target.reference.folder):
-            copy = folder / path.relative_to(target.reference.folder)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, copy)
+        copy_files(job.companions, folder)
         accepted = [*structure.accepted, *(["tokenizer"] if tokenizer else [])]
         manifest = self._manifest(
-            folder, payload, source, target, base_digests, variant_digests, accepted, structure
+            folder, payload, base_digests, variant_digests, accepted, structure
         )
         write_tensor_table(folder, manifest, self.stats)
-        write_card(folder, manifest, source.reference)
+        write_card(folder, manifest, job.source.reference)
         _write_json(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
         return manifest, self.stats
 
@@ -173,25 +209,21 @@ class _Run:
         def count(name: str, nbytes: int) -> None:
             nonlocal done
             done += 1
-            self.progress(Progress("hash", name, done, total, nbytes))
+            self.job.progress(Progress("hash", name, done, total, nbytes))
 
         return digest_source(source, count)
 
     def _tensor(
-        self,
-        name: str,
-        source: Checkpoint,
-        target: TensorSource,
-        base_digests: Digests,
-        variant_digests: Digests,
-        writer: ShardWriter,
+        self, name: str, base_digests: Digests, variant_digests: Digests, writer: ShardWriter
     ) -> None:
-        if base_digests.get(name) == variant_digests[name]:
+        source, given = self.job.source, self.job.given(name)
+        # A given difference may be too small to survive rounding; it still counts when it is served.
+        if given is None and base_digests.get(name) == variant_digests[name]:
             self.unchanged.append(name)
             return
-        value = target.tensor(name)
+        value = self.job.target.tensor(name)
         base = source.tensor(name) if name in source else None
-        encoded, delta = encode_tensor(name, value, base, self.recipe)
+        encoded, delta = given or encode_tensor(name, value, base, self.job.recipe)
         check_exact(name, encoded, value, base, variant_digests[name])
         for index, (_, parts) in enumerate(encoded):
             for key, part in parts.items():
@@ -205,8 +237,6 @@ class _Run:
         self,
         folder: Path,
         payload: list[Path],
-        source: Checkpoint,
-        target: TensorSource,
         base_digests: Digests,
         variant_digests: Digests,
         accepted: list[str],
@@ -218,13 +248,14 @@ class _Run:
         )
         delta_bytes = sum(f.bytes for n, f in files.items() if not is_evidence(n))
         covered = len(self.entries) + len(self.unchanged)
+        record = self.job.recipe.to_json() if self.job.record is None else dict(self.job.record)
         draft = Manifest(
             delta_id="sha256:" + "0" * 64,
-            base=_origin(source, base_digests),
-            variant=_origin(target, variant_digests),
+            base=_origin(self.job.source, base_digests),
+            variant=_origin(self.job.target, variant_digests),
             created_by=f"deltafold {version()}",
-            command=self.command,
-            recipe=self.recipe.to_json(),
+            command=self.job.command,
+            recipe=record,
             tensors=self.entries,
             unchanged=tuple(self.unchanged),
             absent=tuple(structure.absent),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 
 from deltafold.compress import dtypes
 from deltafold.compress.checkpoint import Checkpoint
-from deltafold.compress.companions import companion_files
+from deltafold.compress.companions import copy_files, named
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.fingerprint import digest_source
 from deltafold.compress.progress import OnProgress, Progress, ignore
@@ -100,12 +99,12 @@ def _on_top(base: torch.Tensor | None, delta: torch.Tensor) -> torch.Tensor:
     return delta
 
 
+def own_companions(repo: DeltaRepo) -> dict[str, Path]:
+    """The fine-tune's small files; one that the manifest does not list is none of them."""
+    return {n: p for n, p in named(repo.folder).items() if n in repo.manifest.files}
+
+
 def _copy_companions(repo: DeltaRepo, source: Checkpoint, folder: Path) -> None:
-    # A file that the manifest does not list is none of the fine-tune's.
-    listed = {repo.folder / name for name in repo.manifest.files}
-    for path in (p for p in companion_files(repo.folder) if p in listed):
-        copy = folder / path.relative_to(repo.folder)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
+    copy_files(own_companions(repo), folder)
     if not (folder / "config.json").is_file():
         raise DeltafoldError("not-a-delta", f"{repo.folder} has no config.json.")

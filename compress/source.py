@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from deltafold.compress.adapter import CONFIG_NAME
 from deltafold.compress.checkpoint import Checkpoint, Spec, TensorSource
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.fingerprint import digest_source
@@ -60,4 +61,10 @@ def open_variant(reference: str | Path, base: Checkpoint) -> TensorSource:
     found = resolve(reference)
     if (found.folder / MANIFEST_NAME).is_file():
         return RestoredSource(DeltaRepo.open(found), base)
+    if (found.folder / CONFIG_NAME).is_file() and not (found.folder / "config.json").is_file():
+        raise DeltafoldError(
+            "not-a-checkpoint",
+            f"{found.folder} is a LoRA, not a checkpoint.",
+            fix="deltafold import-lora BASE LORA -o DELTA",
+        )
     return Checkpoint.open(found)

@@ -134,7 +134,7 @@ class Staging:
             raise DeltafoldError(
                 "exists", f"{self._given} exists.", fix="choose another -o, or --overwrite"
             )
-        ours = ("delta_config.json", "config.json")
+        ours = ("delta_config.json", "config.json", "adapter_config.json")
         if not self.out.is_dir() or not any((self.out / name).is_file() for name in ours):
             raise DeltafoldError(
                 "exists",

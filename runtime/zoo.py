@@ -1,20 +1,24 @@
-"""The zoo: a folder of delta repos. A variant's name is its folder's; its identity is its digest."""
+"""The zoo: a folder of delta repos. A variant's name is its folder's; its identity is its digest.
+
+A PEFT LoRA folder in it is a variant too: on first sight it is imported into the cache folder.
+"""
 
 from __future__ import annotations
 
 import difflib
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from deltafold.compress import DeltafoldError, DeltaRepo
+from deltafold.compress.adapter import CONFIG_NAME, WEIGHTS_NAME
 from deltafold.compress.fingerprint import Digests
 from deltafold.compress.manifest import MANIFEST_NAME
 from deltafold.compress.verify import check_coverage
 
 #: How a file is recognised as the one that was read: replaced in place, it has another stamp.
-Stamp = tuple[int, int, int]
+Stamp = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -39,20 +43,28 @@ class Zoo:
     """Names to deltas, kept in step with the folder. Thread-safe.
 
     Args:
-        folder: holds delta repos, one folder each; None is an empty zoo.
+        folder: holds delta repos and LoRAs, one folder each; None is an empty zoo.
         base: the base's digests; a delta for another base is refused.
         base_name: as errors show it.
         reserved: names that stand for the base.
+        import_lora: makes a delta repo of a LoRA folder and returns its place; without it LoRA
+            folders are passed over.
     """
 
     def __init__(
-        self, folder: Path | None, base: Digests, base_name: str, reserved: Iterable[str]
+        self,
+        folder: Path | None,
+        base: Digests,
+        base_name: str,
+        reserved: Iterable[str],
+        import_lora: Callable[[Path], Path] | None = None,
     ) -> None:
         if folder is not None and not folder.is_dir():
             raise DeltafoldError("not-found", f"the zoo {folder} is not a folder.")
         self.folder = folder
         self._base, self._base_name = base, base_name
         self._reserved = frozenset(reserved)
+        self._import_lora = import_lora
         self._entries: dict[str, ZooEntry] = {}
         self._lock = threading.Lock()
         self.rescan()
@@ -100,8 +112,16 @@ class Zoo:
             for path in self.folder.iterdir()
             if not path.name.startswith(".")
             and not path.name.endswith(".partial")
-            and (path / MANIFEST_NAME).is_file()
+            and ((path / MANIFEST_NAME).is_file() or self._is_lora(path))
         )
+
+    def _is_lora(self, folder: Path) -> bool:
+        return self._import_lora is not None and (folder / CONFIG_NAME).is_file()
+
+    def _repo(self, folder: Path) -> DeltaRepo:
+        if self._import_lora is None or (folder / MANIFEST_NAME).is_file():
+            return DeltaRepo.open(folder)
+        return DeltaRepo.open(self._import_lora(folder))
 
     def _open(self, folder: Path, stamp: Stamp) -> ZooEntry:
         try:
@@ -111,7 +131,7 @@ class Zoo:
                     f"{folder} has the name of the base.",
                     fix="rename the folder: its name is the variant's",
                 )
-            repo = DeltaRepo.open(folder)
+            repo = self._repo(folder)
             repo.check_base(self._base, given=self._base_name)
             check_coverage(repo, self._base)
         except DeltafoldError as error:
@@ -131,7 +151,15 @@ class Zoo:
 
 def _stamp(folder: Path) -> Stamp:
     try:
-        stat = (folder / MANIFEST_NAME).stat()
+        return _stamp_of(folder / MANIFEST_NAME)
+    except OSError:
+        pass
+    try:
+        return _stamp_of(folder / WEIGHTS_NAME) + _stamp_of(folder / CONFIG_NAME)
     except OSError:
         return (0, 0, 0)
+
+
+def _stamp_of(path: Path) -> Stamp:
+    stat = path.stat()
     return (stat.st_mtime_ns, stat.st_size, stat.st_ino)

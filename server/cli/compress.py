@@ -83,7 +83,7 @@ def compress(
             progress=progress,
         )
     seconds = time.monotonic() - began
-    output.result(_data(report, seconds), _text(report, seconds))
+    output.result(pack_data(report, seconds), pack_text(report, seconds))
 
 
 def read_recipe(codec: str | None, sets: Sequence[str], recipe: str | None) -> Recipe:
@@ -128,7 +128,7 @@ def _command(
     accept: Sequence[str],
 ) -> str:
     """The command as the model card shows it; of a folder on this machine only the name."""
-    words = ["deltafold", "compress", _public(base), _public(variant), "-o", Path(out).name]
+    words = ["deltafold", "compress", public(base), public(variant), "-o", Path(out).name]
     words += ["--codec", codec] if codec else []
     words += ["--recipe", Path(recipe).name] if recipe else []
     words += [word for text in sets for word in ("--set", text)]
@@ -136,12 +136,14 @@ def _command(
     return shlex.join(words)
 
 
-def _public(reference: str) -> str:
+def public(reference: str) -> str:
+    """A reference as a model card may show it: of a folder on this machine only the name."""
     folder = Path(reference).expanduser()
     return folder.resolve().name if folder.is_dir() else reference
 
 
-def _data(report: PackReport, seconds: float) -> dict[str, Any]:
+def pack_data(report: PackReport, seconds: float) -> dict[str, Any]:
+    """A packing run's outcome for programs."""
     from deltafold.server.cli.bar import peak_memory
 
     manifest, totals = report.manifest, report.manifest.totals
@@ -166,7 +168,8 @@ def _data(report: PackReport, seconds: float) -> dict[str, Any]:
     }
 
 
-def _text(report: PackReport, seconds: float) -> str:
+def pack_text(report: PackReport, seconds: float) -> str:
+    """A packing run's outcome for people."""
     from deltafold.server.cli.bar import peak_memory_text
 
     manifest, totals = report.manifest, report.manifest.totals

@@ -28,9 +28,15 @@ class Lazy(NamedTuple):
 _ROOM: Final = "deltafold.server.cli"
 COMMANDS: Final[Mapping[str, Lazy]] = {
     "compress": Lazy(f"{_ROOM}.compress:compress", "Pack a fine-tune as a delta against its base."),
+    "import-lora": Lazy(
+        f"{_ROOM}.import_lora:import_lora", "Turn a PEFT LoRA into a delta against its base."
+    ),
     "inspect": Lazy(f"{_ROOM}.inspect:inspect", "Show what is in a delta, or in a zoo of deltas."),
     "verify": Lazy(f"{_ROOM}.verify:verify", "Check a delta's files, payload, base and coverage."),
     "restore": Lazy(f"{_ROOM}.restore:restore", "Write the fine-tune as a full checkpoint again."),
+    "export": Lazy(
+        f"{_ROOM}.export:export", "Write a delta as a LoRA folder or a full checkpoint."
+    ),
     "serve": Lazy(f"{_ROOM}.serve:serve", "Serve a base and a zoo over the OpenAI API."),
     "chat": Lazy(f"{_ROOM}.chat:chat", "Talk to the variants of a running server."),
     "demo": Lazy(

@@ -33,6 +33,13 @@ def restore(
     \b
     deltafold restore zoo/sql --base Llama-3.1-8B -o sql-again
     """
+    run_restore(output, delta, base, out, dtype, overwrite)
+
+
+def run_restore(
+    output: Output, delta: str, base: str, out: str, dtype: str | None, overwrite: bool
+) -> None:
+    """Restore and print the outcome; `deltafold export --to hf` does the same."""
     import torch
 
     from deltafold.compress import restore_checkpoint

@@ -8,6 +8,7 @@ import shutil
 import jsonschema
 import pytest
 import torch
+from adapters import factors, write_adapter
 from checkpoints import assert_same, read_checkpoint
 from click.testing import CliRunner
 
@@ -230,3 +231,63 @@ def test_version():
     data = run_json("version")
     assert data["deltafold"] == version()
     assert data["torch"] == torch.__version__
+
+
+@pytest.fixture
+def lora(pair):
+    folder = pair.root / "lora"
+    tensors = factors("model.layers.0.self_attn.q_proj", 40, 40)
+    return write_adapter(folder, tensors | {"model.norm.weight": torch.ones(40)})
+
+
+def test_import_lora(pair, lora):
+    text = run("import-lora", pair.base, lora, "-o", pair.out).stdout
+    assert "written and verified" in text
+    assert "2 coded, 9 equal to the base's" in text
+    data = run_json("import-lora", pair.base, lora, "-o", pair.out, "--overwrite")
+    assert data["recipe"]["default"] == "lora"
+    assert data["coverage"] == 1.0
+    shown = run_json("inspect", pair.out)
+    assert shown["command"] == "deltafold import-lora base lora -o delta"
+    assert shown["codec"] == "lora"
+    assert run_json("verify", pair.out, "--base", pair.base, "--full")["ok"]
+
+
+def test_import_lora_refuses(pair, lora):
+    write_adapter(lora, factors("model.nowhere", 40, 40))
+    data = run_json("import-lora", pair.base, lora, "-o", pair.out, status=3)
+    assert data["error"]["code"] == "unexpected-tensor"
+    assert not pair.out.exists()
+
+
+def test_export_to_peft(pair, lora):
+    run("import-lora", pair.base, lora, "-o", pair.out)
+    out = pair.root / "exported"
+    options = ["--base", pair.base, "--to", "peft", "-o", out]
+    text = run("export", pair.out, *options).stdout
+    assert "model.norm.weight" in text
+    assert "0.0000 of the whole delta" in text
+    data = run_json("export", pair.out, *options, "--overwrite", "--drop", "*norm*")
+    assert data["dropped"] == ["model.norm.weight"]
+    assert {t["kind"] for t in data["tensors"]} == {"lora", "dropped"}
+    assert data["rank"] == 16
+    assert (out / "adapter_config.json").is_file()
+    text = run("export", pair.out, *options, "--overwrite", "--drop", "*norm*").stdout
+    assert "1 tensors, which stay as in the base" in text
+
+
+def test_export_to_hf_is_restore(packed):
+    for name, command in (("a", ["export", "--to", "hf"]), ("b", ["restore"])):
+        data = run_json(*command, packed.out, "--base", packed.base, "-o", packed.root / name)
+        assert data["tensors"] == 11
+    assert_same(read_checkpoint(packed.root / "a"), read_checkpoint(packed.root / "b"))
+
+
+@pytest.mark.parametrize(
+    "options", [("hf", "--rank", "4"), ("hf", "--drop", "x"), ("peft", "--dtype", "float32")]
+)
+def test_export_options_that_do_not_fit(packed, options):
+    out = packed.root / "out2"
+    args = ["export", packed.out, "--base", packed.base, "-o", out, "--to", *options]
+    assert run_json(*args, status=2)["error"]["code"] == "bad-argument"
+    assert not out.exists()

@@ -24,15 +24,17 @@ ROOT = Path(__file__).parents[2]
 #: The surface. A change here is a change that users see: change it on purpose, and `docs/cli.md` too.
 SURFACE = {
     "compress": "-o --out --codec --set --recipe --accept --overwrite --quiet --json --debug",
+    "import-lora": "-o --out --accept --overwrite --quiet --json --debug",
     "inspect": "--tensors --json --debug",
     "verify": "--base --full --quiet --json --debug",
     "restore": "--base -o --out --dtype --overwrite --quiet --json --debug",
+    "export": "--base --to -o --out --rank --drop --dtype --overwrite --quiet --json --debug",
     "codecs": "--json --debug",
     "schema": "--json --debug",
     "version": "--json --debug",
 }
 NAMES = [
-    *("compress", "inspect", "verify", "restore"),
+    *("compress", "import-lora", "inspect", "verify", "restore", "export"),
     *("serve", "chat", "demo"),
     *("codecs", "schema", "version"),
 ]
@@ -361,7 +363,7 @@ def test_tables():
 
 def documented(text: str) -> dict[str, set[str]]:
     """Option names of each command's section in `docs/cli.md`."""
-    sections = re.split(r"^## `deltafold (\w+)`$", text, flags=re.MULTILINE)
+    sections = re.split(r"^## `deltafold ([\w-]+)`$", text, flags=re.MULTILINE)
     found = zip(sections[1::2], sections[2::2], strict=True)
     return {
         name: set(re.findall(r"^\| `([^`]+)`", body.split("\n## ")[0], re.MULTILINE))

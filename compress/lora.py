@@ -1,0 +1,328 @@
+"""A PEFT LoRA as a delta: its factors become `lowrank` terms, all else is stored bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from deltafold.compress import dtypes
+from deltafold.compress.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, LoraModule
+from deltafold.compress.checkpoint import Checkpoint, Spec
+from deltafold.compress.companions import has_tokenizer, is_tokenizer_file, named, vocabulary
+from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.fingerprint import cache_folder, digest_source, fingerprint
+from deltafold.compress.methods import LosslessMethod
+from deltafold.compress.pipeline import Job, PackReport, pack
+from deltafold.compress.progress import OnProgress, ignore
+from deltafold.compress.recipe import Recipe
+from deltafold.compress.terms import Encoded, LowRank, rows_and_columns
+
+#: What the manifest records as its recipe.
+_RECORD: Final = {"default": "lora", "vectors": "lossless", "tensors": {}}
+
+
+def import_lora(
+    base: str | Path,
+    lora: str | Path,
+    out: str | Path,
+    *,
+    accept: Collection[str] = (),
+    overwrite: bool = False,
+    command: str = "",
+    progress: OnProgress = ignore,
+) -> PackReport:
+    """Write a PEFT LoRA as a delta repo.
+
+    The factors are kept in float32 with the scale folded into one of them, so nothing is lost.
+    `modules_to_save` and biases are stored bit for bit. DoRA multiplies the base's own weights, which
+    no sum of terms does: its merged weights are stored instead, in the base's dtype.
+
+    Args:
+        base: folder or hub id of the base checkpoint.
+        lora: folder or hub id of the adapter.
+        out: the delta repo to write; nothing stands there until it is whole and verified.
+        accept: `new-tensors` and `tokenizer`, as in `structure.ACCEPTABLE`.
+        overwrite: replace an existing `out`.
+        command: recorded in the manifest and card.
+        progress: called after every tensor.
+
+    Raises:
+        DeltafoldError: whatever is wrong, before anything stands under `out`.
+    """
+    adapter, source = Adapter.open(lora), Checkpoint.open(base)
+    target = LoraSource(adapter, source)
+    job = Job(
+        source,
+        target,
+        _companions(source.folder, adapter.folder),
+        Recipe(default=LosslessMethod()),
+        frozenset(accept),
+        command,
+        progress,
+        given=target.given,
+        record=_RECORD,
+    )
+    return pack(job, out, overwrite=overwrite)
+
+
+def cached_lora(base: Checkpoint, lora: Path) -> Path:
+    """The delta repo of a LoRA folder, imported into the cache folder on first sight.
+
+    Its place depends on the content of the base and of the whole adapter, so a LoRA that is replaced
+    is imported anew. Its folder has the LoRA's name.
+
+    Raises:
+        DeltafoldError: what `import_lora` raises.
+    """
+    key = hashlib.sha256(fingerprint(digest_source(base)).encode())
+    for name in (CONFIG_NAME, WEIGHTS_NAME, *sorted(_own_companions(lora))):
+        if (lora / name).is_file():
+            with (lora / name).open("rb") as file:
+                key.update(f"\n{name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+    out = cache_folder() / "lora" / key.hexdigest() / lora.name
+    while not out.is_dir():
+        try:
+            import_lora(base.folder, lora, out)
+        except DeltafoldError as error:
+            if error.code not in ("busy", "exists"):
+                raise
+            # Another server is at it, or has just been: what it writes is what is wanted.
+            time.sleep(0.1)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """What the adapter does to one tensor: a new value, a low-rank step, or the step on the value."""
+
+    lora: LoraModule | None = None
+    whole: str | None = None
+
+    @property
+    def dense(self) -> bool:
+        """Whether the outcome is no sum of base and factors."""
+        return self.lora is None or self.whole is not None or self.lora.magnitude is not None
+
+
+class LoraSource:
+    """The fine-tune that a LoRA and its base make, merged tensor by tensor when asked for.
+
+    Merged tensors have the base's dtype; tensors that the adapter stores whole keep their own.
+
+    Raises:
+        DeltafoldError: `unexpected-tensor` where a LoRA's module has no tensor in the base;
+            `shape-mismatch`; `engine-unsupported` where the base's tensor is not floating point, or
+            is tied to another that the adapter leaves alone.
+    """
+
+    def __init__(self, adapter: Adapter, base: Checkpoint) -> None:
+        self.reference = adapter.reference
+        self._adapter, self._base = adapter, base
+        self._digests = digest_source(base)
+        self._changes: dict[str, _Change] = {}
+        for path, key in adapter.plain.items():
+            name = self._find(path)
+            self._refuse_resized(name, key)
+            if not self._same_as_base(name, key):
+                self._refuse_tied(name, adapter.saved_module(path.rpartition(".")[0]))
+                self._add(name, whole=key)
+        for path, lora in adapter.loras.items():
+            name = self._find(f"{path}.weight")
+            if name not in base:
+                raise self._no_such_module(path)
+            self._refuse_tied(name, lora.embedding)
+            self._add(name, lora=lora)
+            self._check_shapes(name, lora)
+
+    def names(self) -> list[str]:
+        """Sorted tensor names: the base's, and what the adapter adds."""
+        return sorted({*self._base.names(), *self._changes})
+
+    def spec(self, name: str) -> Spec:
+        """Dtype and shape."""
+        change = self._changes.get(name)
+        if change is None or change.whole is None:
+            return self._base.spec(name)
+        entry = self._adapter.file.entries[change.whole]
+        return Spec(entry.dtype, entry.shape)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The merged tensor in its own dtype."""
+        change = self._changes.get(name)
+        if change is None:
+            return self._base.tensor(name)
+        file = self._adapter.file
+        start = self._base.tensor(name) if change.whole is None else file.tensor(change.whole)
+        if change.lora is None:
+            return start
+        a, b = self._factors(name, change.lora)
+        merged = start.to(torch.float32) + (b @ a).reshape(start.shape)
+        if change.lora.magnitude is not None:
+            magnitude = file.tensor(change.lora.magnitude).to(torch.float32)
+            merged = _rescaled(merged, magnitude, self._transposed(change.lora))
+        return merged.to(start.dtype)
+
+    def sha256(self, name: str) -> str:
+        """Hex digest of the merged tensor's bytes."""
+        if name not in self._changes:
+            return self._digests[name].sha256
+        return dtypes.sha256(self.tensor(name))
+
+    def given(self, name: str) -> tuple[list[Encoded], torch.Tensor] | None:
+        """The `lowrank` term of a tensor and its float32 delta; None where there is none."""
+        change = self._changes.get(name)
+        if change is None or change.dense or change.lora is None:
+            return None
+        a, b = self._factors(name, change.lora)
+        if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
+            raise DeltafoldError(
+                "not-finite",
+                f"{self.reference.folder}: the factors of {name} have NaN or infinite entries.",
+                fix="check the adapter's training",
+            )
+        delta = (b.double() @ a.double()).to(torch.float32).reshape(self.spec(name).shape)
+        if not bool(delta.any()):
+            return None
+        term = LowRank(rank=a.shape[0], factor_format="float32")
+        return [Encoded(term, {"a": a, "b": b})], delta
+
+    def _factors(self, name: str, lora: LoraModule) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 `a [r, M]` and `b [N, r]` with `b a` the step of the tensor as it is stored."""
+        file = self._adapter.file
+        a = file.tensor(lora.a).to(torch.float32).flatten(1)
+        b = file.tensor(lora.b).to(torch.float32).flatten(1) * lora.scale
+        if self._transposed(lora):
+            a, b = b.T, a.T
+        rows, columns = rows_and_columns(self.spec(name).shape)
+        if lora.rank > min(rows, columns):
+            # The format stores no more factors than the matrix has rows or columns.
+            product = (b.double() @ a.double()).to(torch.float32)
+            narrow = rows <= columns
+            a, b = (product, torch.eye(rows)) if narrow else (torch.eye(columns), product)
+        return a.contiguous(), b.contiguous()
+
+    def _transposed(self, lora: LoraModule) -> bool:
+        return lora.embedding or self._adapter.transposed
+
+    def _find(self, path: str) -> str:
+        """The base's name of a tensor: the path, or the path with `model.` added or taken away."""
+        for name in (path, f"model.{path}", path.removeprefix("model.")):
+            if name in self._base:
+                return name
+        return path
+
+    def _add(self, name: str, lora: LoraModule | None = None, whole: str | None = None) -> None:
+        before = self._changes.get(name, _Change())
+        if (lora and before.lora) or (whole and before.whole):
+            raise DeltafoldError(
+                "unexpected-tensor",
+                f"{self.reference.folder} changes {name} twice.",
+                fix="save the adapter again",
+            )
+        self._changes[name] = _Change(lora or before.lora, whole or before.whole)
+
+    def _same_as_base(self, name: str, key: str) -> bool:
+        file = self._adapter.file
+        if name not in self._base or self._base.spec(name) != (
+            file.entries[key].dtype,
+            file.entries[key].shape,
+        ):
+            return False
+        return hashlib.sha256(file.bytes_of(key).data).hexdigest() == self._digests[name].sha256
+
+    def _check_shapes(self, name: str, lora: LoraModule) -> None:
+        spec, entries = self.spec(name), self._adapter.file.entries
+        if spec.dtype not in dtypes.FLOATS or len(spec.shape) < 2:
+            raise DeltafoldError(
+                "engine-unsupported",
+                f"{name} is {spec.dtype} {list(spec.shape)}: no low-rank step can be added to it.",
+                fix="import against the base in its 16-bit or 32-bit form",
+            )
+        rows, columns = rows_and_columns(spec.shape)
+        into, out = (rows, columns) if self._transposed(lora) else (columns, rows)
+        a, b = entries[lora.a].shape, entries[lora.b].shape
+        sound = min(len(a), len(b)) >= 2
+        sound = sound and (math.prod(a[1:]), math.prod(b[1:]), b[0]) == (into, lora.rank, out)
+        sound = sound and not (self._transposed(lora) and len(spec.shape) != 2)
+        if lora.magnitude is not None:
+            sound = sound and math.prod(entries[lora.magnitude].shape) == out
+        if not sound:
+            raise DeltafoldError(
+                "shape-mismatch",
+                f"the factors of {name} do not fit the base's tensor.",
+                facts=[
+                    ("base", f"{list(spec.shape)}  {self._base.reference.name}"),
+                    ("factors", f"A {list(a)}, B {list(b)}  {self.reference.name}"),
+                ],
+                fix="check that this adapter was made for this base",
+            )
+
+    def _refuse_resized(self, name: str, key: str) -> None:
+        """The configuration is the base's, and would not fit a table with other rows."""
+        shape = self._adapter.file.entries[key].shape
+        if name in self._base and self._base.spec(name).shape != shape:
+            raise DeltafoldError(
+                "shape-mismatch",
+                f"{name} has another shape in the adapter than in the base.",
+                facts=[
+                    ("base", f"{list(self._base.spec(name).shape)}  {self._base.reference.name}"),
+                    ("adapter", f"{list(shape)}  {self.reference.name}"),
+                ],
+                fix="if rows were added on purpose, merge it with PEFT, save the model, and pack "
+                "that: deltafold compress --accept resized",
+            )
+
+    def _refuse_tied(self, name: str, own_copy: bool) -> None:
+        """PEFT unties a tied embedding that it adapts; a delta of the one tensor would move both."""
+        if not own_copy or self._adapter.ties_weights or not _is_tied_table(self._base, name):
+            return
+        raise DeltafoldError(
+            "engine-unsupported",
+            f"{name} is tied to the output layer in the base, which this adapter leaves as it was.",
+            fix="merge it with PEFT into an untied model, and pack that: deltafold compress "
+            "--accept new-tensors",
+        )
+
+    def _no_such_module(self, path: str) -> DeltafoldError:
+        return DeltafoldError(
+            "unexpected-tensor",
+            f"{self.reference.folder} adapts a module that the base lacks.",
+            facts=[("module", path), ("base", self._base.reference.name)],
+            fix="check that this adapter was made for this base",
+        )
+
+
+def _rescaled(merged: torch.Tensor, magnitude: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """DoRA: `m * W / ||W||`, the norm over all inputs of an output; `merged` is float32."""
+    flat = merged.T if transposed else merged.flatten(1)
+    norm = torch.linalg.vector_norm(flat, dim=1)
+    scaled: torch.Tensor = (magnitude.reshape(-1) / norm).unsqueeze(1) * flat
+    return (scaled.T if transposed else scaled).reshape(merged.shape).contiguous()
+
+
+def _is_tied_table(base: Checkpoint, name: str) -> bool:
+    """Whether a tensor is a vocabulary's table in a base that ties its tables."""
+    words, tied = vocabulary(base.folder)
+    shape = base.spec(name).shape if name in base else ()
+    return tied and len(shape) == 2 and shape[0] == words
+
+
+def _own_companions(lora: Path) -> dict[str, Path]:
+    """What a LoRA folder brings besides its weights: a tokenizer, or a chat template."""
+    return {name: path for name, path in named(lora).items() if is_tokenizer_file(name)}
+
+
+def _companions(base: Path, lora: Path) -> dict[str, Path]:
+    """The base's small files, with the LoRA's tokenizer in place of the base's."""
+    found = named(base)
+    if has_tokenizer(lora):
+        # Never two tokenizers in one folder: which one is read would be chance.
+        found = {name: path for name, path in found.items() if not is_tokenizer_file(name)}
+    return found | _own_companions(lora)

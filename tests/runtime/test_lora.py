@@ -1,0 +1,112 @@
+"""Imported LoRAs share batches with all else, and a zoo may hold LoRA folders themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo_models
+from adapters import factors, write_adapter
+
+from deltafold.compress import Checkpoint, DeltafoldError, import_lora
+from deltafold.compress.fingerprint import digest_source
+from deltafold.compress.lora import cached_lora
+from deltafold.runtime.deltas import Deltas
+from deltafold.runtime.host import Row
+from deltafold.runtime.zoo import Zoo
+
+LAYER = "model.layers.1"
+
+
+def adapter(folder: Path, seed: int) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A LoRA of two linear layers and the embedding, with a norm of its own; and its merged step."""
+    up = factors(f"{LAYER}.mlp.up_proj", 128, 64, seed=seed)
+    query = factors(f"{LAYER}.self_attn.q_proj", 64, 64, seed=seed + 1)
+    table = {
+        f"model.embed_tokens.lora_embedding_{part}": value
+        for part, value in zip("AB", factors("x", 64, 128, seed=seed + 2).values(), strict=True)
+    }
+    norm = torch.rand(64, generator=torch.Generator().manual_seed(seed)) + 0.5
+    write_adapter(
+        folder, up | query | table | {"model.norm.weight": norm}, modules_to_save=["norm"]
+    )
+    a, b = table.values()
+    steps = {
+        f"{module}.weight": 2
+        * tensors[f"{module}.lora_B.weight"]
+        @ tensors[f"{module}.lora_A.weight"]
+        for module, tensors in ((f"{LAYER}.mlp.up_proj", up), (f"{LAYER}.self_attn.q_proj", query))
+    }
+    return folder, {**steps, "model.embed_tokens.weight": 2 * (b @ a).T, "model.norm.weight": norm}
+
+
+def dense(models: zoo_models.Models, steps: dict[str, torch.Tensor]) -> Any:
+    """The base with an adapter merged by hand."""
+    model = models.plain()
+    with torch.no_grad():
+        for name, step in steps.items():
+            parameter = model.get_parameter(name)
+            parameter.copy_(step if name == "model.norm.weight" else parameter + step)
+    return model
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> zoo_models.Models:
+    return zoo_models.make(tmp_path, codecs={"sign1": "bitdelta"})
+
+
+def test_a_mixed_batch_equals_merged_models(models: zoo_models.Models, tmp_path: Path) -> None:
+    expected = {"base": models.plain(), "sign1": models.plain("sign1")}
+    for seed, name in enumerate(("one", "two")):
+        lora, steps = adapter(tmp_path / name, 10 * seed)
+        import_lora(models.base, lora, models.zoo / name)
+        expected[name] = dense(models, steps)
+    model = models.plain()
+    deltas = Deltas(model, Checkpoint.open(models.base), models.zoo)
+    names = ["one", "base", "two", "sign1", "one"]
+    rows = [Row(deltas.acquire(name)) for name in names]
+    ids = torch.randint(0, 128, (len(names), 7), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode(), deltas.batch(rows):
+        mixed = model(ids).logits
+    for i, name in enumerate(names):
+        with torch.inference_mode():
+            alone = expected[name](ids[i : i + 1]).logits[0]
+        torch.testing.assert_close(mixed[i], alone, rtol=0, atol=2e-4)
+    assert (mixed[0] - mixed[1]).abs().max() > 0.1
+    deltas.close()
+
+
+def zoo_of(models: zoo_models.Models, importer: Callable[[Path], Path] | None) -> Zoo:
+    base = Checkpoint.open(models.base)
+    return Zoo(models.zoo, digest_source(base), "base", {"base"}, importer)
+
+
+def test_a_zoo_holds_lora_folders(models: zoo_models.Models, deltafold_home: Path) -> None:
+    lora, _ = adapter(models.zoo / "raw", 0)
+    importer = partial(cached_lora, Checkpoint.open(models.base))
+    assert [e.name for e in zoo_of(models, None).entries()] == ["sign1"]
+    zoo = zoo_of(models, importer)
+    assert [e.name for e in zoo.entries()] == ["raw", "sign1"]
+    entry = zoo.find("raw")
+    repo = entry.opened()
+    assert repo.folder.name == "raw"
+    assert deltafold_home in repo.folder.parents
+    assert {p.name for p in lora.iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "README.md")
+    }
+    assert zoo.find("raw") is entry
+    adapter(models.zoo / "raw", 5)
+    assert zoo.find("raw").opened().digest != repo.digest
+
+
+def test_a_lora_that_does_not_fit_is_an_error_of_its_own(models: zoo_models.Models) -> None:
+    write_adapter(models.zoo / "raw", factors("model.nowhere", 4, 4))
+    zoo = zoo_of(models, partial(cached_lora, Checkpoint.open(models.base)))
+    with pytest.raises(DeltafoldError) as caught:
+        zoo.find("raw").opened()
+    assert caught.value.code == "unexpected-tensor"
+    assert zoo.find("sign1").error is None
