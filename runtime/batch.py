@@ -45,7 +45,10 @@ class BatchState:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._clear()
+        self.groups: tuple[Group, ...] = ()
+        self.rows = torch.empty(0, dtype=torch.int64, device=device)
+        self.scales: torch.Tensor | None = None
+        self.size = 0
 
     @contextmanager
     def running(self, rows: Sequence[tuple[LoadedVariant | None, float]]) -> Iterator[None]:
@@ -56,6 +59,16 @@ class BatchState:
             yield
         finally:
             self._clear()
+
+    @contextmanager
+    def narrowed(self, variant: LoadedVariant, scale: float, size: int) -> Iterator[None]:
+        """Within it, the batch is `size` requests of one variant: a module runs again for them."""
+        kept = (self.groups, self.rows, self.scales, self.size)
+        self._fill([(variant, scale)] * size)
+        try:
+            yield
+        finally:
+            self.groups, self.rows, self.scales, self.size = kept
 
     def rows_in(self, leading: int, where: str) -> tuple[torch.Tensor, int]:
         """The groups' rows in a tensor whose first dimension is `leading`, and how many a batch row.
@@ -78,6 +91,12 @@ class BatchState:
         within = torch.arange(each, device=self._device)
         return (self.rows.unsqueeze(1) * each + within).reshape(-1), each
 
+    def for_each_row(self, value: torch.Tensor) -> torch.Tensor:
+        """A tensor that is one for all requests, repeated for each; others as they are."""
+        if value.shape[0] == 1 != self.size:
+            return value.expand(self.size, *value.shape[1:]).clone()
+        return value
+
     def spread_scales(self, each: int, like: torch.Tensor) -> torch.Tensor:
         """The scales for rows from `rows_in`, shaped to multiply `like`."""
         assert self.scales is not None
@@ -85,9 +104,9 @@ class BatchState:
         return repeated.reshape(-1, *[1] * (like.dim() - 1)).to(like.dtype)
 
     def _clear(self) -> None:
-        self.groups: tuple[Group, ...] = ()
+        self.groups = ()
         self.rows = torch.empty(0, dtype=torch.int64, device=self._device)
-        self.scales: torch.Tensor | None = None
+        self.scales = None
         self.size = 0
 
     def _fill(self, rows: Sequence[tuple[LoadedVariant | None, float]]) -> None:
@@ -104,6 +123,7 @@ class BatchState:
             groups.append(Group(variant, len(indices)))
         self.size = len(rows)
         self.rows = torch.tensor(order, dtype=torch.int64, device=self._device)
+        self.scales = None
         if any(rows[i][1] != 1 for i in order):
             factors = [rows[i][1] for i in order]
             self.scales = torch.tensor(factors, dtype=torch.float32, device=self._device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from deltafold.compress import Checkpoint, DeltafoldError
 from deltafold.compress.fingerprint import Digests, digest_source, fingerprint
+from deltafold.compress.lora import cached_lora
 from deltafold.runtime.batch import BatchState, loaded_rows
 from deltafold.runtime.engine import VariantInfo
 from deltafold.runtime.host import Row, Variant
@@ -65,7 +67,13 @@ class Deltas:
         self._wrapping = threading.Lock()
         self._residency = Residency(max_deltas)
         folder = Path(zoo) if zoo is not None else None
-        self._zoo = Zoo(folder, self._digests, name, reserved={name, "base"})
+        self._zoo = Zoo(
+            folder,
+            self._digests,
+            name,
+            reserved={name, "base"},
+            import_lora=partial(cached_lora, base),
+        )
         if strict:
             for entry in self._zoo.entries():
                 entry.opened()
@@ -123,9 +131,9 @@ class Deltas:
 
     def _wrap(self, loaded: LoadedVariant) -> None:
         with self._wrapping:
-            for name, module in loaded.modules.items():
+            for name, home in loaded.homes.items():
                 if name not in self._wrapped:
-                    wrap(name, module, self._state)
+                    wrap(name, home.module, self._state, home.layout)
                     self._wrapped.add(name)
 
     def _describe_base(self) -> VariantInfo:
@@ -169,4 +177,5 @@ def _warm_up_inputs(model: nn.Module, device: torch.device) -> dict[str, Any]:
             f"{type(model).__name__} has no vocabulary; it is not a text model.",
         )
     ids = torch.arange(rows * tokens, device=device).reshape(rows, tokens) % int(vocabulary)
-    return {"input_ids": ids, "use_cache": False}
+    # With a cache, so that modules which keep one are seen to do so.
+    return {"input_ids": ids, "use_cache": True}

@@ -7,15 +7,16 @@ on all rows first, and its result for rows of the base is not touched again.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from deltafold.compress import DeltafoldError
 from deltafold.runtime.batch import BatchState
+from deltafold.runtime.kernels.base import DeltaMatrix
+from deltafold.runtime.layout import Layout
 
 Forward = Callable[..., Any]
 
@@ -23,19 +24,26 @@ Forward = Callable[..., Any]
 class LinearHook:
     """`y = x W^T + b`, then `y[rows] += s * (x[rows] D^T + d)`, one product a variant."""
 
-    def __init__(self, name: str, module: nn.Linear, state: BatchState) -> None:
+    def __init__(self, name: str, module: nn.Module, state: BatchState) -> None:
         self._name, self._state = name, state
         self._original: Forward = module.forward
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x `[B, ..., M]` to `[B, ..., N]`."""
+        """x `[B, ..., M]` to `[B, ..., N]`.
+
+        Variants with a larger vocabulary widen the output of the head: rows of others get minus
+        infinity there, and rows of variants with a smaller one where theirs ends.
+        """
         y: torch.Tensor = self._original(x)
         if self._state.groups:
+            x, y = self._state.for_each_row(x), self._state.for_each_row(y)
             rows, each = self._state.rows_in(x.shape[0], self._name)
             xs = x.index_select(0, rows)
             flat = xs.reshape(-1, x.shape[-1])
-            added = torch.cat(self._products(flat, y.shape[-1]))
-            added = added.reshape(*xs.shape[:-1], y.shape[-1])
+            products = self._products(flat, y.shape[-1])
+            if any(p.shape[-1] != y.shape[-1] for p in products):
+                y, products = _same_width(y, products, rows)
+            added = torch.cat(products).reshape(*xs.shape[:-1], y.shape[-1])
             if self._state.scales is not None:
                 added = added * self._state.spread_scales(each, added)
             y.index_add_(0, rows, added.to(y.dtype))
@@ -48,7 +56,7 @@ class LinearHook:
         for group in self._state.groups:
             stop = start + group.size * tokens
             matrix = group.variant.products.get(self._name)
-            bias = group.variant.vectors.get(f"{self._name}.bias")
+            bias = group.variant.vectors_of(self._name).get("bias")
             if matrix is not None:
                 part = matrix.matmul(flat[start:stop])
             else:
@@ -58,26 +66,52 @@ class LinearHook:
         return products
 
 
+def _same_width(
+    y: torch.Tensor, products: list[torch.Tensor], rows: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Output and products as wide as the widest variant's vocabulary."""
+    base = y.shape[-1]
+    width = max(base, *(p.shape[-1] for p in products))
+    pad = nn.functional.pad
+    wide = pad(y, (0, width - base), value=float("-inf"))
+    # What a variant adds beyond the base's columns is its whole value there.
+    columns = torch.arange(width, device=y.device) >= base
+    wide[rows] = wide[rows].masked_fill(columns, 0)
+    return wide, [pad(p, (0, width - p.shape[-1]), value=float("-inf")) for p in products]
+
+
 class EmbeddingHook:
-    """`y = W[ids]`, then `y[rows] += s * D[ids[rows]]`."""
+    """`y = W[ids]`, then `y[rows] += s * D[ids[rows]]`.
+
+    Classes that do more with a row than look it up (scale it, say) are asked once more with a small
+    table of the rows that are in use.
+    """
 
     def __init__(self, name: str, module: nn.Embedding, state: BatchState) -> None:
-        self._name, self._state = name, state
+        self._name, self._module, self._state = name, module, state
         self._original: Forward = module.forward
+        self._plain = type(module).forward is nn.Embedding.forward
+        self._again = False
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """int64 ids `[B, T]` to `[B, T, M]`."""
-        y: torch.Tensor = self._original(ids)
-        if self._state.groups:
-            rows, each = self._state.rows_in(ids.shape[0], self._name)
-            chosen = ids.index_select(0, rows)
-            added = torch.cat(self._looked_up(chosen.reshape(-1), y)).reshape(
-                *chosen.shape, y.shape[-1]
-            )
-            if self._state.scales is not None:
-                added = added * self._state.spread_scales(each, added)
-            y.index_add_(0, rows, added)
-        return y
+        if self._again or not any(self._name in g.variant.tables for g in self._state.groups):
+            y: torch.Tensor = self._original(ids)
+            return y
+        known = self._module.num_embeddings
+        # Ids beyond the base's rows belong to variants that added them.
+        y = self._state.for_each_row(self._original(ids.clamp_max(known - 1)))
+        ids = self._state.for_each_row(ids)
+        rows, each = self._state.rows_in(ids.shape[0], self._name)
+        chosen = ids.index_select(0, rows)
+        added = torch.cat(self._looked_up(chosen.reshape(-1), y))
+        added = added.reshape(*chosen.shape, y.shape[-1])
+        if self._state.scales is not None:
+            added = added * self._state.spread_scales(each, added)
+        if not self._plain:
+            return y.index_copy_(0, rows, self._through_module(chosen, added).to(y.dtype))
+        y.masked_fill_((ids >= known).unsqueeze(-1), 0)
+        return y.index_add_(0, rows, added)
 
     def _looked_up(self, ids: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
         tokens = len(ids) // len(self._state.rows)
@@ -86,166 +120,111 @@ class EmbeddingHook:
             stop = start + group.size * tokens
             table = group.variant.tables.get(self._name)
             if table is not None:
-                found.append(table.gather(ids[start:stop]).to(y.dtype))
+                found.append(_gather(table, ids[start:stop], group.variant.sizes.get(self._name)))
             else:
                 found.append(y.new_zeros(stop - start, y.shape[-1]))
             start = stop
-        return found
+        return [part.to(y.dtype) for part in found]
 
-
-class SubstituteHook:
-    """Any other module: the variants' rows go through the module once more, with their parameters.
-
-    Right for whatever the module computes, as long as rows do not mix in it; meant for small ones
-    (norms, convolutions, scaled embeddings). Where torch can map the module over its parameters, all
-    variants go through in one call; otherwise one call a variant.
-    """
-
-    def __init__(self, name: str, module: nn.Module, state: BatchState) -> None:
-        self._name, self._module, self._state = name, module, state
-        self._original: Forward = module.forward
-        self._again = False
-        self._can_map = True
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own signature; tensors with the batch in front are cut to a variant's rows."""
-        y = self._original(*args, **kwargs)
-        if self._again or not any(g.variant.vectors_of(self._name) for g in self._state.groups):
-            return y
-        if not isinstance(y, torch.Tensor):
-            raise DeltafoldError(
-                "engine-unsupported",
-                f"{self._name} returns {type(y).__name__}, not one tensor.",
-                fix="restore this variant and serve it by itself",
-            )
-        rows, each = self._state.rows_in(y.shape[0], self._name)
-        calls = _Calls(args, kwargs, y.shape[0])
+    def _through_module(self, ids: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+        """The module's own forward over a table that holds each token's row by itself."""
+        known = self._module.num_embeddings
+        weight = self._module.weight.detach()
+        table = weight[ids.clamp_max(known - 1)].masked_fill((ids >= known).unsqueeze(-1), 0)
+        table = (table + added).reshape(-1, weight.shape[-1]).to(weight.dtype)
+        places = torch.arange(len(table), device=ids.device).reshape(ids.shape)
         self._again = True
         try:
-            again = self._mapped(calls, rows, each) if self._maps(calls) else None
-            y.index_copy_(0, rows, self._one_by_one(calls, rows, each) if again is None else again)
+            out = torch.func.functional_call(self._module, {"weight": table}, (places,))
         finally:
             self._again = False
-        return y
-
-    def _maps(self, calls: _Calls) -> bool:
-        return self._can_map and len(self._state.groups) > 2 and calls.simple
-
-    def _mapped(self, calls: _Calls, rows: torch.Tensor, each: int) -> torch.Tensor | None:
-        """All rows in one call, each with parameters of its own; None where torch cannot."""
-        own = self._row_parameters(each)
-
-        def one(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> Any:
-            # Modules expect the batch dimension that the mapping took away.
-            return torch.func.functional_call(self._module, parameters, (x.unsqueeze(0),))[0]
-
-        try:
-            out = torch.vmap(one)(own, calls.args[0].index_select(0, rows))
-        except (RuntimeError, NotImplementedError, ValueError):
-            self._can_map = False
-            return None
-        assert isinstance(out, torch.Tensor)
-        return out
-
-    def _row_parameters(self, each: int) -> dict[str, torch.Tensor]:
-        changed = {a for g in self._state.groups for a in g.variant.vectors_of(self._name)}
-        own = {}
-        for attribute in changed:
-            value = getattr(self._module, attribute)
-            zero = torch.zeros_like(value, dtype=torch.float32)
-            stacked = torch.stack(
-                [g.variant.vectors_of(self._name).get(attribute, zero) for g in self._state.groups]
-            )
-            sizes = torch.tensor([g.size for g in self._state.groups], device=value.device)
-            deltas = stacked.repeat_interleave(sizes * each, dim=0)
-            if self._state.scales is not None:
-                deltas = deltas * self._state.spread_scales(each, deltas)
-            own[attribute] = (value.to(torch.float32) + deltas).to(value.dtype)
-        return own
-
-    def _one_by_one(self, calls: _Calls, rows: torch.Tensor, each: int) -> torch.Tensor:
-        scales = [1.0] * len(self._state.rows)
-        if self._state.scales is not None:
-            scales = self._state.scales.tolist()
-        outs, start = [], 0
-        for group in self._state.groups:
-            deltas = group.variant.vectors_of(self._name)
-            # Rows of one variant may have different scales; equal neighbours go together.
-            stop = start + group.size
-            while start < stop:
-                end = next((i for i in range(start, stop) if scales[i] != scales[start]), stop)
-                chunk = rows[start * each : end * each]
-                outs.append(self._rerun(calls, chunk, deltas, scales[start]))
-                start = end
-        return torch.cat(outs)
-
-    def _rerun(
-        self, calls: _Calls, rows: torch.Tensor, deltas: dict[str, torch.Tensor], scale: float
-    ) -> torch.Tensor:
-        own: dict[str, torch.Tensor] = {}
-        for attribute, delta in deltas.items():
-            value = getattr(self._module, attribute)
-            own[attribute] = (value.to(torch.float32) + scale * delta).to(value.dtype)
-        args, kwargs = calls.cut(rows)
-        out = torch.func.functional_call(self._module, own, args, kwargs)
         assert isinstance(out, torch.Tensor)
         return out
 
 
-@dataclass(frozen=True)
-class _Calls:
-    """The arguments of one call; `leading` is the size of the batch dimension."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    leading: int
-
-    @property
-    def simple(self) -> bool:
-        """One tensor with the batch in front, nothing else."""
-        return len(self.args) == 1 and not self.kwargs and self._has_batch(self.args[0])
-
-    def cut(self, rows: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments for some rows alone."""
-
-        def pick(value: Any) -> Any:
-            return value.index_select(0, rows) if self._has_batch(value) else value
-
-        return tuple(pick(a) for a in self.args), {k: pick(v) for k, v in self.kwargs.items()}
-
-    def _has_batch(self, value: Any) -> bool:
-        whole = isinstance(value, torch.Tensor) and value.dim() > 0
-        return bool(whole and value.shape[0] == self.leading)
+def _gather(table: DeltaMatrix, ids: torch.Tensor, rows: int | None) -> torch.Tensor:
+    """Rows of D; ids that a smaller vocabulary lacks stand for padding alone."""
+    return table.gather(ids if rows is None else ids.clamp_max(rows - 1))
 
 
-def wrap(name: str, module: nn.Module, state: BatchState) -> None:
+def wrap(name: str, module: nn.Module, state: BatchState, layout: Layout) -> None:
     """Give a module's instance the hook for its kind."""
+    from deltafold.runtime.substitute import SubstituteHook
+
     hook: Forward
-    if is_linear(module):
-        assert isinstance(module, nn.Linear)
+    before = module.__dict__.get("forward")
+    if is_linear(module) or is_transposed_linear(module):
         hook = LinearHook(name, module, state)
     elif is_embedding(module):
         assert isinstance(module, nn.Embedding)
         hook = EmbeddingHook(name, module, state)
     else:
-        hook = SubstituteHook(name, module, state)
+        hook = SubstituteHook(name, module, state, layout)
     module.forward = hook
+    # Kept beside the hook for `unwrap`: what the instance had of its own, or None.
+    module.__dict__["_deltafold_before"] = before
 
 
 def unwrap(module: nn.Module) -> None:
-    """Undo `wrap`: the class's own forward shows again."""
+    """Undo `wrap`: the forward that was there before shows again."""
     module.__dict__.pop("forward", None)
+    before = module.__dict__.pop("_deltafold_before", None)
+    if before is not None:
+        module.forward = before
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A linear layer that computes just what `nn.Linear` does."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    """A linear layer that computes just what `nn.Linear` does, in its own words perhaps."""
+    if not isinstance(module, nn.Linear):
+        return False
+    return type(module).forward is nn.Linear.forward or _is_product(module)
+
+
+@torch.no_grad()
+def _is_product(module: nn.Linear) -> bool:
+    """Whether a class's own forward is the plain product, tried on a few rows."""
+    weight = module.weight
+    if not weight.is_floating_point() or weight.shape != (module.out_features, module.in_features):
+        return False
+    noise = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, module.in_features, generator=noise).to(weight.device, weight.dtype)
+    plain = nn.functional.linear(x, weight, module.bias)
+    try:
+        found = type(module).forward(module, x)
+    except (RuntimeError, TypeError, AttributeError):
+        return False
+    limit = 1e-4 if weight.dtype == torch.float32 else 2e-2
+    same = isinstance(found, torch.Tensor) and found.shape == plain.shape
+    return same and torch.allclose(found, plain, rtol=limit, atol=limit * float(plain.abs().max()))
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """A linear layer that keeps its weight as `[in, out]` and computes `x W + b`."""
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ != "Conv1D" or not isinstance(weight, torch.Tensor):
+        return False
+    return weight.dim() == 2 and set(module._parameters) == {"weight", "bias"}
 
 
 def is_embedding(module: nn.Module) -> bool:
-    """An embedding that computes just what `nn.Embedding` does."""
-    return (
-        isinstance(module, nn.Embedding)
-        and type(module).forward is nn.Embedding.forward
-        and module.max_norm is None
-    )
+    """An embedding that looks rows up, perhaps changing each by itself (see `EmbeddingHook`)."""
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+        return False
+    return type(module).forward is nn.Embedding.forward or _looks_up_alone(module)
+
+
+@torch.no_grad()
+def _looks_up_alone(module: nn.Embedding) -> bool:
+    """Whether a class's own forward depends on the looked-up rows alone, tried on a few ids."""
+    ids = torch.arange(min(4, module.num_embeddings), device=module.weight.device).flip(0)[None]
+    table = module.weight[ids[0]]
+    places = torch.arange(len(table), device=table.device)[None]
+    forward = type(module).forward
+    # A copy, since the module itself may be running on another thread.
+    small_module = copy.copy(module)
+    small_module._parameters = {"weight": nn.Parameter(table, requires_grad=False)}
+    try:
+        plain, small = forward(module, ids), forward(small_module, places)
+    except (RuntimeError, TypeError, IndexError, AttributeError):
+        return False
+    return isinstance(plain, torch.Tensor) and torch.equal(plain, small)

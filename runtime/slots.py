@@ -1,7 +1,7 @@
-"""Where a checkpoint's tensors live in a model: parameters, their owners, and who is ever called.
+"""Where a checkpoint's tensors live in a model: parameters, their owners, and who reads them.
 
-Names and identity decide, no list of architectures. A slot is one parameter of one module; a tied
-parameter has several. A warm-up pass finds out which owners the model really calls and how their
+Names, identity and content decide, no list of architectures. A slot is one parameter of one module; a
+tied parameter has several. A warm-up pass finds out which modules read each parameter and how their
 inputs lay out the batch, so that a delta that would have no effect is refused, not ignored.
 """
 
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-#: A warm-up batch whose sizes cannot be confused: 3 requests of 2 tokens.
-_WARM_ROWS, _WARM_TOKENS = 3, 2
+from deltafold.runtime.layout import WARM_ROWS, WARM_TOKENS, Layout
+from deltafold.runtime.regions import Region, find_region
+from deltafold.runtime.replay import rehearse
+from deltafold.runtime.uses import Uses, mixing
 
 
 @dataclass(frozen=True)
@@ -27,19 +29,36 @@ class Slot:
         module: its owner.
         module_name: the owner's name.
         attribute: its name in the owner.
+        tensor: the base's own value. Kept, because hooks lend modules other values while they run.
     """
 
     name: str
     module: nn.Module
     module_name: str
     attribute: str
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Home:
+    """The module that is wrapped to serve one slot: its owner, or one around it.
+
+    Attributes:
+        name: of the module.
+        module: which runs with each variant's value.
+        path: of the parameter from there, e.g. `weight` or `gate.bias`.
+        layout: of the module's calls.
+    """
+
+    name: str
+    module: nn.Module
+    path: str
+    layout: Layout
 
     @property
-    def tensor(self) -> torch.Tensor:
-        """The base's own value."""
-        value = getattr(self.module, self.attribute)
-        assert isinstance(value, torch.Tensor)
-        return value
+    def own(self) -> bool:
+        """Whether the module itself owns the parameter."""
+        return "." not in self.path
 
 
 class SlotMap:
@@ -48,13 +67,18 @@ class SlotMap:
     def __init__(self, model: nn.Module) -> None:
         self.slots: dict[str, Slot] = {}
         self._tied: dict[int, list[str]] = {}
-        for module_name, module in model.named_modules():
+        self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        for module_name, module in self._modules.items():
             for attribute, value in _own_tensors(module):
                 name = f"{module_name}.{attribute}" if module_name else attribute
-                self.slots[name] = Slot(name, module, module_name, attribute)
+                self.slots[name] = Slot(name, module, module_name, attribute, value)
                 self._tied.setdefault(id(value), []).append(name)
         self._prefix = str(getattr(model, "base_model_prefix", "") or "")
-        self.called: dict[str, bool] = {}
+        self._uses = Uses()
+        self._bad: set[str] = set()
+        self._captured: set[int] = set()
+        self._regions: dict[str, Region | None] = {}
+        self.vocabulary = _vocabulary_modules(model)
 
     def find(self, tensor: str) -> str | None:
         """The slot that a checkpoint's tensor belongs to: its own name, or with the prefix that
@@ -65,9 +89,25 @@ class SlotMap:
             candidates += [f"{self._prefix}.{tensor}", tensor.removeprefix(f"{self._prefix}.")]
         return next((name for name in candidates if name in self.slots), None)
 
+    def region(self, tensor: str, value: torch.Tensor, names: Iterable[str]) -> Region | None:
+        """The part of a parameter that holds a tensor whose name or layout the model changed.
+
+        Args:
+            tensor: its name in the checkpoint.
+            value: the base's value.
+            names: all names of the base's checkpoint; their slots are not looked through, but for
+                the tensor's own.
+        """
+        if tensor not in self._regions:
+            own = self.find(tensor)
+            taken = {self.find(n) for n in names} - {own}
+            free = [(n, s.tensor) for n, s in self.slots.items() if n not in taken]
+            self._regions[tensor] = find_region(tensor, value, free)
+        return self._regions[tensor]
+
     def module(self, name: str) -> nn.Module:
-        """A module that owns slots, by its name."""
-        return next(s.module for s in self.slots.values() if s.module_name == name)
+        """A module by its name."""
+        return self._modules[name]
 
     def tied_to(self, name: str) -> list[str]:
         """Every slot that holds the same parameter, `name` included."""
@@ -75,39 +115,111 @@ class SlotMap:
 
     @torch.no_grad()
     def observe(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """Run a warm-up pass and note which owners are called with the batch in their first dimension.
+        """Run warm-up passes: who reads which parameter, and which modules keep requests apart.
 
         Args:
             model: the model, in eval mode.
             inputs: keyword arguments of a forward pass over a batch of `warm_up_shape()`.
         """
-        owners = {s.module_name: s.module for s in self.slots.values()}
-        handles = []
-        for name, module in owners.items():
+        self._uses = Uses.watch(model, inputs, self._tied)
+        saved = [n for n in model.state_dict() if n in self.slots]
+        # A module that is found to mix requests sends its parameters to one around it.
+        for _ in range(3):
+            found = {h.name: h.module for name in saved for h in self.homes(name)}
+            bad = mixing(model, inputs, found, self._uses.layouts)
+            homes = [h for name in saved for h in self.homes(name) if h.layout.cached]
+            bad |= rehearse(model, inputs, [h for h in homes if h.name not in bad])
+            if not bad:
+                break
+            self._bad |= bad
+        self._captured = self._kept_elsewhere(model, inputs)
 
-            def note(
-                _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], n: str = name
-            ) -> None:
-                self.called[n] = self.called.get(n, True) and _keeps_batch(
-                    [*args, *kwargs.values()]
-                )
+    def homes(self, name: str) -> list[Home]:
+        """The modules to wrap for a slot; empty where a variant's value cannot be brought in.
 
-            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
-        try:
-            model(**inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        A parameter that is tied elsewhere, and read there alone, has no home under this name.
+        """
+        slot = self.slots[name]
+        tensor = id(slot.tensor)
+        ties = self._tied[tensor]
+        owners = {self.slots[n].module_name for n in ties}
+        homes: dict[str, Home] = {}
+        for chain in self._uses.readers.get(tensor, ()):
+            own = slot.module_name in chain
+            if not own and (owners & set(chain) or name != ties[0]):
+                continue
+            home = self._home(slot, chain)
+            if home is None or tensor in self._captured:
+                return []
+            homes[home.name] = home
+        return [h for h in homes.values() if not any(_inside(h.name, o) for o in homes)]
+
+    def reading(self, name: str) -> list[str]:
+        """Names of the innermost modules that read a slot's parameter, for error messages."""
+        chains = self._uses.readers.get(id(self.slots[name].tensor), ())
+        return sorted({c[-1] for c in chains if c})
+
+    def _home(self, slot: Slot, chain: tuple[str, ...]) -> Home | None:
+        for module_name in reversed(chain):
+            if not (module_name and slot.name.startswith(f"{module_name}.")):
+                continue
+            layout = self._uses.layouts.get(module_name)
+            module = self._modules[module_name]
+            if layout is None or module_name in self._bad or not layout.repeatable:
+                continue
+            return Home(module_name, module, slot.name[len(module_name) + 1 :], layout)
+        return None
+
+    def _kept_elsewhere(self, model: nn.Module, inputs: dict[str, Any]) -> set[int]:
+        """Parameters that somebody reads from a place of his own, where no other value gets in."""
+        alias = {t: self.slots[names[0]].tensor.detach() for t, names in self._tied.items()}
+        swapped = {n: alias[t] for t, names in self._tied.items() for n in names}
+        with _values(self.slots, swapped):
+            return set(Uses.watch(model, inputs, self._tied).readers)
+
+
+class _values:  # noqa: N801
+    """Within it, slots hold other tensors of equal value."""
+
+    def __init__(self, slots: dict[str, Slot], values: dict[str, torch.Tensor]) -> None:
+        self._slots, self._values = slots, values
+        self._old: list[tuple[dict[str, Any], str, Any]] = []
+
+    def __enter__(self) -> None:
+        for name, value in self._values.items():
+            slot = self._slots[name]
+            parameters = slot.module._parameters
+            home: dict[str, Any] = (
+                parameters if slot.attribute in parameters else slot.module._buffers
+            )
+            self._old.append((home, slot.attribute, home[slot.attribute]))
+            home[slot.attribute] = value
+
+    def __exit__(self, *_: object) -> None:
+        for home, attribute, value in self._old:
+            home[attribute] = value
 
 
 def warm_up_shape() -> tuple[int, int]:
     """Batch rows and tokens of the warm-up pass."""
-    return _WARM_ROWS, _WARM_TOKENS
+    return WARM_ROWS, WARM_TOKENS
 
 
-def _keeps_batch(values: Iterable[Any]) -> bool:
-    first = next((v for v in values if isinstance(v, torch.Tensor) and v.dim()), None)
-    return first is not None and first.shape[0] in (_WARM_ROWS, _WARM_ROWS * _WARM_TOKENS)
+def _inside(name: str, other: str) -> bool:
+    return name.startswith(f"{other}.")
+
+
+def _vocabulary_modules(model: nn.Module) -> set[int]:
+    """`id` of the modules that read and write tokens."""
+    found = set()
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, getter)()
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(module, nn.Module):
+            found.add(id(module))
+    return found
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -201,17 +201,41 @@ def test_a_tensor_without_a_place_is_refused(made: zoo_models.Models, tmp_path: 
     assert refused(made, tmp_path / "zoo") == "coverage"
 
 
-def test_a_module_that_is_never_called_is_refused(made: zoo_models.Models) -> None:
-    """A model that reads a weight itself, around its module, would ignore the delta."""
-    model = made.plain()
+def read_around(model: Any, *, captured: bool) -> None:
+    """Let a layer read a weight itself, around the weight's own module."""
     mlp = model.model.layers[0].mlp
-    down = mlp.down_proj
+    down, weight = mlp.down_proj, mlp.down_proj.weight
 
     def around(x: torch.Tensor) -> torch.Tensor:
         gated = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
-        return torch.nn.functional.linear(gated, down.weight)
+        return torch.nn.functional.linear(gated, weight if captured else down.weight)
 
     mlp.forward = around
+
+
+def test_a_weight_that_is_read_around_its_module_is_served(
+    made: zoo_models.Models, ids: torch.Tensor
+) -> None:
+    """The layer that reads it runs again with the variant's weight."""
+    model = made.plain()
+    read_around(model, captured=False)
+    deltas = host(made, model)
+    rows = [Row(deltas.acquire(name), scale) for name, scale in (("sign", 1), ("base", 1))]
+    rows += [Row(deltas.acquire("int")), Row(rows[0].variant, 0.5)]
+    with torch.inference_mode(), deltas.batch(rows):
+        got = model(ids).logits.log_softmax(-1)
+    assert torch.equal(got[1], logprobs(made.plain(), ids)[1])
+    assert (got[0] - logprobs(made.plain("sign"), ids)[0]).abs().max() < 1e-4
+    assert (got[2] - logprobs(made.plain("int"), ids)[2]).abs().max() < 1e-4
+    assert (got[3] - got[0]).abs().max() > 1e-3
+    deltas.close()
+    assert model.model.layers[0].mlp.forward.__name__ == "around"
+
+
+def test_a_weight_that_is_kept_elsewhere_is_refused(made: zoo_models.Models) -> None:
+    """No other value gets in where a model has its own hold of a weight: a delta would be ignored."""
+    model = made.plain()
+    read_around(model, captured=True)
     deltas = host(made, model)
     with pytest.raises(DeltafoldError) as caught:
         deltas.acquire("sign")

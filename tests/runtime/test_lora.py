@@ -110,3 +110,17 @@ def test_a_lora_that_does_not_fit_is_an_error_of_its_own(models: zoo_models.Mode
         zoo.find("raw").opened()
     assert caught.value.code == "unexpected-tensor"
     assert zoo.find("sign1").error is None
+
+
+def test_a_lora_folder_in_the_zoo_is_served_beside_deltas(models: zoo_models.Models) -> None:
+    _, steps = adapter(models.zoo / "lora", seed=3)
+    model = models.plain()
+    deltas = Deltas(model, Checkpoint.open(models.base), models.zoo)
+    assert [v.name for v in deltas.variants()] == ["base", "lora", "sign1"]
+    rows = [Row(deltas.acquire("lora")), Row(deltas.acquire("sign1")), Row(None)]
+    ids = torch.arange(15).reshape(3, 5)
+    with torch.inference_mode(), deltas.batch(rows):
+        mixed = model(ids).logits.log_softmax(-1)
+    with torch.inference_mode():
+        expected = dense(models, steps)(ids).logits.log_softmax(-1)[0]
+    assert (mixed[0] - expected).abs().max() < 1e-4

@@ -1,0 +1,174 @@
+"""Running a module again that talks to a cache: what the cache said the first time is said again.
+
+The first call goes to the real cache and is written down; the second, for some requests alone, gets
+the same answers cut to those requests, and the cache does not move. Right as long as the parameters
+in question do not decide what goes into the cache; `rehearse` tries that out before anything is served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from deltafold.compress import DeltafoldError
+from deltafold.runtime.batch import BatchState
+from deltafold.runtime.layers import unwrap, wrap
+from deltafold.runtime.layout import WARM_ROWS, answer_of, is_cache
+
+if TYPE_CHECKING:
+    from deltafold.runtime.slots import Home
+
+
+class Recorder:
+    """Stands in for a cache and writes down what its methods return."""
+
+    deltafold_cache = True
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+        self.answers: list[tuple[str, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._cache, name)
+        if not callable(value):
+            return value
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            answer = value(*args, **kwargs)
+            # Keys and values are only read; a state may be moved on in place by who asked for it.
+            self.answers.append((name, answer if name == "update" else _copy(answer)))
+            return answer
+
+        return call
+
+
+def _copy(answer: Any) -> Any:
+    if isinstance(answer, tuple | list):
+        return type(answer)(_copy(a) for a in answer)
+    return answer.clone() if isinstance(answer, torch.Tensor) else answer
+
+
+class Replay:
+    """Gives a recorder's answers again, cut to some requests. Knows nothing but these calls."""
+
+    deltafold_cache = True
+
+    def __init__(self, recorder: Recorder, cut: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._left = list(recorder.answers)
+        self._cut = cut
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not self._left or self._left[0][0] != name:
+            raise AttributeError(f"{name} was not asked the first time")
+        _, answer = self._left.pop(0)
+        return lambda *args, **kwargs: self._of(answer)
+
+    def _of(self, answer: Any) -> Any:
+        if isinstance(answer, tuple | list):
+            return type(answer)(self._of(a) for a in answer)
+        return self._cut(answer) if isinstance(answer, torch.Tensor) and answer.dim() else answer
+
+
+def recorded(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with a recorder in the place of a cache."""
+    named = {k: Recorder(v) if is_cache(v) else v for k, v in kwargs.items()}
+    return tuple(Recorder(a) if is_cache(a) else a for a in args), named
+
+
+@torch.no_grad()
+def rehearse(model: nn.Module, inputs: dict[str, Any], homes: list[Home]) -> set[str]:
+    """Names of the homes that do not serve a changed parameter as a model that holds it does.
+
+    Reads a prompt and one more token, so that both ways of using a cache are tried.
+    """
+    if not homes or _serves(model, inputs, homes):
+        return set()
+    names = {h.name for h in homes}
+    return {n for n in names if not _serves(model, inputs, [h for h in homes if h.name == n])}
+
+
+def _serves(model: nn.Module, inputs: dict[str, Any], homes: list[Home]) -> bool:
+    from deltafold.runtime.loading import LoadedVariant
+
+    variant = LoadedVariant("rehearsal", Path())
+    values = {(h.name, h.path): _parameter(h) for h in homes}
+    moved = {key: _moved(value) for key, value in values.items()}
+    for home in homes:
+        key = (home.name, home.path)
+        variant.add_vector(home, (moved[key].float() - values[key].float()))
+    state = BatchState(next(model.parameters()).device)
+    modules = {h.name: h for h in homes}
+    rows = [(variant if i % 2 else None, 1.0) for i in range(WARM_ROWS)]
+    try:
+        plain = _two_passes(model, inputs)
+        expected = _with_values(model, inputs, homes, moved)
+        for name, home in modules.items():
+            wrap(name, home.module, state, home.layout)
+        with state.running(rows):
+            found = _two_passes(model, inputs)
+    except (DeltafoldError, RuntimeError, AttributeError, TypeError, ValueError, IndexError):
+        return False
+    finally:
+        for home in modules.values():
+            unwrap(home.module)
+    return all(
+        _close(f[i], (e if i % 2 else p)[i])
+        for f, e, p in zip(found, expected, plain, strict=True)
+        for i in range(WARM_ROWS)
+    )
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    share = 1e-4 if expected.dtype == torch.float32 else 2e-2
+    limit = share * float(expected.abs().max())
+    return bool(((found - expected).abs() <= limit).all())
+
+
+def _two_passes(model: nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    first = model(**inputs)
+    cache = {n: getattr(first, n, None) for n in ("past_key_values", "cache_params")}
+    cache = {n: c for n, c in cache.items() if c is not None}
+    if not cache:
+        raise ValueError("the model was given a cache and returns none")
+    second = model(input_ids=inputs["input_ids"][:, :1], use_cache=True, **cache)
+    return [answer_of(first), answer_of(second)]
+
+
+def _with_values(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    homes: list[Home],
+    values: dict[tuple[str, str], torch.Tensor],
+) -> list[torch.Tensor]:
+    kept = {key: value.clone() for key, value in ((k, _parameter_of(homes, k)) for k in values)}
+    try:
+        for key, value in values.items():
+            _parameter_of(homes, key).data.copy_(value)
+        return _two_passes(model, inputs)
+    finally:
+        for key, value in kept.items():
+            _parameter_of(homes, key).data.copy_(value)
+
+
+def _parameter_of(homes: list[Home], key: tuple[str, str]) -> torch.Tensor:
+    return _parameter(next(h for h in homes if (h.name, h.path) == key))
+
+
+def _parameter(home: Home) -> torch.Tensor:
+    *inner, attribute = home.path.split(".")
+    value = getattr(home.module.get_submodule(".".join(inner)), attribute)
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def _moved(value: torch.Tensor) -> torch.Tensor:
+    """A value far enough off that a mistake shows in the answers."""
+    wave = torch.arange(value.numel(), device=value.device).remainder(3).reshape(value.shape) - 0.5
+    size = value.detach().float().abs().mean() * 0.5 + 0.05
+    return (value.detach().float() + wave * size).to(value.dtype)

@@ -1,0 +1,172 @@
+"""Who reads which parameter: a warm-up pass that watches every torch function and every module.
+
+A parameter may be read by its own module, by a module around it, or by nobody. Where it is read
+decides which module has to run again with a variant's value. Models are watched, not known by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from deltafold.runtime.layout import WARM_ROWS, WARM_TOKENS, Layout, answer_of, kind_of
+
+#: Descriptors that give a tensor's values; all others tell its shape, dtype or place.
+_VALUES = {"T", "mT", "H", "mH", "data", "real"}
+#: The request whose rows `mixing` disturbs.
+_DISTURBED = 1
+
+
+class Uses:
+    """What a warm-up pass saw.
+
+    Attributes:
+        readers: by `id` of a parameter, the chains of module names, outermost first, that ran while it
+            was read.
+        layouts: by module name; None where two calls were laid out differently.
+    """
+
+    def __init__(self) -> None:
+        self.readers: dict[int, set[tuple[str, ...]]] = {}
+        self.layouts: dict[str, Layout | None] = {}
+
+    @classmethod
+    @torch.no_grad()
+    def watch(cls, model: nn.Module, inputs: dict[str, Any], tensors: Iterable[int]) -> Uses:
+        """Run the model once and note every use of `tensors` (given by `id`)."""
+        uses, stack = cls(), list[str]()
+        handles = []
+        for name, module in model.named_modules():
+            handles += _hooks(uses, stack, name, module)
+        try:
+            with _Watch(uses.readers, stack, set(tensors)):
+                model(**inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return uses
+
+    def _note_layout(self, name: str, layout: Layout) -> None:
+        known = self.layouts.setdefault(name, layout)
+        if known is not None and (known.output, known.args) != (layout.output, layout.args):
+            self.layouts[name] = None
+
+
+def _hooks(uses: Uses, stack: list[str], name: str, module: nn.Module) -> list[Any]:
+    def enter(*_: Any) -> None:
+        stack.append(name)
+
+    def leave(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        stack.pop()
+        uses._note_layout(name, Layout.of(args, kwargs, output))
+
+    return [
+        module.register_forward_pre_hook(enter, prepend=True),
+        module.register_forward_hook(leave, with_kwargs=True),
+    ]
+
+
+class _Watch(TorchFunctionMode):
+    """Notes the modules that are running when a parameter is handed to a torch function."""
+
+    def __init__(
+        self, readers: dict[int, set[tuple[str, ...]]], stack: list[str], tensors: set[int]
+    ) -> None:
+        super().__init__()
+        self._readers, self._stack, self._tensors = readers, stack, tensors
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if not _tells_shape(func):
+            for tensor in _flat((*args, *(kwargs or {}).values())):
+                if id(tensor) in self._tensors:
+                    self._readers.setdefault(id(tensor), set()).add(tuple(self._stack))
+        return func(*args, **(kwargs or {}))
+
+
+def _tells_shape(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", "") not in _VALUES
+    return name in ("size", "dim", "numel", "stride", "is_floating_point", "element_size")
+
+
+def _flat(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _flat(value)
+
+
+@torch.no_grad()
+def mixing(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    modules: dict[str, nn.Module],
+    layouts: dict[str, Layout | None],
+) -> set[str]:
+    """Names of modules whose rows do not stay with their request, found by disturbing one request.
+
+    The output of each module is changed for one request alone; the model's answers to the others
+    must stay as they were, and its own must change where the module gives one output for all.
+    """
+    logits = answer_of(model(**inputs))
+    shared = {n: m for n, m in modules.items() if _is_shared(layouts.get(n))}
+    bad = {n for n, m in shared.items() if not _apart(model, inputs, {n: m}, logits, own=True)}
+    others = {n: m for n, m in modules.items() if n not in shared}
+    if not _apart(model, inputs, others, logits):
+        bad |= {n for n, m in others.items() if not _apart(model, inputs, {n: m}, logits)}
+    return bad
+
+
+def _is_shared(layout: Layout | None) -> bool:
+    return layout is not None and layout.shared
+
+
+def _apart(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    modules: dict[str, nn.Module],
+    expected: torch.Tensor,
+    *,
+    own: bool = False,
+) -> bool:
+    try:
+        with _disturbed(modules):
+            found = answer_of(model(**inputs))
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    moved = (found - expected).abs().flatten(1).amax(1)
+    limit = expected.abs().max() * (1e-3 if expected.dtype == torch.float32 else 5e-2)
+    others = torch.cat([moved[:_DISTURBED], moved[_DISTURBED + 1 :]])
+    return bool((others <= limit).all()) and not (own and moved[_DISTURBED] == 0)
+
+
+@contextmanager
+def _disturbed(modules: dict[str, nn.Module]) -> Iterator[None]:
+    handles = [m.register_forward_hook(lambda _m, _a, out: _disturb(out)) for m in modules.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _disturb(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(_disturb(v) for v in value)
+    kind = kind_of(value)
+    if kind not in ("rows", "tokens", "one") or not value.is_floating_point():
+        return value
+    out = value.expand(WARM_ROWS, *value.shape[1:]).clone() if kind == "one" else value.clone()
+    each = WARM_TOKENS if kind == "tokens" else 1
+    mine = out[_DISTURBED * each : (_DISTURBED + 1) * each]
+    mine += mine.flip(-1) * 0.5 + 0.1
+    return out
