@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,8 @@ def restore_checkpoint(
             progress(Progress("restore", name, done, len(names), size))
         writer.finish()
         _copy_companions(repo, source, staging.folder)
+        if dtype is not None:
+            _say_dtype(staging.folder / "config.json", dtype)
         staging.publish()
     return RestoreReport(Path(out), len(names), exact, writer.total_bytes)
 
@@ -89,6 +92,15 @@ def _tensor(
     if dtype is not None and tensor.is_floating_point():
         return tensor.to(dtype), checked and tensor.dtype == dtype
     return tensor, checked
+
+
+def _say_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Name the new dtype where the configuration names the old one, or loaders would cast back."""
+    config = json.loads(path.read_text("utf-8"))
+    for key in ("dtype", "torch_dtype"):
+        if key in config:
+            config[key] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def _on_top(base: torch.Tensor | None, delta: torch.Tensor) -> torch.Tensor:

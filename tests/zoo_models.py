@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,6 +114,4 @@ def pack(folder: Path, name: str, codec: str) -> Path:
         folder / "base", folder / "full" / name, delta, recipe=Recipe(default=parse_spec(codec))
     )
     restore_checkpoint(delta, folder / "base", folder / "dense" / name, dtype=torch.float32)
-    config = folder / "dense" / name / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}))
     return delta

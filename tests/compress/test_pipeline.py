@@ -27,6 +27,7 @@ from deltafold.compress import (
     Recipe,
     compress_checkpoint,
     parse_spec,
+    restore_checkpoint,
     verify_delta,
 )
 from deltafold.compress.terms import Codes, Exact, Lossless, Planes
@@ -306,3 +307,13 @@ def test_overwriting_replaces_the_whole_folder(pair):
     assert first != second
     assert "notes.md" not in tree(pair.out)
     assert sorted(path.name for path in pair.out.parent.iterdir()) == ["delta"]
+
+
+def test_restoring_in_another_dtype_says_so_in_the_configuration(pair, tmp_path):
+    config = {"model_type": "pico", "dtype": "bfloat16"}
+    write_checkpoint(pair.variant, pair.variant_tensors, config=config)
+    pack(pair)
+    for dtype, named in ((torch.float32, "float32"), (None, "bfloat16")):
+        restore_checkpoint(pair.out, pair.base, tmp_path / named, dtype=dtype)
+        found = json.loads((tmp_path / named / "config.json").read_text())
+        assert found == {"model_type": "pico", "dtype": named}
