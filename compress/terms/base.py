@@ -8,6 +8,7 @@ sizes are known before any work and a reader can refuse a payload that does not 
 Rules that every term keeps:
 
 * `decode(encode(D))` is deterministic on every machine; what is lossy is the rounding, not chance.
+  (`lowrank` multiplies two factors, whose sums may differ in their last bits between machines.)
 * `decode` is float32 and linear in a scale that the caller multiplies on: `W = W0 + s * decode`.
 * The promised bytes (`parts`) are the written bytes.
 * A term's first field set is what users choose; fields that depend on the data (`count`, lengths)
