@@ -61,6 +61,12 @@ class Zoo:
     ) -> None:
         if folder is not None and not folder.is_dir():
             raise DeltafoldError("not-found", f"the zoo {folder} is not a folder.")
+        if folder is not None and (folder / MANIFEST_NAME).is_file():
+            raise DeltafoldError(
+                "bad-argument",
+                f"the zoo {folder} is itself a delta.",
+                fix=f"give the folder that holds it: --zoo {folder.parent}",
+            )
         self.folder = folder
         self._base, self._base_name = base, base_name
         self._reserved = frozenset(reserved)

@@ -268,3 +268,9 @@ def test_an_untied_head_of_a_tied_base(tmp_path: Path) -> None:
         got = model(ids).logits
     expected = hidden @ weights["lm_head.weight"].float().T
     assert (got - expected).abs().max() < 1e-4
+
+
+def test_a_delta_given_as_the_zoo_is_refused(made: zoo_models.Models) -> None:
+    with pytest.raises(DeltafoldError, match="itself a delta") as caught:
+        Deltas(made.plain(), Checkpoint.open(made.base), made.zoo / "sign")
+    assert str(made.zoo) in caught.value.fix

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,6 @@ from deltafold.runtime.host import Row
 
 LENGTHS = [3, 40, 17, 1, 25, 90, 8]
 NAMES = ["base", "a", "b", "a", "base", "b", "a"]
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> pico.PicoHost:
-    return pico.PicoHost(pico.llama(), tmp_path, ["a", "b"])
-
-
-@pytest.fixture
-def start(host: pico.PicoHost) -> Iterator[Callable[..., EmbeddedEngine]]:
-    engines = []
-
-    def make(**options: Any) -> EmbeddedEngine:
-        engines.append(EmbeddedEngine(host.model, host, **options))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close()
-    assert not +host.held, "every acquired variant is released once"
 
 
 def greedy(names: list[str], prompts: list[list[int]], new: int, **more: Any) -> list[Request]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pico
@@ -20,25 +19,6 @@ from deltafold.runtime.host import Row
 
 PROMPT = [5, 6, 7, 8]
 LONG = Sampling(max_tokens=400)
-
-
-@pytest.fixture
-def host(tmp_path: Path) -> pico.PicoHost:
-    return pico.PicoHost(pico.llama(), tmp_path, ["a", "b"])
-
-
-@pytest.fixture
-def start(host: pico.PicoHost) -> Iterator[Callable[..., EmbeddedEngine]]:
-    engines = []
-
-    def make(**options: Any) -> EmbeddedEngine:
-        engines.append(EmbeddedEngine(host.model, host, **options))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close()
-    assert not +host.held, "every acquired variant is released once"
 
 
 def submit(engine: EmbeddedEngine, name: str, sampling: Sampling = LONG) -> tuple[str, pico.Watch]:
