@@ -36,7 +36,7 @@ def _describe(method: type[Any]) -> dict[str, Any]:
         "id": method.id,
         "summary": method.summary,
         "options": [_option(f, hints[f.name]) for f in dataclasses.fields(method)],
-        "needs": method.needs,
+        "needs": list(method.needs),
         "applied": method.applied,
         "paper": method.paper,
     }
