@@ -38,6 +38,15 @@ class Evidence:
     fisher: torch.Tensor | None = None
     references: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
+    def rows(self, index: torch.Tensor) -> Evidence:
+        """The same of some rows of the tensor; the inputs of a layer are those of all its rows."""
+        return Evidence(
+            second_moment=self.second_moment,
+            gradient=None if self.gradient is None else self.gradient[index],
+            fisher=None if self.fisher is None else self.fisher[index],
+            references={role: tensor[index] for role, tensor in self.references.items()},
+        )
+
 
 class EvidenceSource(Protocol):
     """Where a packing run takes evidence from."""

@@ -113,7 +113,7 @@ def spec_of(chosen: Any) -> str:
         value = getattr(chosen, f.name)
         if value != f.default:
             options.append(f"{f.name}={value}")
-    return chosen.id + (":" + ",".join(options) if options else "")
+    return str(chosen.id) + (":" + ",".join(options) if options else "")
 
 
 def _convert(value: Any, hint: Any, where: str, key: str, usage: str) -> Any:

@@ -38,7 +38,7 @@ class Chain:
     @property
     def needs(self) -> tuple[Need, ...]:
         """All that an edit or the codec needs."""
-        wanted = {n for part in (*self.edits, self.codec) for n in part.needs}
+        wanted = {n for step in self.edits for n in step.needs} | set(self.codec.needs)
         return tuple(n for n in NEEDS if n in wanted)
 
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
