@@ -13,6 +13,7 @@ from deltafold.compress.terms.base import (
     rows_and_columns,
     term_from_config,
 )
+from deltafold.compress.terms.blocks import Blocks
 from deltafold.compress.terms.codes import Codes
 from deltafold.compress.terms.dense import Dense
 from deltafold.compress.terms.exact import Exact
@@ -24,6 +25,7 @@ from deltafold.compress.terms.sparse import Sparse
 
 __all__ = [
     "REGISTRY",
+    "Blocks",
     "Codes",
     "Context",
     "Dense",

@@ -110,21 +110,23 @@ class ExactTerm(Term, Protocol):
 
 def is_exact(term: Term) -> bool:
     """Whether `restore` gives back the fine-tune's very bytes, nested terms included."""
-    inner = getattr(term, "inner", None)
-    return isinstance(term, ExactTerm) and (inner is None or is_exact(inner))
+    inner = getattr(term, "inner", ())
+    nested = inner if isinstance(inner, tuple) else (inner,)
+    return isinstance(term, ExactTerm) and all(is_exact(t) for t in nested)
 
 
 def config_of(term: Term) -> dict[str, Any]:
     """A term as JSON: id, version and every field, nested terms included."""
     fields: dict[str, Any] = {"id": term.id, "v": term.version}
     for f in dataclasses.fields(term):  # type: ignore[arg-type]
-        value = getattr(term, f.name)
-        if isinstance(value, Term):
-            value = config_of(value)
-        elif isinstance(value, tuple):
-            value = list(value)
-        fields[f.name] = value
+        fields[f.name] = _as_json(getattr(term, f.name))
     return fields
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_as_json(v) for v in value]
+    return config_of(value) if isinstance(value, Term) else value
 
 
 def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -202,7 +204,9 @@ def _build(cls: type[Any], fields: dict[str, Any], where: str) -> Term:
         if isinstance(value, Mapping):
             value = term_from_config(value, where=where)
         elif isinstance(value, list):
-            value = tuple(value)
+            value = tuple(
+                term_from_config(v, where=where) if isinstance(v, Mapping) else v for v in value
+            )
         if not _same_type(value, known[key].default):
             raise DeltafoldError(
                 "bad-manifest", f"{where}: the term {cls.id!r}: {key} cannot be {value!r}."

@@ -10,6 +10,7 @@ from term_checks import Case
 from deltafold.compress import DeltafoldError
 from deltafold.compress.terms import (
     REGISTRY,
+    Blocks,
     Codes,
     Context,
     Dense,
@@ -27,6 +28,9 @@ from deltafold.compress.terms import (
 from deltafold.compress.terms.base import register
 
 CASES = [
+    Case(Blocks(rows=5, inner=(Planes(bits=4),)), error=0.20, scalars=False),
+    Case(Blocks(rows=1, inner=(Lossless(),)), error=0.0, scalars=False),
+    Case(Blocks(rows=7, inner=(Sparse(mask="bitmap"),)), error=1e-3, scalars=False),
     Case(Planes(bits=1, scale="tensor", scale_format="float32"), error=0.61),
     Case(Planes(bits=1, scale="row"), error=0.61),
     Case(Planes(bits=2, scale="row", scale_format="float32"), error=0.37),
@@ -53,7 +57,13 @@ CASES = [
     Case(Rows(inner=Lossless()), error=0.0, scalars=False),
     Case(Rows(inner=Rows(inner=Exact())), error=0.0, scalars=False),
 ]
-EXACT = [Exact(), Lossless(), Rows(inner=Exact()), Rows(inner=Lossless())]
+EXACT = [
+    Blocks(rows=3, inner=(Exact(),)),
+    Exact(),
+    Lossless(),
+    Rows(inner=Exact()),
+    Rows(inner=Lossless()),
+]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -102,7 +112,7 @@ def _patterns(dtype: torch.dtype) -> torch.Tensor:
 
 
 every_exact = pytest.mark.parametrize(
-    "term", EXACT, ids=["exact", "lossless", "rows-exact", "rows-lossless"]
+    "term", EXACT, ids=["blocks", "exact", "lossless", "rows-exact", "rows-lossless"]
 )
 
 

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from deltafold.compress.terms import (
+    Blocks,
     Codes,
     Context,
     Dense,
@@ -54,6 +55,9 @@ class Golden(NamedTuple):
 
 
 CASES = [
+    Golden("planes", Blocks(rows=4, inner=(Planes(bits=2),)), (10, 24)),
+    Golden("lossless", Blocks(rows=3, inner=(Lossless(),)), (2, 4, 33)),
+    Golden("seed", Blocks(rows=2, inner=(Sparse(mask="seed", drop=0.5, seed=9),)), (5, 12)),
     Golden("tensor", Planes(bits=1, scale="tensor", scale_format="float32"), (5, 27)),
     Golden("row", Planes(bits=2, scale="row", scale_format="float32"), (3, 2, 33)),
     Golden("group", Planes(bits=4, scale="group", group=16), (6, 40)),
