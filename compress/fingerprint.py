@@ -77,10 +77,7 @@ def _digest_file(
     cached = _read_cache(file, place)
     digests: dict[str, TensorDigest] = {}
     for name, entry in file.entries.items():
-        if cached is not None and name in cached:
-            digest = cached[name]
-        else:
-            digest = hashlib.sha256(file.bytes_of(name).data).hexdigest()
+        digest = file.sha256(name) if cached is None else cached[name]
         digests[name] = TensorDigest(entry.dtype, entry.shape, digest)
         if progress is not None:
             progress(name, entry.stop - entry.start)

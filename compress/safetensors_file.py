@@ -6,22 +6,24 @@ any tensor is touched, and so that a tensor's bytes can be hashed without decodi
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from deltafold.compress import dtypes
 from deltafold.compress.errors import DeltafoldError
 
 #: The format's own limit on headers.
 _MAX_HEADER = 100_000_000
+#: Bytes that are hashed at a time.
+_CHUNK = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class Entry:
 
 
 class SafetensorsFile:
-    """A memory-mapped safetensors file.
+    """A safetensors file whose header was read and checked.
 
     Raises:
         DeltafoldError: `truncated` where the file ends too early, `code` (what the caller names) for
@@ -59,25 +61,71 @@ class SafetensorsFile:
         self._offset = 8 + length
         self.metadata: dict[str, str] = {}
         self.entries = self._parse(raw)
-        self._map: NDArray[np.uint8] | None = None
-
-    def bytes_of(self, name: str) -> NDArray[np.uint8]:
-        """A tensor's bytes, uint8 1-D, mapped and read-only."""
-        entry = self.entries[name]
-        if entry.start == entry.stop:
-            return np.empty(0, dtype=np.uint8)
-        if self._map is None:
-            self._map = np.memmap(self.path, dtype=np.uint8, mode="r")
-        return self._map[entry.start : entry.stop]
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor in its own dtype, in memory of its own."""
         entry = self.entries[name]
-        raw = torch.from_numpy(np.array(self.bytes_of(name)))
+        return self.rows(name, 0, entry.shape[0]) if entry.shape else self._whole(name)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Some of a tensor's rows along its first dimension, in memory of their own."""
+        entry = self.entries[name]
         dtype = dtypes.to_torch(entry.dtype, where=f"{self.path.name}: {name}")
-        if not raw.numel():
-            return torch.empty(entry.shape, dtype=dtype)
-        return raw.view(dtype).reshape(entry.shape)
+        shape = (stop - start, *entry.shape[1:])
+        width = dtype.itemsize * math.prod(entry.shape[1:])
+        if not math.prod(shape):
+            return torch.empty(shape, dtype=dtype)
+        return self.read(name, start * width, stop * width).view(dtype).reshape(shape)
+
+    def sha256(self, name: str) -> str:
+        """Hex digest of a tensor's bytes."""
+        entry, total = self.entries[name], hashlib.sha256()
+        size = entry.stop - entry.start
+        for start in range(0, size, _CHUNK):
+            total.update(self.read(name, start, min(start + _CHUNK, size)).numpy().data)
+        return total.hexdigest()
+
+    def _whole(self, name: str) -> torch.Tensor:
+        entry = self.entries[name]
+        dtype = dtypes.to_torch(entry.dtype, where=f"{self.path.name}: {name}")
+        return self.read(name, 0, entry.stop - entry.start).view(dtype).reshape(())
+
+    def stamp(self) -> tuple[int, int, int, int]:
+        """Size, modification and change times (ns) and inode of the file as it is now.
+
+        Raises:
+            DeltafoldError: `not-found` where the file is gone.
+        """
+        try:
+            stat = self.path.stat()
+        except OSError as error:
+            raise DeltafoldError("not-found", f"{self.path}: {error.strerror}.") from error
+        return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Bytes `start` to `stop` of a tensor, uint8 1-D, in memory of their own.
+
+        Read, not mapped: pages of a map count as this process's memory for as long as they are
+        cached, and a file that shrinks meanwhile would kill the process instead of raising.
+
+        Raises:
+            DeltafoldError: `truncated` or `not-found` where the file is no longer what it was.
+        """
+        entry = self.entries[name]
+        assert 0 <= start <= stop <= entry.stop - entry.start
+        out = torch.empty(stop - start, dtype=torch.uint8)
+        view = memoryview(out.numpy())
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(entry.start + start)
+                done = 0
+                while done < len(view) and (count := file.readinto(view[done:])):
+                    done += count
+        except OSError as error:
+            raise DeltafoldError("not-found", f"{self.path}: {error.strerror}.") from error
+        if done < len(view):
+            raise self._truncated(entry.start + stop)
+        return out
 
     def _parse(self, raw: bytes) -> dict[str, Entry]:
         try:
