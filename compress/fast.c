@@ -99,6 +99,30 @@ void take_plane(float *x, int64_t rows, int64_t columns, int64_t width, const fl
     }
 }
 
+/* Put a plane back: x += level * sign. */
+void add_plane(float *x, int64_t rows, int64_t columns, int64_t width, const float *levels, int per_row,
+               const uint8_t *signs) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256 minus = _mm256_set1_ps(-0.0f);
+    int64_t groups = (columns + width - 1) / width, bytes = (columns + 7) / 8;
+    for (int64_t n = 0; n < rows; n++) {
+        float *row = x + n * columns;
+        const uint8_t *own = signs + n * bytes;
+        for (int64_t g = 0; g < groups; g++) {
+            float level = per_row ? levels[n * groups + g] : levels[0];
+            int64_t m = g * width, last = (g + 1) * width < columns ? (g + 1) * width : columns;
+            for (; m < last && m % 8; m++) row[m] += own[m / 8] >> (m % 8) & 1 ? level : -level;
+            for (; m + 8 <= last; m += 8) {
+                __m256i set = _mm256_and_si256(_mm256_set1_epi32(own[m / 8]), bit);
+                __m256 clear = _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, _mm256_setzero_si256()));
+                __m256 value = _mm256_xor_ps(_mm256_set1_ps(level), _mm256_and_ps(clear, minus));
+                _mm256_storeu_ps(row + m, _mm256_add_ps(_mm256_loadu_ps(row + m), value));
+            }
+            for (; m < last; m++) row[m] += own[m / 8] >> (m % 8) & 1 ? level : -level;
+        }
+    }
+}
+
 /* What is worth knowing of a difference and of what is left of it: sum |d|, sum d^2, sum r^2, max |d|,
  * entries that are not zero. `left` may be null. */
 void totals(const float *d, const float *left, int64_t count, double *out) {

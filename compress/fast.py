@@ -45,6 +45,8 @@ def fast_library() -> ctypes.CDLL | None:
     library.take_plane.argtypes = [
         pointer, integer, integer, integer, pointer, kind, pointer
     ]  # fmt: skip
+    library.add_plane.restype = None
+    library.add_plane.argtypes = library.take_plane.argtypes
     library.totals.restype = None
     library.totals.argtypes = [pointer, pointer, integer, pointer]
     return library
@@ -70,7 +72,8 @@ def difference(
     variant = variant.contiguous()
     base = None if base is None else base.contiguous()
     out = torch.empty(variant.shape, dtype=torch.float32) if out is None else out
-    assert out.is_contiguous() and out.shape == variant.shape
+    assert out.is_contiguous()
+    assert out.shape == variant.shape
     library.difference(
         None if base is None else base.data_ptr(),
         0 if base is None else _DTYPES[base.dtype],
@@ -134,6 +137,33 @@ def take_plane(rest: torch.Tensor, levels: torch.Tensor, width: int) -> torch.Te
         signs.data_ptr(),
     )  # fmt: skip
     return signs
+
+
+def add_plane(total: torch.Tensor, signs: torch.Tensor, levels: torch.Tensor, width: int) -> None:
+    """Put one sign plane back: `total += level * sign`, in place.
+
+    Args:
+        total: float32 `[N, M]`, contiguous.
+        signs: uint8 `[N, ceil(M / 8)]`, as `take_plane` gives them.
+        levels: float32 `[N, ceil(M / width)]`, or a single level (0-d or `[1]`).
+        width: columns of a group.
+    """
+    assert total.is_contiguous()
+    rows, columns = total.shape
+    levels, signs = levels.contiguous(), signs.contiguous()
+    library = fast_library()
+    if library is None or not total.numel():
+        plus = bits.unpack(signs, 1, columns).bool()
+        if levels.dim() == 2:
+            spread = levels.repeat_interleave(width, dim=1)[:, :columns]
+        else:
+            spread = levels.reshape(1, 1)
+        total += torch.where(plus, spread, -spread)
+        return
+    library.add_plane(
+        total.data_ptr(), rows, columns, width, levels.data_ptr(), int(levels.dim() == 2),
+        signs.data_ptr(),
+    )  # fmt: skip
 
 
 def totals(difference: torch.Tensor, rest: torch.Tensor | None = None) -> Totals:

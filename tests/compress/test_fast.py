@@ -67,6 +67,10 @@ def test_sums_and_planes_have_the_same_bits(shape, width, portable):
         assert torch.equal(signs, portable(fast.take_plane, theirs, levels, width))
         assert torch.equal(ours, theirs)
         assert torch.equal(signs, pack((matrix >= 0).to(torch.uint8), 1))
+        fast.add_plane(ours, signs, levels, width)
+        portable(fast.add_plane, theirs, signs, levels, width)
+        assert torch.equal(ours, theirs)
+        assert torch.allclose(ours, matrix, atol=1e-6)
 
 
 @needs_c
