@@ -91,9 +91,9 @@ class Checkpoint:
         """The tensor in its own dtype, in memory of its own."""
         return self._home[name].tensor(name)
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Some rows of a tensor along its first dimension, in memory of their own."""
-        return self._home[name].rows(name, start, stop)
+    def matrix_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a tensor read as a matrix, `[stop - start, M]`, in memory of their own."""
+        return self._home[name].matrix_rows(name, start, stop)
 
     def sha256(self, name: str) -> str:
         """Hex digest of the tensor's bytes."""

@@ -168,3 +168,8 @@ void totals(const float *d, const float *left, int64_t count, double *out) {
     out[3] = largest;
     out[4] = (double)changed;
 }
+
+/* changed[n] = whether row n of two matrices of `bytes` bytes a row differs. */
+void rows_changed(const uint8_t *a, const uint8_t *b, int64_t rows, int64_t bytes, uint8_t *changed) {
+    for (int64_t n = 0; n < rows; n++) changed[n] = memcmp(a + n * bytes, b + n * bytes, bytes) != 0;
+}

@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 import torch
 
 from deltafold.compress import bits
+from deltafold.compress.dtypes import raw_bytes
 from deltafold.compress.native import compiled
 
 _LANES: Final = 16
@@ -47,6 +48,8 @@ def fast_library() -> ctypes.CDLL | None:
     ]  # fmt: skip
     library.add_plane.restype = None
     library.add_plane.argtypes = library.take_plane.argtypes
+    library.rows_changed.restype = None
+    library.rows_changed.argtypes = [pointer, pointer, integer, integer, pointer]
     library.totals.restype = None
     library.totals.argtypes = [pointer, pointer, integer, pointer]
     return library
@@ -164,6 +167,23 @@ def add_plane(total: torch.Tensor, signs: torch.Tensor, levels: torch.Tensor, wi
         total.data_ptr(), rows, columns, width, levels.data_ptr(), int(levels.dim() == 2),
         signs.data_ptr(),
     )  # fmt: skip
+
+
+def rows_changed(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """bool `[N]`: which rows of two matrices `[N, M]` of one dtype differ in any bit."""
+    assert first.dtype == second.dtype
+    assert first.shape == second.shape
+    rows, columns = first.shape
+    library = fast_library()
+    if library is None or not first.numel():
+        width = columns * first.element_size()
+        ours, theirs = (raw_bytes(t).reshape(rows, width) for t in (first, second))
+        return (ours != theirs).any(dim=1)
+    first, second = first.contiguous(), second.contiguous()
+    changed = torch.empty(rows, dtype=torch.bool)
+    width = columns * first.element_size()
+    library.rows_changed(first.data_ptr(), second.data_ptr(), rows, width, changed.data_ptr())
+    return changed
 
 
 def totals(difference: torch.Tensor, rest: torch.Tensor | None = None) -> Totals:

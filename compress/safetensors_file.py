@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 
 from deltafold.compress import dtypes
 from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.shapes import rows_and_columns
 
 #: The format's own limit on headers.
 _MAX_HEADER = 100_000_000
@@ -65,17 +66,24 @@ class SafetensorsFile:
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor in its own dtype, in memory of its own."""
         entry = self.entries[name]
-        return self.rows(name, 0, entry.shape[0]) if entry.shape else self._whole(name)
+        dtype = dtypes.to_torch(entry.dtype, where=f"{self.path.name}: {name}")
+        if not math.prod(entry.shape):
+            return torch.empty(entry.shape, dtype=dtype)
+        return self.read(name, 0, entry.stop - entry.start).view(dtype).reshape(entry.shape)
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Some of a tensor's rows along its first dimension, in memory of their own."""
+    def matrix_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a tensor read as a matrix (see `rows_and_columns`), in memory of their own.
+
+        Returns:
+            `[stop - start, M]` in the tensor's own dtype.
+        """
         entry = self.entries[name]
         dtype = dtypes.to_torch(entry.dtype, where=f"{self.path.name}: {name}")
-        shape = (stop - start, *entry.shape[1:])
-        width = dtype.itemsize * math.prod(entry.shape[1:])
-        if not math.prod(shape):
-            return torch.empty(shape, dtype=dtype)
-        return self.read(name, start * width, stop * width).view(dtype).reshape(shape)
+        columns = rows_and_columns(entry.shape)[1]
+        width = dtype.itemsize * columns
+        if start >= stop or not columns:
+            return torch.empty((max(stop - start, 0), columns), dtype=dtype)
+        return self.read(name, start * width, stop * width).view(dtype).reshape(-1, columns)
 
     def sha256(self, name: str) -> str:
         """Hex digest of a tensor's bytes."""
@@ -84,11 +92,6 @@ class SafetensorsFile:
         for start in range(0, size, _CHUNK):
             total.update(self.read(name, start, min(start + _CHUNK, size)).numpy().data)
         return total.hexdigest()
-
-    def _whole(self, name: str) -> torch.Tensor:
-        entry = self.entries[name]
-        dtype = dtypes.to_torch(entry.dtype, where=f"{self.path.name}: {name}")
-        return self.read(name, 0, entry.stop - entry.start).view(dtype).reshape(())
 
     def stamp(self) -> tuple[int, int, int, int]:
         """Size, modification and change times (ns) and inode of the file as it is now.
@@ -178,21 +181,36 @@ class SafetensorsFile:
         )
 
 
-def write_file(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Write tensors to a file whose bytes depend on nothing but its content.
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """A tensor that is made when it is written: dtype and shape, and who makes it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Deferred:
+        """A tensor that is there already."""
+        return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def header_of(tensors: Mapping[str, Deferred], metadata: Mapping[str, str]) -> bytes:
+    """What a file begins with; its bytes depend on nothing but names, dtypes and shapes.
 
     The library's own writer puts metadata in an order of chance, reports a full disk as an error
     that is no `OSError`, and makes a file that other users cannot read.
     """
-    # Wide dtypes first, as the library does: every tensor then begins at a multiple of its own size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     position = 0
-    for name in order:
+    for name in file_order(tensors):
         tensor = tensors[name]
-        stop = position + tensor.numel() * tensor.element_size()
+        stop = position + tensor.nbytes
         header[name] = {
             "dtype": dtypes.NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -201,10 +219,28 @@ def write_file(
         position = stop
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def file_order(tensors: Mapping[str, Deferred]) -> list[str]:
+    """Names in the order of the file: wide dtypes first, as the library does.
+
+    Every tensor then begins at a multiple of its own size.
+    """
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+
+def write_file(
+    path: Path, tensors: Mapping[str, torch.Tensor | Deferred], metadata: Mapping[str, str]
+) -> None:
+    """Write tensors to a file, holding one of those that are deferred at a time."""
+    deferred = {n: t if isinstance(t, Deferred) else Deferred.of(t) for n, t in tensors.items()}
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(raw)) + raw)
-        for name in order:
-            file.write(dtypes.raw_bytes(tensors[name]).numpy().data)
+        file.write(header_of(deferred, metadata))
+        for name in file_order(deferred):
+            tensor, promised = deferred[name].load(), deferred[name]
+            assert (tensor.dtype, tuple(tensor.shape)) == (promised.dtype, promised.shape), name
+            file.write(dtypes.raw_bytes(tensor).numpy().data)
 
 
 def _whole(number: Any) -> int:

@@ -7,17 +7,20 @@ from pathlib import Path
 
 import torch
 
-from deltafold.compress.safetensors_file import write_file
+from deltafold.compress.safetensors_file import Deferred, write_file
 
 
 class ShardWriter:
     """Collects tensors and writes a shard whenever enough have come together.
 
+    Tensors that are deferred are made one at a time while their shard is written.
+
     Args:
         folder: where to write.
         stem: "delta" or "model".
         metadata: goes to every shard's header.
-        max_bytes: a shard's size; also what the writer holds in memory at most, besides one tensor.
+        max_bytes: a shard's size; also what the writer holds in memory at most, besides one tensor,
+            of those that are not deferred.
     """
 
     def __init__(
@@ -25,17 +28,18 @@ class ShardWriter:
     ) -> None:
         self._folder, self._stem, self._metadata = folder, stem, metadata
         self._max_bytes = max_bytes
-        self._pending: dict[str, torch.Tensor] = {}
+        self._pending: dict[str, Deferred] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
         self.total_bytes = 0
 
-    def add(self, key: str, tensor: torch.Tensor) -> None:
+    def add(self, key: str, tensor: torch.Tensor | Deferred) -> None:
         """Write a tensor, sooner or later."""
-        nbytes = tensor.numel() * tensor.element_size()
+        deferred = tensor if isinstance(tensor, Deferred) else Deferred.of(tensor.contiguous())
+        nbytes = deferred.nbytes
         if self._pending and self._pending_bytes + nbytes > self._max_bytes:
             self._flush()
-        self._pending[key] = tensor.contiguous()
+        self._pending[key] = deferred
         self._pending_bytes += nbytes
         self.total_bytes += nbytes
 

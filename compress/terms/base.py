@@ -32,6 +32,23 @@ import torch
 
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import Evidence
+from deltafold.compress.shapes import rows_and_columns
+
+__all__ = [
+    "REGISTRY",
+    "Checked",
+    "Context",
+    "Encoded",
+    "ExactTerm",
+    "PartSpec",
+    "Parts",
+    "Term",
+    "config_of",
+    "is_exact",
+    "register",
+    "rows_and_columns",
+    "term_from_config",
+]
 
 Parts: TypeAlias = Mapping[str, torch.Tensor]
 
@@ -127,23 +144,6 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_as_json(v) for v in value]
     return config_of(value) if isinstance(value, Term) else value
-
-
-def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
-    """`(N, M)` of a tensor read as a matrix, by its shape alone; part of the format.
-
-    1-D is one row. A 3-D tensor whose last dimension is at least 32 is a stack of matrices (fused
-    experts `[E, N, M]`): `(E * N, M)`. Anything else of more than two dimensions (convolutions) is
-    `(first, product of the rest)`.
-    """
-    if len(shape) < 2:
-        return 1, shape[0] if shape else 1
-    if len(shape) == 3 and shape[2] >= 32:
-        return shape[0] * shape[1], shape[2]
-    columns = 1
-    for size in shape[1:]:
-        columns *= size
-    return shape[0], columns
 
 
 REGISTRY: Final[dict[tuple[str, int], type[Any]]] = {}

@@ -83,3 +83,16 @@ def test_totals_are_right(count, portable):
     assert found.largest == expected.largest
     assert found[:3] == pytest.approx(expected[:3], rel=1e-5)
     assert fast.totals(d).rest == 0
+
+
+@needs_c
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_differ_by_any_bit(dtype, portable):
+    first = noise((9, 5)).to(dtype)
+    first[2, 1] = 0.0
+    second = first.clone()
+    second[2, 1] = -0.0
+    second[8, 4] += 1
+    for found in (fast.rows_changed(first, second), portable(fast.rows_changed, first, second)):
+        assert found.nonzero().flatten().tolist() == [2, 8]
+    assert fast.rows_changed(first[:0], second[:0]).shape == (0,)

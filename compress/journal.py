@@ -1,0 +1,188 @@
+"""What a packing run has finished, so that a run that was cut short goes on where it stopped.
+
+Parts go to a spool file as they are made, and a line to the journal once they are there. A line holds
+a checksum of itself, and the tensor's entry one of its parts: a line or a part that was torn by a kill,
+a full disk or a power cut is found out and its tensor is coded again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final, Self
+
+import torch
+
+from deltafold.compress import dtypes
+from deltafold.compress.repo import payload_digest
+
+_JOURNAL: Final = ".journal"
+_SPOOL: Final = ".spool"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one part lies in the spool: safetensors dtype, shape, and the first byte."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished tensor.
+
+    Attributes:
+        name: the tensor.
+        base: sha256 of the base's tensor, None where the base has none.
+        variant: sha256 of the fine-tune's tensor, None where the fine-tune has none.
+        entry: the manifest's entry as JSON; None where nothing is stored.
+        stats: numbers for the table of tensors.
+        parts: by term number, the places of its parts.
+    """
+
+    name: str
+    base: str | None
+    variant: str | None
+    entry: Mapping[str, Any] | None = None
+    stats: Mapping[str, float] | None = None
+    parts: tuple[Mapping[str, Place], ...] = ()
+
+
+class Journal:
+    """The journal and the spool of one output folder. Thread-safe.
+
+    Args:
+        folder: the folder that is being made.
+        identity: names inputs and settings; what another run left is dropped.
+
+    Attributes:
+        done: finished tensors by name.
+        resumed: how many of them an earlier run finished.
+    """
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self._journal_path, self._spool_path = folder / _JOURNAL, folder / _SPOOL
+        self._lock = threading.Lock()
+        self.done: dict[str, Record] = {}
+        kept, end = self._read(identity)
+        self._spool = self._open(self._spool_path, end)
+        self._journal = self._open(self._journal_path, kept)
+        for name in [n for n, record in self.done.items() if not self._sound(record)]:
+            del self.done[name]
+        self.resumed = len(self.done)
+        if not kept:
+            self._line({"identity": identity})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._spool.close()
+        self._journal.close()
+
+    def add(self, record: Record, parts: list[dict[str, torch.Tensor]]) -> None:
+        """Keep a finished tensor and its parts."""
+        with self._lock:
+            places = tuple({k: self._append(t) for k, t in sorted(p.items())} for p in parts)
+            self._spool.flush()
+            record = Record(
+                record.name, record.base, record.variant, record.entry, record.stats, places
+            )
+            self._line({"record": asdict(record)})
+            self.done[record.name] = record
+
+    def part(self, place: Place) -> torch.Tensor:
+        """Read one part back."""
+        dtype = dtypes.TORCH[place.dtype]
+        out = torch.empty(place.shape, dtype=dtype)
+        view = memoryview(dtypes.raw_bytes(out).numpy())
+        count, at = 0, place.start
+        while count < len(view) and (
+            more := os.preadv(self._reading(), [view[count:]], at + count)
+        ):
+            count += more
+        return out if count == len(view) else out[:0]
+
+    def remove(self) -> None:
+        """Forget everything; the output has it now."""
+        self.__exit__()
+        self._journal_path.unlink()
+        self._spool_path.unlink()
+
+    def _reading(self) -> int:
+        return self._spool.fileno()
+
+    def _append(self, tensor: torch.Tensor) -> Place:
+        place = Place(dtypes.NAMES[tensor.dtype], tuple(tensor.shape), self._spool.tell())
+        self._spool.write(dtypes.raw_bytes(tensor).numpy().data)
+        return place
+
+    def _line(self, content: Mapping[str, Any]) -> None:
+        text = json.dumps(content, separators=(",", ":"))
+        self._journal.write(f"{zlib.crc32(text.encode()):08x} {text}\n".encode())
+        self._journal.flush()
+
+    def _read(self, identity: str) -> tuple[int, int]:
+        """Bytes of the journal and of the spool that are worth keeping."""
+        try:
+            raw = self._journal_path.read_bytes()
+        except OSError:
+            return 0, 0
+        kept = end = 0
+        for line in raw.splitlines(keepends=True):
+            content = _parsed(line)
+            if content is None or (not kept and content.get("identity") != identity):
+                break
+            kept += len(line)
+            if "record" in content:
+                record = _record(content["record"])
+                self.done[record.name] = record
+                end = max(end, *(_end(p) for parts in record.parts for p in parts.values()), 0)
+        return kept, end
+
+    def _sound(self, record: Record) -> bool:
+        """Whether every part is in the spool as it was written."""
+        if record.entry is None:
+            return True
+        parts = [{key: self.part(p) for key, p in places.items()} for places in record.parts]
+        return payload_digest(parts) == record.entry["payload_sha256"]
+
+    @staticmethod
+    def _open(path: Path, size: int) -> BinaryIO:
+        path.touch()
+        file = path.open("r+b")
+        # What follows the last whole line belongs to nobody.
+        if path.stat().st_size > size:
+            file.truncate(size)
+        file.seek(0, os.SEEK_END)
+        return file
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    crc, _, text = line.rstrip(b"\n").partition(b" ")
+    if not line.endswith(b"\n") or crc != f"{zlib.crc32(text):08x}".encode():
+        return None
+    content = json.loads(text)
+    return content if isinstance(content, dict) else None
+
+
+def _record(data: Mapping[str, Any]) -> Record:
+    parts = tuple(
+        {k: Place(p["dtype"], tuple(p["shape"]), p["start"]) for k, p in places.items()}
+        for places in data["parts"]
+    )
+    return Record(**{**data, "parts": parts})
+
+
+def _end(place: Place) -> int:
+    size = dtypes.TORCH[place.dtype].itemsize
+    for n in place.shape:
+        size *= n
+    return place.start + size
