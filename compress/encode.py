@@ -84,7 +84,7 @@ def encode_tensor(
         assert evidence is not None
         context = replace(context, evidence=evidence.of(name))
     if not all(is_exact(term) for term in planned):
-        _refuse_not_finite(name, delta, method)
+        refuse_not_finite(name, delta, method)
     added = max(shape[0] - base.shape[0], 0)
     if added or (len(shape) > 1 and len(planned) == 1 and _few_rows(delta, base.shape[0])):
         rows = Rows(inner=planned[0], added=added, dtype=dtype)
@@ -168,7 +168,8 @@ def manifest_entry(
     )
 
 
-def _refuse_not_finite(name: str, delta: torch.Tensor, method: Method) -> None:
+def refuse_not_finite(name: str, delta: torch.Tensor, method: Method) -> None:
+    """Raises `not-finite` where a lossy method would have to store NaN or infinity."""
     if not bool(torch.isfinite(delta).all()):
         raise DeltafoldError(
             "not-finite",

@@ -8,6 +8,7 @@ a full disk or a power cut is found out and its tensor is coded again.
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import zlib
@@ -32,6 +33,11 @@ class Place:
     dtype: str
     shape: tuple[int, ...]
     start: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return dtypes.TORCH[self.dtype].itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -87,42 +93,36 @@ class Journal:
         self._spool.close()
         self._journal.close()
 
-    def add(self, record: Record, parts: list[dict[str, torch.Tensor]]) -> None:
-        """Keep a finished tensor and its parts."""
+    def put(self, tensor: torch.Tensor) -> Place:
+        """Keep a part of a tensor that is being made; it counts once the tensor is `add`ed."""
         with self._lock:
-            places = tuple({k: self._append(t) for k, t in sorted(p.items())} for p in parts)
+            place = Place(dtypes.NAMES[tensor.dtype], tuple(tensor.shape), self._spool.tell())
+            self._spool.write(dtypes.raw_bytes(tensor).numpy().data)
             self._spool.flush()
-            record = Record(
-                record.name, record.base, record.variant, record.entry, record.stats, places
-            )
+        return place
+
+    def add(self, record: Record) -> None:
+        """Note a finished tensor, all of whose parts were `put`."""
+        with self._lock:
             self._line({"record": asdict(record)})
             self.done[record.name] = record
 
     def part(self, place: Place) -> torch.Tensor:
-        """Read one part back."""
+        """Read one part back; what was torn off comes as zeros, and its checksum will say so."""
         dtype = dtypes.TORCH[place.dtype]
-        out = torch.empty(place.shape, dtype=dtype)
-        view = memoryview(dtypes.raw_bytes(out).numpy())
-        count, at = 0, place.start
-        while count < len(view) and (
-            more := os.preadv(self._reading(), [view[count:]], at + count)
-        ):
+        if not place.nbytes:
+            return torch.empty(place.shape, dtype=dtype)
+        raw = torch.zeros(place.nbytes, dtype=torch.uint8)
+        view, count = memoryview(raw.numpy()), 0
+        while more := os.preadv(self._spool.fileno(), [view[count:]], place.start + count):
             count += more
-        return out if count == len(view) else out[:0]
+        return raw.view(dtype).reshape(place.shape)
 
     def remove(self) -> None:
         """Forget everything; the output has it now."""
         self.__exit__()
         self._journal_path.unlink()
         self._spool_path.unlink()
-
-    def _reading(self) -> int:
-        return self._spool.fileno()
-
-    def _append(self, tensor: torch.Tensor) -> Place:
-        place = Place(dtypes.NAMES[tensor.dtype], tuple(tensor.shape), self._spool.tell())
-        self._spool.write(dtypes.raw_bytes(tensor).numpy().data)
-        return place
 
     def _line(self, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, separators=(",", ":"))
@@ -144,7 +144,9 @@ class Journal:
             if "record" in content:
                 record = _record(content["record"])
                 self.done[record.name] = record
-                end = max(end, *(_end(p) for parts in record.parts for p in parts.values()), 0)
+                end = max(
+                    end, *(p.start + p.nbytes for parts in record.parts for p in parts.values()), 0
+                )
         return kept, end
 
     def _sound(self, record: Record) -> bool:
@@ -179,10 +181,3 @@ def _record(data: Mapping[str, Any]) -> Record:
         for places in data["parts"]
     )
     return Record(**{**data, "parts": parts})
-
-
-def _end(place: Place) -> int:
-    size = dtypes.TORCH[place.dtype].itemsize
-    for n in place.shape:
-        size *= n
-    return place.start + size

@@ -40,6 +40,11 @@ class BitDelta:
     def __post_init__(self) -> None:
         self._term()
 
+    @property
+    def blockwise(self) -> bool:
+        """Whether rows are coded without a look at others: all but one scale a tensor."""
+        return self._term().scale != "tensor"
+
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
         """One `planes` term."""
         return [self._term().encode(delta, context)]

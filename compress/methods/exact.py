@@ -21,6 +21,7 @@ class ExactMethod:
     summary: ClassVar[str] = "the fine-tune's values as they are"
     paper: ClassVar[str] = "-"
     needs: ClassVar[tuple[Need, ...]] = ()
+    blockwise: ClassVar[bool] = True
     applied: ClassVar[str] = "rebuilt at load"
 
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
@@ -45,6 +46,7 @@ class LosslessMethod:
     summary: ClassVar[str] = "bit-exact: XOR with the base, byte streams, zstandard"
     paper: ClassVar[str] = "2505.06252"
     needs: ClassVar[tuple[Need, ...]] = ()
+    blockwise: ClassVar[bool] = True
     applied: ClassVar[str] = "rebuilt at load"
 
     level: int = 3

@@ -1,0 +1,333 @@
+"""One tensor of a packing run, in blocks of rows where it is large.
+
+What is read is hashed as it passes. A large tensor is read twice: once to hash it and to see which
+rows changed, once to code it; the second time it comes from the system's cache, if there is room.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+
+from deltafold.compress import dtypes, fast
+from deltafold.compress.checkpoint import Checkpoint, TensorSource
+from deltafold.compress.encode import (
+    TensorStats,
+    check_exact,
+    encode_tensor,
+    measure,
+    refuse_not_finite,
+)
+from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.evidence import EvidenceSource, check_needs
+from deltafold.compress.journal import Place
+from deltafold.compress.methods import Method
+from deltafold.compress.recipe import Recipe
+from deltafold.compress.repo import pad_rows
+from deltafold.compress.shapes import rows_and_columns
+from deltafold.compress.terms import Blocks, Context, Encoded, ExactTerm, Rows, Term, is_exact
+from deltafold.compress.terms.blocks import block_context, block_rows
+
+#: Keeps a part and says where.
+Sink: TypeAlias = Callable[[torch.Tensor], Place]
+#: Terms that need no encoder, and the float32 delta that they stand for; or None.
+Given: TypeAlias = Callable[[str], tuple[list[Encoded], torch.Tensor] | None]
+
+
+class Coded(NamedTuple):
+    """A finished tensor: its terms, the places of their parts, and what is known of it.
+
+    `terms` is empty where the tensor is equal to the base's.
+    """
+
+    base: str | None
+    variant: str
+    terms: list[Term]
+    places: list[dict[str, Place]]
+    stats: TensorStats | None
+
+
+@dataclass(frozen=True)
+class Coder:
+    """Codes tensors of a fine-tune one by one; used by several threads.
+
+    Attributes:
+        source: the base.
+        target: the fine-tune.
+        recipe: which method for which tensor.
+        sink: where parts go.
+        known: digests of the base's tensors that need not be hashed.
+        evidence: of a calibration run.
+        given: terms that the fine-tune brings itself.
+    """
+
+    source: Checkpoint
+    target: TensorSource
+    recipe: Recipe
+    sink: Sink
+    known: Mapping[str, str]
+    evidence: EvidenceSource | None = None
+    given: Given = lambda name: None
+
+    def code(self, name: str) -> Coded:
+        """Read, hash and code one tensor.
+
+        Raises:
+            DeltafoldError: `not-finite`, `not-lossless`, `needs-calibration`, and what reading gives.
+        """
+        if self.in_blocks(name):
+            return _InBlocks(self, name).code()
+        return self._whole(name)
+
+    def in_blocks(self, name: str) -> bool:
+        """Whether a tensor is large and coded in blocks."""
+        if not isinstance(self.target, Checkpoint) or name not in self.source:
+            return False
+        spec = self.target.spec(name)
+        if not block_rows(spec.shape) or len(self.source.spec(name).shape) != len(spec.shape):
+            return False
+        return is_blockwise(self.method(name))
+
+    def method(self, name: str) -> Method:
+        """The recipe's method for a tensor."""
+        spec = self.target.spec(name)
+        return self.recipe.method_for(name, spec.shape, floating=spec.dtype in dtypes.FLOATS)
+
+    def _whole(self, name: str) -> Coded:
+        source, given = self.source, self.given(name)
+        value = self.target.tensor(name)
+        base = source.tensor(name) if name in source else None
+        digest = dtypes.sha256(value)
+        base_digest = None if base is None else self.known.get(name) or dtypes.sha256(base)
+        same = base is not None and (base.dtype, base.shape) == (value.dtype, value.shape)
+        # A given difference may be too small to survive rounding; it still counts when it is served.
+        if given is None and same and base_digest == digest:
+            return Coded(base_digest, digest, [], [], None)
+        encoded, delta = given or encode_tensor(name, value, base, self.recipe, self.evidence)
+        check_exact(name, encoded, value, base, digest)
+        stats = measure(name, encoded, delta, base)
+        places = [{k: self.sink(part) for k, part in sorted(e.parts.items())} for e in encoded]
+        return Coded(base_digest, digest, [e.term for e in encoded], places, stats)
+
+
+def is_blockwise(method: Method) -> bool:
+    """Whether a method codes each row of a matrix without looking at others."""
+    return bool(getattr(method, "blockwise", False))
+
+
+@dataclass
+class _Sums:
+    """Numbers of a tensor, added up block by block."""
+
+    entries: int = 0
+    magnitude: float = 0.0
+    square: float = 0.0
+    rest: float = 0.0
+    weights: float = 0.0
+    largest: float = 0.0
+    changed: int = 0
+
+    def add(
+        self, delta: torch.Tensor, missed: torch.Tensor | None, base: torch.Tensor | None
+    ) -> None:
+        """Count one block: its difference, what its terms miss (None: nothing), the base's weights."""
+        found = fast.totals(delta, missed)
+        self.entries += delta.numel()
+        self.magnitude += found.magnitude
+        self.square += found.square
+        self.rest += found.rest
+        self.largest = max(self.largest, found.largest)
+        self.changed += found.changed
+        if base is not None and base.is_floating_point():
+            self.weights += fast.totals(fast.difference(base, None)).square
+
+    def stats(self) -> TensorStats:
+        """The numbers as the table of tensors has them."""
+        count = max(self.entries, 1)
+        error = math.sqrt(self.rest / self.square) if self.square > 0 else 0.0
+        return TensorStats(
+            mean_abs=self.magnitude / count,
+            max_abs=self.largest,
+            relative=math.sqrt(self.square / self.weights) if self.weights > 0 else 0.0,
+            error=error if math.isfinite(error) else 0.0,
+            changed=self.changed / count,
+        )
+
+
+class _Pair(NamedTuple):
+    """Some rows of both models: the fine-tune's, and the base's padded with zeros to as many."""
+
+    variant: torch.Tensor
+    base: torch.Tensor
+
+
+class _InBlocks:
+    """One large tensor."""
+
+    def __init__(self, coder: Coder, name: str) -> None:
+        assert isinstance(coder.target, Checkpoint)
+        self._coder, self._name = coder, name
+        self._source, self._target = coder.source, coder.target
+        self._spec = coder.target.spec(name)
+        self._rows, self._columns = rows_and_columns(self._spec.shape)
+        self._base_rows = rows_and_columns(coder.source.spec(name).shape)[0]
+        self._step = block_rows(self._spec.shape)
+        self._sums = _Sums()
+
+    def code(self) -> Coded:
+        base, variant, changed = self._scan()
+        same = self._source.spec(self._name) == self._spec
+        if same and not bool(changed.any()):
+            return Coded(base, variant, [], [], None)
+        method = self._coder.method(self._name)
+        planned = method.plan(self._spec.shape, self._spec.dtype)
+        added = max(self._rows - self._base_rows, 0)
+        few = int(changed.sum()) < 0.9 * self._rows
+        # Rows are counted along the first dimension, which in a stack of matrices is another one.
+        if len(self._spec.shape) == 2 and len(planned) == 1 and (added or few):
+            terms, places = self._code_rows(method, changed, added)
+        else:
+            terms, places = self._code_all(method)
+        return Coded(base, variant, terms, places, self._sums.stats())
+
+    def _scan(self) -> tuple[str | None, str, torch.Tensor]:
+        """Digests of both tensors, and which rows changed (bool `[N]`)."""
+        ours, theirs = hashlib.sha256(), hashlib.sha256()
+        known = self._coder.known.get(self._name)
+        changed = torch.ones(self._rows, dtype=torch.bool)
+        for start in range(0, max(self._rows, self._base_rows), self._step):
+            variant = self._read(self._target, start, self._rows)
+            base = self._read(self._source, start, self._base_rows)
+            theirs.update(dtypes.raw_bytes(variant).numpy().data)
+            if known is None:
+                ours.update(dtypes.raw_bytes(base).numpy().data)
+            shared = min(len(variant), len(base))
+            if variant.dtype == base.dtype and shared:
+                found = fast.rows_changed(variant[:shared], base[:shared])
+                changed[start : start + shared] = found
+        return known or ours.hexdigest(), theirs.hexdigest(), changed
+
+    def _read(self, checkpoint: Checkpoint, start: int, rows: int) -> torch.Tensor:
+        return checkpoint.matrix_rows(self._name, start, max(min(start + self._step, rows), start))
+
+    def _pair(self, start: int, stop: int) -> _Pair:
+        variant = self._target.matrix_rows(self._name, start, stop)
+        base = self._source.matrix_rows(self._name, start, min(stop, max(self._base_rows, start)))
+        padded = pad_rows(base, tuple(variant.shape))
+        assert padded is not None
+        return _Pair(variant, padded)
+
+    def _gathered(self, index: torch.Tensor) -> _Pair:
+        """Rows anywhere in the tensor: neighbours are read together."""
+        pieces = [self._pair(start, stop) for start, stop in _runs(index)]
+        return _Pair(torch.cat([p.variant for p in pieces]), torch.cat([p.base for p in pieces]))
+
+    def _code_all(self, method: Method) -> tuple[list[Term], list[dict[str, Place]]]:
+        spans = _spans(self._rows, self._step)
+        pairs = (self._pair(start, stop) for start, stop in spans)
+        return self._code_matrix(method, pairs, self._step)
+
+    def _code_rows(
+        self, method: Method, changed: torch.Tensor, added: int
+    ) -> tuple[list[Term], list[dict[str, Place]]]:
+        shared = self._rows - added
+        index = changed[:shared].nonzero().reshape(-1)
+        step = block_rows((len(index), self._columns)) or max(len(index), 1)
+        pairs = (self._gathered(index[a:b]) for a, b in _spans(len(index), step))
+        if len(index):
+            (inner,), (inner_places,) = self._code_matrix(method, pairs, step, whole=len(index))
+        else:
+            empty = torch.empty(0, self._columns)
+            context = Context(self._name, empty, empty.to(dtypes.TORCH[self._spec.dtype]))
+            ((inner, parts),) = method.encode(empty, context)
+            inner_places = {k: self._coder.sink(p) for k, p in sorted(parts.items())}
+        places = {"index": self._coder.sink(index.to(torch.int32))}
+        places |= {f"inner.{key}": place for key, place in inner_places.items()}
+        if added:
+            places["added"] = self._coder.sink(
+                self._target.matrix_rows(self._name, shared, self._rows)
+            )
+        rows = Rows(inner=inner, count=len(index), added=added)
+        return [replace(rows, dtype=self._spec.dtype) if added else rows], [places]
+
+    def _code_matrix(
+        self, method: Method, pairs: Iterator[_Pair], step: int, whole: int | None = None
+    ) -> tuple[list[Term], list[dict[str, Place]]]:
+        """Code blocks one after the other; a matrix that fits one block is no `blocks` term."""
+        single = whole is not None and whole <= step
+        terms: list[list[Term]] = []
+        places: list[dict[str, Place]] = []
+        for number, pair in enumerate(pairs):
+            encoded = self._block(method, pair, None if single else number)
+            if not terms:
+                terms, places = [[] for _ in encoded], [{} for _ in encoded]
+            prefix = "" if single else f"{number}."
+            for own, kept, (term, parts) in zip(terms, places, encoded, strict=True):
+                own.append(term)
+                kept |= {f"{prefix}{k}": self._coder.sink(p) for k, p in sorted(parts.items())}
+        if single:
+            return [own[0] for own in terms], places
+        return [Blocks(step, tuple(own[:1] if _all_equal(own) else own)) for own in terms], places
+
+    def _block(self, method: Method, pair: _Pair, number: int | None) -> list[Encoded]:
+        delta = fast.difference(pair.variant, pair.base)
+        context = Context(self._name, pair.base, pair.variant)
+        if method.needs:
+            check_needs(method.needs, self._coder.evidence, method.id)
+        if number is not None:
+            context = block_context(context, 0, len(delta), number)
+        shape = tuple(delta.shape)
+        if not all(is_exact(term) for term in method.plan(shape, self._spec.dtype)):
+            refuse_not_finite(self._name, delta, method)
+        encoded = method.encode(delta, context)
+        self._check(encoded, pair, replace(context, variant=None))
+        return encoded
+
+    def _check(self, encoded: list[Encoded], pair: _Pair, context: Context) -> None:
+        """Read a block back: exact ones bit for bit, others to know what is lost."""
+        shape = tuple(pair.variant.shape)
+        delta = fast.difference(pair.variant, pair.base)
+        if len(encoded) == 1 and is_exact(encoded[0].term):
+            term, parts = encoded[0]
+            assert isinstance(term, ExactTerm)
+            restored = term.restore(parts, shape, pair.variant.dtype, context)
+            if bool(fast.rows_changed(restored, pair.variant).any()):
+                raise DeltafoldError(
+                    "not-lossless",
+                    f"{self._name} would not come back bit for bit.",
+                    fix="pack again; if no file changed during the run, this is a bug",
+                )
+            self._sums.add(delta, None, pair.base)
+            return
+        missed = delta.clone()
+        for term, parts in encoded:
+            missed -= term.decode(parts, shape, context)
+        self._sums.add(delta, missed, pair.base)
+        if not math.isfinite(self._sums.rest):
+            raise DeltafoldError(
+                "not-finite",
+                f"{self._name} has entries that are too large for its codec.",
+                fix="check the fine-tune, or keep this tensor as it is: "
+                f"--set '{self._name}=lossless'",
+            )
+
+
+def _spans(rows: int, step: int) -> list[tuple[int, int]]:
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _runs(index: torch.Tensor) -> list[tuple[int, int]]:
+    """Ascending numbers as runs of neighbours, `[start, stop)`."""
+    cuts = ((index[1:] - index[:-1]) != 1).nonzero().reshape(-1) + 1
+    edges = [0, *cuts.tolist(), len(index)]
+    return [(int(index[a]), int(index[b - 1]) + 1) for a, b in itertools.pairwise(edges)]
+
+
+def _all_equal(terms: list[Any]) -> bool:
+    return all(term == terms[0] for term in terms)
