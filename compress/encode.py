@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from deltafold.compress import dtypes
 from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.evidence import EvidenceSource, check_needs
 from deltafold.compress.fingerprint import TensorDigest
 from deltafold.compress.manifest import TensorEntry
 from deltafold.compress.methods import Method
@@ -45,7 +46,11 @@ class TensorStats:
 
 
 def encode_tensor(
-    name: str, value: torch.Tensor, base: torch.Tensor | None, recipe: Recipe
+    name: str,
+    value: torch.Tensor,
+    base: torch.Tensor | None,
+    recipe: Recipe,
+    evidence: EvidenceSource | None = None,
 ) -> tuple[list[Encoded], torch.Tensor]:
     """Code one tensor of a fine-tune.
 
@@ -54,12 +59,14 @@ def encode_tensor(
         value: the fine-tune's tensor in its own dtype.
         base: the base's tensor, None where the base has none; rows may be fewer or more.
         recipe: which method for which tensor.
+        evidence: what a calibration run found out; None without one.
 
     Returns:
         The terms, and the float32 delta that they stand for.
 
     Raises:
-        DeltafoldError: `not-finite` where a lossy method would have to store NaN or infinity.
+        DeltafoldError: `not-finite` where a lossy method would have to store NaN or infinity;
+            `needs-calibration` where the method needs evidence that is not there.
     """
     shape = tuple(value.shape)
     padded = pad_rows(base, shape)
@@ -72,6 +79,10 @@ def encode_tensor(
     dtype = dtypes.NAMES[value.dtype]
     method = recipe.method_for(name, shape, floating=dtype in dtypes.FLOATS)
     planned = method.plan(shape, dtype)
+    if method.needs:
+        check_needs(method.needs, evidence, method.id)
+        assert evidence is not None
+        context = replace(context, evidence=evidence.of(name))
     if not all(is_exact(term) for term in planned):
         _refuse_not_finite(name, delta, method)
     added = max(shape[0] - base.shape[0], 0)

@@ -15,6 +15,7 @@ CODES: Final[dict[str, int]] = {
     "bad-argument": 2,
     "bad-recipe": 2,
     "unknown-codec": 2,
+    "needs-calibration": 2,
     "base-mismatch": 3,
     "unexpected-tensor": 3,
     "missing-tensor": 3,

@@ -24,6 +24,7 @@ from deltafold.compress.encode import (
     measure,
 )
 from deltafold.compress.errors import DeltafoldError, name_some
+from deltafold.compress.evidence import EvidenceSource, check_needs
 from deltafold.compress.fingerprint import Digests, TensorDigest, digest_source, fingerprint
 from deltafold.compress.manifest import (
     BASE_TENSORS_NAME,
@@ -43,6 +44,7 @@ from deltafold.compress.release import version
 from deltafold.compress.repo import DeltaRepo, payload_key
 from deltafold.compress.shards import ShardWriter
 from deltafold.compress.source import open_variant
+from deltafold.compress.spec import spec_of
 from deltafold.compress.staging import Staging
 from deltafold.compress.structure import Structure, compare
 from deltafold.compress.terms import Encoded
@@ -85,6 +87,7 @@ def compress_checkpoint(
     accept: Collection[str] = (),
     overwrite: bool = False,
     command: str = "",
+    evidence: EvidenceSource | None = None,
     progress: OnProgress = ignore,
 ) -> PackReport:
     """Pack a fine-tune as a delta against its base.
@@ -97,6 +100,7 @@ def compress_checkpoint(
         accept: differences in structure that are meant, see `structure.ACCEPTABLE`.
         overwrite: replace an existing `out`.
         command: recorded in the manifest and card.
+        evidence: of a calibration run, for methods that need one.
         progress: called after every tensor.
 
     Raises:
@@ -106,7 +110,16 @@ def compress_checkpoint(
     target = open_variant(variant, source)
     companions = named(target.reference.folder)
     return pack(
-        Job(source, target, companions, recipe or Recipe(), frozenset(accept), command, progress),
+        Job(
+            source,
+            target,
+            companions,
+            recipe or Recipe(),
+            frozenset(accept),
+            command,
+            progress,
+            evidence=evidence,
+        ),
         out,
         overwrite=overwrite,
     )
@@ -126,6 +139,7 @@ class Job:
         progress: called after every tensor.
         given: terms that the fine-tune brings itself; the recipe has no say there.
         record: the manifest's `recipe`; that of `recipe` if None.
+        evidence: of a calibration run; None without one.
     """
 
     source: Checkpoint
@@ -137,6 +151,7 @@ class Job:
     progress: OnProgress = ignore
     given: Given = lambda name: None
     record: Mapping[str, Any] | None = None
+    evidence: EvidenceSource | None = None
 
 
 def pack(job: Job, out: str | Path, *, overwrite: bool = False) -> PackReport:
@@ -150,6 +165,7 @@ def pack(job: Job, out: str | Path, *, overwrite: bool = False) -> PackReport:
     inputs = (job.source.folder, job.target.reference.folder)
     tokenizer = check_tokenizer(*inputs, accepted="tokenizer" in job.accept)
     run.check_patterns()
+    run.check_needs()
     with Staging(Path(out), overwrite=overwrite, inputs=inputs) as staging:
         manifest, stats = run.write(structure, staging.folder, tokenizer)
         check_payload(DeltaRepo.open(staging.folder), job.progress)
@@ -176,6 +192,14 @@ class _Run:
                 facts=[("tensors", name_some(target.names(), len(target.names())))],
                 fix="a pattern is matched with the whole name: begin or end it with *",
             )
+
+    def check_needs(self) -> None:
+        """Refuse a recipe whose needs nobody meets before the first byte is hashed."""
+        for name in self.job.target.names():
+            spec = self.job.target.spec(name)
+            floating = spec.dtype in dtypes.FLOATS
+            method = self.job.recipe.method_for(name, spec.shape, floating=floating)
+            check_needs(method.needs, self.job.evidence, spec_of(method))
 
     def write(
         self, structure: Structure, folder: Path, tokenizer: bool
@@ -223,7 +247,9 @@ class _Run:
             return
         value = self.job.target.tensor(name)
         base = source.tensor(name) if name in source else None
-        encoded, delta = given or encode_tensor(name, value, base, self.job.recipe)
+        encoded, delta = given or encode_tensor(
+            name, value, base, self.job.recipe, self.job.evidence
+        )
         check_exact(name, encoded, value, base, variant_digests[name])
         for index, (_, parts) in enumerate(encoded):
             for key, part in parts.items():

@@ -1,12 +1,13 @@
 """Which method stores which tensor.
 
 A recipe is a default for matrices, one for vectors, and overrides by name; the last override that
-matches wins. Rows that did not change are left out of any matrix where that saves bytes (`rows`).
+matches wins. Edits change the delta of every floating-point tensor that they match before its codec
+sees it. Rows that did not change are left out of any matrix where that saves bytes (`rows`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 
 import yaml
 
+from deltafold.compress.edits import Edit, parse_edit
 from deltafold.compress.errors import DeltafoldError
-from deltafold.compress.methods import BitDelta, ExactMethod, LosslessMethod, Method
+from deltafold.compress.methods import BitDelta, Chain, ExactMethod, LosslessMethod, Method
 from deltafold.compress.methods.base import build, parse_spec, spec_of
 
 
@@ -28,11 +30,13 @@ class Recipe:
         vectors: for floating-point tensors of fewer dimensions (norms, biases). They are few bytes
             and sensitive, so they are kept exactly.
         overrides: `(pattern, method)` in order; patterns are shell globs on tensor names.
+        edits: `(pattern, edit)` in the order in which they are applied.
     """
 
     default: Method = field(default_factory=lambda: BitDelta(bits=4, group=128))
     vectors: Method = field(default_factory=ExactMethod)
     overrides: tuple[tuple[str, Method], ...] = ()
+    edits: tuple[tuple[str, Edit], ...] = ()
 
     def method_for(self, name: str, shape: tuple[int, ...], *, floating: bool) -> Method:
         """The method for one tensor. Tensors that are not floating point are kept bit for bit."""
@@ -46,19 +50,27 @@ class Recipe:
                 chosen = override
         if not floating and not isinstance(chosen, ExactMethod | LosslessMethod):
             chosen = LosslessMethod()
-        return chosen
+        steps = tuple(e for p, e in self.edits if fnmatchcase(name, p)) if floating else ()
+        return Chain(steps, chosen) if steps else chosen
 
     def unused(self, names: list[str]) -> list[str]:
         """Patterns that match none of `names`: most likely a typing mistake."""
-        return [p for p, _ in self.overrides if not any(fnmatchcase(n, p) for n in names)]
+        patterns = [p for p, _ in (*self.overrides, *self.edits)]
+        return [p for p in patterns if not any(fnmatchcase(n, p) for n in names)]
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as the manifest records it; `from_mapping` reads it back."""
-        return {
+        record: dict[str, Any] = {
             "default": spec_of(self.default),
             "vectors": spec_of(self.vectors),
             "tensors": self._tensors(),
         }
+        if self.edits:
+            record["edits"] = [e if p == "*" else f"{p}={e}" for p, e in self._edits()]
+        return record
+
+    def _edits(self) -> list[tuple[str, str]]:
+        return [(pattern, spec_of(edit)) for pattern, edit in self.edits]
 
     def _tensors(self) -> dict[str, str]:
         specs: dict[str, str] = {}
@@ -70,26 +82,31 @@ class Recipe:
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-        """A recipe from parsed YAML: `default`, `vectors`, `tensors` (pattern -> codec).
+        """A recipe from parsed YAML: `default`, `vectors`, `tensors` (pattern -> codec), `edits`.
 
-        A codec is a spec string, or a mapping with `codec` and its options.
+        A codec is a spec string, or a mapping with `codec` and its options. `edits` is a list of
+        specs, each for all tensors or, as `PATTERN=SPEC`, for some.
         """
-        unknown = {str(key) for key in data} - {"default", "vectors", "tensors"}
+        unknown = {str(key) for key in data} - {"default", "vectors", "tensors", "edits"}
         if unknown:
             raise DeltafoldError(
                 "bad-recipe",
                 f"{where}: unknown fields {', '.join(sorted(unknown))}.",
-                facts=[("known", "default, vectors, tensors")],
+                facts=[("known", "default, vectors, tensors, edits")],
                 fix="see docs/cli.md for an example",
             )
         tensors = data.get("tensors") or {}
         if not isinstance(tensors, Mapping):
             raise DeltafoldError("bad-recipe", f"{where}: `tensors` must map patterns to codecs.")
+        edits = data.get("edits") or []
+        if isinstance(edits, str) or not isinstance(edits, Sequence):
+            raise DeltafoldError("bad-recipe", f"{where}: `edits` must be a list of edits.")
         plain = cls()
         return cls(
             default=_method(data["default"], where) if "default" in data else plain.default,
             vectors=_method(data["vectors"], where) if "vectors" in data else plain.vectors,
             overrides=tuple((str(p), _method(m, where)) for p, m in tensors.items()),
+            edits=tuple(parse_edit_for(str(e)) for e in edits),
         )
 
     @classmethod
@@ -104,6 +121,19 @@ class Recipe:
         if not isinstance(data, Mapping):
             raise DeltafoldError("bad-recipe", f"{path}: a recipe is a mapping.")
         return cls.from_mapping(data, where=str(path))
+
+
+def parse_edit_for(text: str) -> tuple[str, Edit]:
+    """`SPEC`, or `PATTERN=SPEC`, as the tensors that an edit is for and the edit itself.
+
+    Raises:
+        DeltafoldError: `unknown-codec` or `bad-recipe`.
+    """
+    # Before an option's equals sign stands the colon that ends the edit's name; patterns have none.
+    head, equals, rest = text.partition("=")
+    if equals and ":" not in head:
+        return head.strip(), parse_edit(rest)
+    return "*", parse_edit(text)
 
 
 def _method(value: Any, where: str) -> Method:

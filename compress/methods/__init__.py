@@ -9,6 +9,7 @@ from deltafold.compress.methods.base import (
     spec_of,
 )
 from deltafold.compress.methods.bitdelta import BitDelta
+from deltafold.compress.methods.chain import Chain
 from deltafold.compress.methods.dare import Dare
 from deltafold.compress.methods.exact import ExactMethod, LosslessMethod
 from deltafold.compress.methods.integer import Integer
@@ -17,6 +18,7 @@ from deltafold.compress.methods.svd import Svd
 __all__ = [
     "METHODS",
     "BitDelta",
+    "Chain",
     "Dare",
     "ExactMethod",
     "Integer",

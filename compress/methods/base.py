@@ -1,22 +1,23 @@
 """The contract of a method: what users choose by name, e.g. `bitdelta:bits=4,group=128`.
 
-A method is a frozen dataclass whose fields are its options. An *encoder* turns one tensor's delta
-into a sum of terms. It declares what it needs beyond the two checkpoints (nothing, so far), where it
-comes from, and how its terms are applied, so that `deltafold codecs` can print one honest table.
+A method is a frozen dataclass whose fields are its options. It turns one tensor's delta into a sum of
+terms. It declares what it needs beyond the two checkpoints, where it comes from, and how its terms
+are applied, so that `deltafold codecs` can print one honest table.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
-from importlib.metadata import entry_points
+import re
+from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Protocol, runtime_checkable
 
 import torch
 
-from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.evidence import Need
+from deltafold.compress.spec import Kind, spec_of
 from deltafold.compress.terms import Context, Encoded, Term
+
+__all__ = ["METHODS", "Method", "build", "method", "method_class", "parse_spec", "spec_of"]
 
 
 @runtime_checkable
@@ -26,8 +27,12 @@ class Method(Protocol):
     id: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str]
-    needs: ClassVar[str]
     applied: ClassVar[str]
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What `context.evidence` must hold; empty for most."""
+        ...
 
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
         """Terms whose sum represents a float32 delta."""
@@ -39,6 +44,9 @@ class Method(Protocol):
 
 
 METHODS: Final[dict[str, type[Any]]] = {}
+_CODECS: Final = Kind("codec", METHODS, "deltafold.methods", "--codec")
+#: Between the edits and the codec of a chain; a plus in a number (1e+5) is followed by a digit.
+_LINK: Final = re.compile(r"\+(?=\s*[a-z])")
 
 
 def method(cls: type[Any]) -> type[Any]:
@@ -50,102 +58,26 @@ def method(cls: type[Any]) -> type[Any]:
 
 def method_class(name: str) -> type[Any]:
     """The method behind a name. Raises `unknown-codec`, naming those that exist."""
-    if name in METHODS:
-        return METHODS[name]
-    for point in entry_points(group="deltafold.methods", name=name):
-        loaded: type[Any] = point.load()
-        return loaded
-    raise DeltafoldError(
-        "unknown-codec",
-        f"there is no codec called {name!r}.",
-        facts=[("known", ", ".join(sorted(METHODS)))],
-        fix="deltafold codecs",
-    )
+    return _CODECS.find(name)
 
 
 def parse_spec(spec: str) -> Method:
-    """`name:key=value,key=value` as a method, e.g. `dare:drop=0.9,seed=1`.
+    """`dare:drop=0.9,seed=1`, or edits before a codec, `trim:keep=0.2+int:bits=4`, as a method.
 
     Raises:
         DeltafoldError: `unknown-codec`, or `bad-recipe` naming the option that is wrong.
     """
-    name, _, rest = spec.strip().partition(":")
-    options: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in rest.split(","))):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise DeltafoldError(
-                "bad-recipe", f"{spec!r}: {item!r} is not of the form key=value.", fix=_usage(name)
-            )
-        options[key.strip()] = value.strip()
-    return build(name, options, where=spec)
+    *edits, codec = _LINK.split(spec)
+    built: Method = _CODECS.parse(codec)
+    if edits:
+        from deltafold.compress.edits import parse_edit
+        from deltafold.compress.methods.chain import Chain
 
-
-def build(name: str, options: dict[str, Any], *, where: str) -> Method:
-    """A method from its name and options, values converted to the fields' types."""
-    cls = method_class(name)
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
-    values: dict[str, Any] = {}
-    for key, value in options.items():
-        if key not in fields:
-            raise DeltafoldError(
-                "bad-recipe",
-                f"{where!r}: the codec {name!r} has no option {key!r}.",
-                facts=[("options", ", ".join(fields) or "none")],
-                fix=_usage(name),
-            )
-        values[key] = _convert(value, fields[key], where, key, name)
-    try:
-        built: Method = cls(**values)
-    except DeltafoldError as error:
-        raise DeltafoldError(
-            error.code, f"{where!r}: {error.message}", facts=error.facts, fix=_usage(name)
-        ) from error
+        built = Chain(tuple(parse_edit(e) for e in edits), built)
     return built
 
 
-def spec_of(chosen: Method) -> str:
-    """The spec that rebuilds a method; options at their default are left out."""
-    options = []
-    for f in dataclasses.fields(chosen):  # type: ignore[arg-type]
-        value = getattr(chosen, f.name)
-        if value != f.default:
-            text = spec_of(value).replace(",", ";") if isinstance(value, Method) else str(value)
-            options.append(f"{f.name}={text}")
-    return chosen.id + (":" + ",".join(options) if options else "")
-
-
-def _usage(name: str) -> str:
-    cls = METHODS.get(name)
-    if cls is None:
-        return "deltafold codecs"
-    options = ",".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls))
-    return f"--codec {name}:{options}" if options else f"--codec {name}"
-
-
-def _convert(value: Any, hint: Any, where: str, key: str, name: str) -> Any:
-    if isinstance(hint, types.UnionType):
-        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
-    if typing.get_origin(hint) is typing.Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            raise DeltafoldError(
-                "bad-recipe",
-                f"{where!r}: {key} must be one of {', '.join(map(str, choices))}, not {value!r}.",
-                fix=_usage(name),
-            )
-        return value
-    try:
-        if hint is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
-        # By way of text, so that YAML's 4.5 and true are no whole numbers.
-        if hint in (int, float):
-            return hint(str(value))
-    except (KeyError, ValueError) as error:
-        raise DeltafoldError(
-            "bad-recipe",
-            f"{where!r}: {key} must be {hint.__name__}, not {value!r}.",
-            fix=_usage(name),
-        ) from error
-    return value
+def build(name: str, options: Mapping[str, Any], *, where: str) -> Method:
+    """A method from its name and options, values converted to the fields' types."""
+    built: Method = _CODECS.build(name, options, where=where)
+    return built

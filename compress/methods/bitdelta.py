@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from deltafold.compress.evidence import Need
 from deltafold.compress.methods.base import method
 from deltafold.compress.terms import Context, Encoded, Planes, Term
 
@@ -29,7 +30,7 @@ class BitDelta:
     id: ClassVar[str] = "bitdelta"
     summary: ClassVar[str] = "residual sign planes; bits=1,scale=tensor is the paper's"
     paper: ClassVar[str] = "2402.10193"
-    needs: ClassVar[str] = "nothing"
+    needs: ClassVar[tuple[Need, ...]] = ()
     applied: ClassVar[str] = "sign planes on the fly"
 
     bits: int = 1

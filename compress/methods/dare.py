@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 
 from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.evidence import Need
 from deltafold.compress.methods.base import method
 from deltafold.compress.terms import Context, Encoded, Sparse, Term
 
@@ -31,7 +32,7 @@ class Dare:
     id: ClassVar[str] = "dare"
     summary: ClassVar[str] = "random drop and rescale, mask regenerated from a seed"
     paper: ClassVar[str] = "2311.03099"
-    needs: ClassVar[str] = "nothing"
+    needs: ClassVar[tuple[Need, ...]] = ()
     applied: ClassVar[str] = "sparse on the fly"
 
     drop: float = 0.9

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from deltafold.compress.evidence import Need
 from deltafold.compress.methods.base import method
 from deltafold.compress.terms import Context, Encoded, Exact, Lossless, Term
 
@@ -19,7 +20,7 @@ class ExactMethod:
     id: ClassVar[str] = "exact"
     summary: ClassVar[str] = "the fine-tune's values as they are"
     paper: ClassVar[str] = "-"
-    needs: ClassVar[str] = "nothing"
+    needs: ClassVar[tuple[Need, ...]] = ()
     applied: ClassVar[str] = "rebuilt at load"
 
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
@@ -43,7 +44,7 @@ class LosslessMethod:
     id: ClassVar[str] = "lossless"
     summary: ClassVar[str] = "bit-exact: XOR with the base, byte streams, zstandard"
     paper: ClassVar[str] = "2505.06252"
-    needs: ClassVar[str] = "nothing"
+    needs: ClassVar[tuple[Need, ...]] = ()
     applied: ClassVar[str] = "rebuilt at load"
 
     level: int = 3

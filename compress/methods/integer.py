@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from deltafold.compress.evidence import Need
 from deltafold.compress.methods.base import method
 from deltafold.compress.terms import Codes, Context, Encoded, Term
 
@@ -24,7 +25,7 @@ class Integer:
     id: ClassVar[str] = "int"
     summary: ClassVar[str] = "uniform codes of 2, 4 or 8 bits, a scale a row or group"
     paper: ClassVar[str] = "-"
-    needs: ClassVar[str] = "nothing"
+    needs: ClassVar[tuple[Need, ...]] = ()
     applied: ClassVar[str] = "codes on the fly"
 
     bits: int = 4

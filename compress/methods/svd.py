@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.evidence import Need
 from deltafold.compress.methods.base import method
 from deltafold.compress.terms import Context, Encoded, LowRank, Term, rows_and_columns
 
@@ -25,7 +26,7 @@ class Svd:
     id: ClassVar[str] = "svd"
     summary: ClassVar[str] = "truncated SVD, the best low rank there is"
     paper: ClassVar[str] = "Eckart-Young 1936"
-    needs: ClassVar[str] = "nothing"
+    needs: ClassVar[tuple[Need, ...]] = ()
     applied: ClassVar[str] = "low rank on the fly"
 
     rank: int = 16

@@ -14,6 +14,7 @@ from deltafold.compress.terms.base import (
     term_from_config,
 )
 from deltafold.compress.terms.codes import Codes
+from deltafold.compress.terms.dense import Dense
 from deltafold.compress.terms.exact import Exact
 from deltafold.compress.terms.lossless import Lossless
 from deltafold.compress.terms.lowrank import LowRank
@@ -25,6 +26,7 @@ __all__ = [
     "REGISTRY",
     "Codes",
     "Context",
+    "Dense",
     "Encoded",
     "Exact",
     "ExactTerm",

@@ -31,6 +31,7 @@ from typing import Any, ClassVar, Final, NamedTuple, Protocol, Self, TypeAlias, 
 import torch
 
 from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.evidence import Evidence
 
 Parts: TypeAlias = Mapping[str, torch.Tensor]
 
@@ -59,11 +60,14 @@ class Context:
         base: the base's tensor in its own dtype, padded with zero rows up to the variant's shape,
             or None where the base has no such tensor.
         variant: the fine-tune's tensor in its own dtype; None when decoding.
+        evidence: what a calibration run found out about the tensor; None without one, and when
+            decoding.
     """
 
     name: str
     base: torch.Tensor | None = None
     variant: torch.Tensor | None = None
+    evidence: Evidence | None = None
 
 
 class Encoded(NamedTuple):

@@ -151,6 +151,7 @@ class Rows(Checked):
             name=context.name,
             base=None if context.base is None else context.base[index],
             variant=None if context.variant is None else context.variant[index],
+            evidence=None if context.evidence is None else context.evidence.rows(index),
         )
 
 

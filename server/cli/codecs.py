@@ -1,4 +1,4 @@
-"""`deltafold codecs`: what `--codec` and `--set` take."""
+"""`deltafold codecs`: what `--codec`, `--set`, `--edit` and `--method` take."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deltafold.server.cli.output import Output, output_options, table
 @output_options
 @click.pass_obj
 def codecs(output: Output) -> None:
-    """List the codecs, their options with defaults, and how deltas are applied when served.
+    """List codecs, edits and merges with their options, needs and sources.
 
     A spec is a codec's name, or its name and options: bitdelta:bits=2,scale=row.
 
@@ -23,23 +23,31 @@ def codecs(output: Output) -> None:
     deltafold codecs
     """
     from deltafold.compress import METHODS
+    from deltafold.compress.edits import EDITS
+    from deltafold.compress.merges import MERGES
     from deltafold.compress.terms import REGISTRY
 
     listed = [_describe(METHODS[name]) for name in sorted(METHODS)]
+    edits = [_describe(EDITS[name]) for name in sorted(EDITS)]
+    merges = [_describe(MERGES[name]) for name in sorted(MERGES)]
     terms = [{"id": term_id, "v": version} for term_id, version in sorted(REGISTRY)]
-    output.result({"codecs": listed, "terms": terms}, _text(listed))
+    data = {"codecs": listed, "edits": edits, "merges": merges, "terms": terms}
+    parts = [_text("codec", listed), _text("edit", edits), _text("merge", merges)]
+    output.result(data, "\n\n".join(parts))
 
 
 def _describe(method: type[Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(method)
-    return {
+    described = {
         "id": method.id,
         "summary": method.summary,
         "options": [_option(f, hints[f.name]) for f in dataclasses.fields(method)],
-        "needs": method.needs,
-        "applied": method.applied,
+        "needs": list(method.needs),
         "paper": method.paper,
     }
+    if hasattr(method, "applied"):
+        described["applied"] = method.applied
+    return described
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
@@ -51,16 +59,19 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     return option
 
 
-def _text(listed: list[dict[str, Any]]) -> str:
+def _text(word: str, listed: list[dict[str, Any]]) -> str:
     rows = []
-    for codec in listed:
-        options = ",".join(f"{o['name']}={o['default']}" for o in codec["options"]) or "-"
-        rows.append([codec["id"], options, codec["applied"], codec["paper"], codec["summary"]])
-    head = ["codec", "options", "when served", "source", "what it does"]
+    for item in listed:
+        options = ",".join(f"{o['name']}={o['default']}" for o in item["options"]) or "-"
+        needs = ", ".join(item["needs"]) or "nothing"
+        served = [item["applied"]] if "applied" in item else []
+        rows.append([item["id"], options, needs, *served, item["paper"], item["summary"]])
+    served = ["when served"] if listed and "applied" in listed[0] else []
+    head = [word, "options", "needs", *served, "source", "what it does"]
     choices = [
-        f"  {codec['id']}: {o['name']} is {', '.join(o['choices'])}"
-        for codec in listed
-        for o in codec["options"]
+        f"  {item['id']}: {o['name']} is {', '.join(o['choices'])}"
+        for item in listed
+        for o in item["options"]
         if "choices" in o
     ]
     return "\n".join([table(head, rows), *([""] if choices else []), *choices])

@@ -33,7 +33,15 @@ if TYPE_CHECKING:
     multiple=True,
     help="Codec of the tensors whose names match; repeat it, the last match wins.",
 )
-@click.option("--recipe", metavar="FILE", help="YAML recipe; --codec and --set come on top of it.")
+@click.option(
+    "--edit",
+    "edits",
+    metavar="SPEC",
+    multiple=True,
+    help="Change the delta before its codec sees it, e.g. scale:by=1.5; PATTERN=SPEC for some "
+    "tensors. Repeat it; edits are applied in order.",
+)
+@click.option("--recipe", metavar="FILE", help="YAML recipe; the options above come on top of it.")
 @click.option(
     "--accept",
     metavar="WORD",
@@ -52,6 +60,7 @@ def compress(
     out: str,
     codec: str | None,
     sets: tuple[str, ...],
+    edits: tuple[str, ...],
     recipe: str | None,
     accept: tuple[str, ...],
     overwrite: bool,
@@ -69,7 +78,7 @@ def compress(
     """
     from deltafold.compress import compress_checkpoint
 
-    chosen = read_recipe(codec, sets, recipe)
+    chosen = read_recipe(codec, sets, recipe, edits)
     began = time.monotonic()
     with output.progress() as progress:
         report = compress_checkpoint(
@@ -79,25 +88,32 @@ def compress(
             recipe=chosen,
             accept=accept,
             overwrite=overwrite,
-            command=_command(base, variant, out, codec, sets, recipe, accept),
+            command=_command(base, variant, out, codec, sets, edits, recipe, accept),
             progress=progress,
         )
     seconds = time.monotonic() - began
     output.result(pack_data(report, seconds), pack_text(report, seconds))
 
 
-def read_recipe(codec: str | None, sets: Sequence[str], recipe: str | None) -> Recipe:
+def read_recipe(
+    codec: str | None, sets: Sequence[str], recipe: str | None, edits: Sequence[str] = ()
+) -> Recipe:
     """The recipe that options and file describe together.
 
     Raises:
         DeltafoldError: `unknown-codec`, `bad-recipe`, `bad-argument` or `not-found`.
     """
     from deltafold.compress import Recipe, parse_spec
+    from deltafold.compress.recipe import parse_edit_for
 
     chosen = Recipe.from_file(recipe) if recipe else Recipe()
     if codec:
         chosen = replace(chosen, default=parse_spec(codec))
-    return replace(chosen, overrides=(*chosen.overrides, *map(_override, sets)))
+    return replace(
+        chosen,
+        overrides=(*chosen.overrides, *map(_override, sets)),
+        edits=(*chosen.edits, *map(parse_edit_for, edits)),
+    )
 
 
 def _override(text: str) -> tuple[str, Method]:
@@ -124,6 +140,7 @@ def _command(
     out: str,
     codec: str | None,
     sets: Sequence[str],
+    edits: Sequence[str],
     recipe: str | None,
     accept: Sequence[str],
 ) -> str:
@@ -132,6 +149,7 @@ def _command(
     words += ["--codec", codec] if codec else []
     words += ["--recipe", Path(recipe).name] if recipe else []
     words += [word for text in sets for word in ("--set", text)]
+    words += [word for text in edits for word in ("--edit", text)]
     words += [word for text in accept for word in ("--accept", text)]
     return shlex.join(words)
 

@@ -7,6 +7,7 @@ import term_checks as checks
 import torch
 
 from deltafold.compress import METHODS, DeltafoldError, Method, parse_spec
+from deltafold.compress.evidence import NEEDS
 from deltafold.compress.methods import BitDelta, Dare, ExactMethod, Integer, LosslessMethod, Svd
 from deltafold.compress.methods.base import method, spec_of
 from deltafold.compress.terms import Lossless, Sparse
@@ -60,7 +61,8 @@ def test_the_plan_is_what_is_done(spec, shape):
 @every_spec
 def test_methods_describe_themselves(spec):
     chosen = parse_spec(spec)
-    for text in (chosen.id, chosen.summary, chosen.paper, chosen.needs, chosen.applied):
+    assert set(chosen.needs) <= set(NEEDS)
+    for text in (chosen.id, chosen.summary, chosen.paper, chosen.applied):
         assert text
         assert "\n" not in text
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from deltafold.compress.terms import (
     Codes,
     Context,
+    Dense,
     Exact,
     ExactTerm,
     Lossless,
@@ -63,6 +64,8 @@ CASES = [
     Golden("float32", LowRank(rank=2, factor_format="float32"), (7, 9), torch.float16),
     Golden("seed", Sparse(mask="seed", drop=0.75, seed=12345678901234567890), (8, 33)),
     Golden("bitmap", Sparse(mask="bitmap", value_format="float32"), (5, 13)),
+    Golden("", Dense(), (5, 7)),
+    Golden("float16", Dense(value_format="float16"), (4, 9)),
     Golden("", Exact(), (3, 7)),
     Golden("int64", Exact(), (2, 3), torch.int64),
     Golden("scalar-new", Exact(), (), torch.float32, without_base=True),

@@ -1,0 +1,70 @@
+"""What a method may know of a tensor beyond the two checkpoints, and who must provide it.
+
+A method names its needs; a run that cannot meet them is refused before any work. Evidence is
+gathered once for a calibration set and looked up tensor by tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, Protocol, TypeAlias
+
+import torch
+
+from deltafold.compress.errors import DeltafoldError
+
+#: `activations`: second moments of the layers' inputs; `gradients`: of the loss, at the fine-tune;
+#: `logits`: forward passes of whole models; `labels`: examples with answers; `reference`: a third
+#: checkpoint (an aligned or an unaligned model).
+Need: TypeAlias = Literal["activations", "gradients", "logits", "labels", "reference"]
+NEEDS: Final[tuple[Need, ...]] = ("activations", "gradients", "logits", "labels", "reference")
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is known of one tensor.
+
+    Attributes:
+        second_moment: float32 `[M, M]`, the mean over tokens of `x x^T` of the inputs of the layer
+            that multiplies by this tensor; None where no such layer was seen.
+        gradient: float32 of the tensor's shape, the mean gradient of the loss at the fine-tune.
+        fisher: float32 of the tensor's shape, the mean squared gradient over examples.
+        references: the same tensor of other checkpoints, by role (`aligned`, `unaligned`).
+    """
+
+    second_moment: torch.Tensor | None = None
+    gradient: torch.Tensor | None = None
+    fisher: torch.Tensor | None = None
+    references: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def rows(self, index: torch.Tensor) -> Evidence:
+        """The same of some rows of the tensor; the inputs of a layer are those of all its rows."""
+        return Evidence(
+            second_moment=self.second_moment,
+            gradient=None if self.gradient is None else self.gradient[index],
+            fisher=None if self.fisher is None else self.fisher[index],
+            references={role: tensor[index] for role, tensor in self.references.items()},
+        )
+
+
+class EvidenceSource(Protocol):
+    """Where a packing run takes evidence from."""
+
+    provides: Sequence[Need]
+
+    def of(self, name: str) -> Evidence:
+        """What is known of one tensor."""
+        ...
+
+
+def check_needs(needs: Sequence[Need], source: EvidenceSource | None, who: str) -> None:
+    """Raises `needs-calibration` where a method needs what nobody provides."""
+    missing = [n for n in needs if source is None or n not in source.provides]
+    if missing:
+        raise DeltafoldError(
+            "needs-calibration",
+            f"{who} needs {', '.join(missing)}, and this run has none.",
+            facts=[("given", ", ".join(source.provides) if source else "no calibration data")],
+            fix="give a calibration set: --calibrate prompts.jsonl",
+        )

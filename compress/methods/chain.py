@@ -1,0 +1,67 @@
+"""Edits, then a codec: `trim:keep=0.2+int:bits=4`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from deltafold.compress.edits.base import Edit
+from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.evidence import NEEDS, Need
+from deltafold.compress.methods.base import Method
+from deltafold.compress.spec import spec_of
+from deltafold.compress.terms import Context, Dense, Encoded, Term, is_exact
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A method made of edits and a codec.
+
+    A codec that keeps the fine-tune's own values has none to keep of an edited delta: such tensors
+    are stored as float32 differences.
+
+    Attributes:
+        edits: applied in order.
+        codec: what stores the result.
+    """
+
+    id: ClassVar[str] = "chain"
+    summary: ClassVar[str] = "edits, then a codec"
+    paper: ClassVar[str] = "-"
+    applied: ClassVar[str] = "as its codec"
+
+    edits: tuple[Edit, ...]
+    codec: Method
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """All that an edit or the codec needs."""
+        wanted = {n for step in self.edits for n in step.needs} | set(self.codec.needs)
+        return tuple(n for n in NEEDS if n in wanted)
+
+    def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
+        """The codec's terms for the edited delta."""
+        for step in self.edits:
+            delta = step.apply(delta, context)
+        if not bool(torch.isfinite(delta).all()):
+            raise DeltafoldError(
+                "not-finite",
+                f"{context.name}: an edit gave NaN or infinite entries.",
+                facts=[("edits", ", ".join(map(spec_of, self.edits)))],
+            )
+        if self._keeps_values(tuple(delta.shape)):
+            return [Dense().encode(delta, context)]
+        return self.codec.encode(delta, context)
+
+    def plan(self, shape: tuple[int, ...], dtype: str) -> list[Term]:
+        """The codec's terms."""
+        return [Dense()] if self._keeps_values(shape) else self.codec.plan(shape, dtype)
+
+    def spec(self) -> str:
+        """Edits and codec, joined by plus signs."""
+        return "+".join(map(spec_of, (*self.edits, self.codec)))
+
+    def _keeps_values(self, shape: tuple[int, ...]) -> bool:
+        return any(is_exact(term) for term in self.codec.plan(shape, "F32"))
