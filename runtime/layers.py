@@ -17,6 +17,7 @@ from torch import nn
 from deltafold.runtime.batch import BatchState
 from deltafold.runtime.kernels.base import DeltaMatrix
 from deltafold.runtime.layout import Layout
+from deltafold.runtime.quantized import QuantizedLinear
 
 Forward = Callable[..., Any]
 
@@ -175,6 +176,8 @@ def unwrap(module: nn.Module) -> None:
 
 def is_linear(module: nn.Module) -> bool:
     """A linear layer that computes just what `nn.Linear` does, in its own words perhaps."""
+    if isinstance(module, QuantizedLinear):
+        return not module.transposed
     if not isinstance(module, nn.Linear):
         return False
     return type(module).forward is nn.Linear.forward or _is_product(module)
@@ -200,6 +203,8 @@ def _is_product(module: nn.Linear) -> bool:
 
 def is_transposed_linear(module: nn.Module) -> bool:
     """A linear layer that keeps its weight as `[in, out]` and computes `x W + b`."""
+    if isinstance(module, QuantizedLinear):
+        return module.transposed
     weight = getattr(module, "weight", None)
     if type(module).__name__ != "Conv1D" or not isinstance(weight, torch.Tensor):
         return False

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from deltafold.runtime.layout import WARM_ROWS, WARM_TOKENS, Layout
+from deltafold.runtime.quantized import is_quantized
 from deltafold.runtime.regions import Region, find_region
 from deltafold.runtime.replay import rehearse
 from deltafold.runtime.uses import Uses, mixing
@@ -162,6 +163,9 @@ class SlotMap:
     def _home(self, slot: Slot, chain: tuple[str, ...]) -> Home | None:
         for module_name in reversed(chain):
             if not (module_name and slot.name.startswith(f"{module_name}.")):
+                continue
+            if is_quantized(slot.module) and module_name != slot.module_name:
+                # A module around it could only be lent codes, which no difference can be added to.
                 continue
             layout = self._uses.layouts.get(module_name)
             module = self._modules[module_name]

@@ -14,7 +14,7 @@ from pathlib import Path
 from deltafold.compress import DeltafoldError, DeltaRepo
 from deltafold.compress.adapter import CONFIG_NAME, WEIGHTS_NAME
 from deltafold.compress.fingerprint import Digests
-from deltafold.compress.manifest import MANIFEST_NAME
+from deltafold.compress.manifest import MANIFEST_NAME, Quantization
 from deltafold.compress.verify import check_coverage
 
 #: How a file is recognised as the one that was read: replaced in place, it has another stamp.
@@ -49,6 +49,7 @@ class Zoo:
         reserved: names that stand for the base.
         import_lora: makes a delta repo of a LoRA folder and returns its place; without it LoRA
             folders are passed over.
+        quantization: how the base that runs is quantised.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Zoo:
         base_name: str,
         reserved: Iterable[str],
         import_lora: Callable[[Path], Path] | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         if folder is not None and not folder.is_dir():
             raise DeltafoldError("not-found", f"the zoo {folder} is not a folder.")
@@ -71,6 +73,7 @@ class Zoo:
         self._base, self._base_name = base, base_name
         self._reserved = frozenset(reserved)
         self._import_lora = import_lora
+        self._quantization = quantization
         self._entries: dict[str, ZooEntry] = {}
         self._lock = threading.Lock()
         self.rescan()
@@ -140,6 +143,7 @@ class Zoo:
             repo = self._repo(folder)
             repo.check_base(self._base, given=self._base_name)
             check_coverage(repo, self._base)
+            repo.check_quantization(self._quantization)
         except DeltafoldError as error:
             return ZooEntry(folder.name, folder, stamp, None, error)
         return ZooEntry(folder.name, folder, stamp, repo, None)
