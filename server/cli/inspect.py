@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltafold.server.cli.compress import against_text, quantization_data
 from deltafold.server.cli.output import Output, facts, output_options, size, table
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def _summary(repo: DeltaRepo) -> dict[str, Any]:
         "delta_id": manifest.delta_id,
         "format_version": manifest.format_version,
         "base": manifest.base.model_dump(),
+        "base_quantization": quantization_data(manifest),
         "variant": manifest.variant.model_dump(),
         "codec": manifest.codec_summary(),
         "recipe": manifest.recipe,
@@ -150,6 +152,8 @@ def _text(data: dict[str, Any]) -> str:
             + (f", {counts['absent']} absent" if counts["absent"] else ""),
         ),
     ]
+    if data["base_quantization"]:
+        lines.insert(2, ("against", against_text(data["base_quantization"])))
     if data["accepted"]:
         lines.append(("accepted", ", ".join(data["accepted"])))
     lines += [(f"quality {key}", str(value)) for key, value in data["quality"].items()]

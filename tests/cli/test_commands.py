@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import torch
 from adapters import factors, write_adapter
-from checkpoints import assert_same, read_checkpoint
+from checkpoints import QUERY, assert_same, read_checkpoint, wide_pair
 from click.testing import CliRunner
 
 from deltafold.compress import METHODS, schema, version
@@ -64,6 +64,21 @@ def test_compress_json(pair):
 def test_compress_lossless_says_so(pair):
     result = run("compress", pair.base, pair.variant, "-o", pair.out, "--codec", "lossless")
     assert "bit for bit" in result.stdout
+
+
+def test_against_a_quantised_base(tmp_path):
+    pair = wide_pair(tmp_path)
+    given = ("compress", pair.base, pair.variant, "-o", pair.out)
+    chosen = ("--against", "dequantized", "--base-quantization", "nf4")
+    for half in (chosen[:2], chosen[2:]):
+        assert run_json(*given, *half, status=2)["error"]["code"] == "bad-argument"
+    assert "the base dequantised from nf4 (2 tensors)" in run(*given, *chosen).stdout
+    data = run_json("inspect", pair.out)
+    assert data["command"].endswith(" ".join(chosen))
+    assert data["base_quantization"]["method"] == "nf4"
+    assert QUERY in data["base_quantization"]["tensors"]
+    assert "against    the base dequantised from nf4 (2 tensors)" in run("inspect", pair.out).stdout
+    run("verify", pair.out, "--base", pair.base, "--full")
 
 
 def test_quiet_and_no_progress(pair):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import Pair, Tensors, make_pair, read_checkpoint, write_checkpoint
+from checkpoints import QUERY, Pair, read_checkpoint, wide_pair
 from packing import LOSSLESS, restored
 
 from deltafold.compress import (
@@ -24,7 +24,6 @@ from deltafold.compress import (
 from deltafold.compress.quantized import NF4_LEVELS, dequantized, quantization_of, quantize
 from deltafold.compress.recipe import Recipe
 
-QUERY = "model.layers.0.self_attn.q_proj.weight"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -80,39 +79,6 @@ def test_values_that_cannot_be_held_are_refused() -> None:
     assert caught.value.code == "not-finite"
 
 
-def wide_pair(root: Path) -> Pair:
-    """A base and a fine-tune whose layers are wide enough for blocks of 64."""
-    pair = make_pair(root)
-    draw = torch.Generator().manual_seed(1)
-
-    def tensors(start: Tensors | None) -> Tensors:
-        shapes = {
-            "model.embed_tokens.weight": (96, 128),
-            QUERY: (128, 128),
-            "model.layers.0.mlp.down_proj.weight": (128, 192),
-            "model.layers.0.mlp.odd_proj.weight": (128, 100),
-            "model.layers.0.mlp.gate.weight": (8, 128),
-            "model.layers.0.mlp.experts.0.up_proj.weight": (64, 128),
-            "model.layers.0.input_layernorm.weight": (128,),
-            "lm_head.weight": (96, 128),
-        }
-        made = {}
-        for name, shape in shapes.items():
-            step = torch.randn(shape, generator=draw) * (0.1 if start is None else 0.01)
-            made[name] = (step if start is None else start[name].float() + step).bfloat16()
-        return made
-
-    pair.base_tensors = tensors(None)
-    pair.variant_tensors = tensors(pair.base_tensors)
-    # A tensor that was not trained still has to be repaired.
-    down = "model.layers.0.mlp.down_proj.weight"
-    pair.variant_tensors[down] = pair.base_tensors[down].clone()
-    config = {"model_type": "pico", "vocab_size": 96}
-    write_checkpoint(pair.base, pair.base_tensors, config=config)
-    write_checkpoint(pair.variant, pair.variant_tensors, config=config)
-    return pair
-
-
 @pytest.fixture
 def pair(tmp_path: Path) -> Pair:
     return wide_pair(tmp_path)
@@ -148,7 +114,9 @@ def test_a_lossy_delta_repairs_the_quantisation(pair: Pair, method: str) -> None
     found = restored(pair, dtype=torch.float32)
     for name in repo.quantised:
         original = pair.base_tensors[name]
-        lost = (dequantized(name, original, repo.manifest.base_quantization.method) - original).norm()
+        lost = (
+            dequantized(name, original, repo.manifest.base_quantization.method) - original
+        ).norm()
         missed = (found[name] - pair.variant_tensors[name].float()).norm()
         assert missed < 0.2 * lost, name
         # What the manifest says of the error is said of this difference.
