@@ -12,7 +12,7 @@ import torch
 import zoo_models
 from adapters import factors, write_adapter
 
-from deltafold.compress import Checkpoint, DeltafoldError, import_lora
+from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo, import_lora
 from deltafold.compress.fingerprint import digest_source
 from deltafold.compress.lora import cached_lora
 from deltafold.runtime.deltas import Deltas
@@ -78,6 +78,39 @@ def test_a_mixed_batch_equals_merged_models(models: zoo_models.Models, tmp_path:
         torch.testing.assert_close(mixed[i], alone, rtol=0, atol=2e-4)
     assert (mixed[0] - mixed[1]).abs().max() > 0.1
     deltas.close()
+
+
+def test_a_dora_agrees_with_its_formula_in_float32(
+    models: zoo_models.Models, tmp_path: Path
+) -> None:
+    names = [f"{LAYER}.mlp.up_proj", f"{LAYER}.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
+    model, tensors = models.plain(), {}
+    for seed, name in enumerate(names):
+        parameter = model.get_parameter(f"{name}.weight")
+        out, into = parameter.shape
+        own = factors(name, out, into, seed=seed)
+        step = 2 * own[f"{name}.lora_B.weight"] @ own[f"{name}.lora_A.weight"]
+        noise = torch.rand(out, generator=torch.Generator().manual_seed(seed)) * 0.04 + 0.98
+        with torch.no_grad():
+            merged = parameter + step
+            own[f"{name}.lora_magnitude_vector"] = merged.norm(dim=1) * noise
+            scale = own[f"{name}.lora_magnitude_vector"] / merged.norm(dim=1)
+            parameter.copy_(scale.unsqueeze(1) * merged)
+        tensors |= own
+    write_adapter(tmp_path / "dora", tensors, use_dora=True)
+    import_lora(models.base, tmp_path / "dora", models.zoo / "dora")
+    entry = DeltaRepo.open(models.zoo / "dora").entry(f"{names[0]}.weight")
+    assert [term["id"] for term in entry.terms] == ["lowrank", "codes", "codes"]
+    served = models.plain()
+    deltas = Deltas(served, Checkpoint.open(models.base), models.zoo)
+    ids = torch.arange(30).reshape(3, 10)
+    with torch.inference_mode():
+        plain, expected = served(ids).logits, model(ids).logits
+        with deltas.batch([Row(deltas.acquire(n)) for n in ("dora", "base", "dora")]):
+            mixed = served(ids).logits
+    assert torch.equal(mixed[1], plain[1])
+    assert (mixed[[0, 2]] - expected[[0, 2]]).abs().max() < 3e-5
+    assert (plain - expected).abs().max() > 0.1
 
 
 def zoo_of(models: zoo_models.Models, importer: Callable[[Path], Path] | None) -> Zoo:
