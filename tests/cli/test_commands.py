@@ -150,6 +150,21 @@ def test_inspect_json(packed):
     assert sum(t["bytes"] for t in tensors) == data["payload_bytes"]
 
 
+def test_inspect_a_zoo_with_loras(packed):
+    zoo, query = packed.out.parent, QUERY.removesuffix(".weight")
+    write_adapter(zoo / "small", factors(query, 40, 40))
+    write_adapter(zoo / "torn", {f"{query}.lora_A.weight": torch.zeros(4, 40)})
+    text = run("inspect", zoo).stdout
+    assert ": 1 delta, 1 LoRA, " in text
+    assert "LoRA, rank 4" in text
+    assert "torn  error[coverage]" in text
+    _, small, torn = run_json("inspect", zoo)["deltas"]
+    weights = zoo / "small" / "adapter_model.safetensors"
+    assert (small["kind"], small["ranks"], small["dora"]) == ("lora", [4], False)
+    assert (small["bytes"], small["base"]) == (weights.stat().st_size, {"name": "org/base"})
+    assert not torn["ok"]
+
+
 def test_inspect_a_zoo(packed):
     zoo = packed.out.parent
     shutil.copytree(packed.out, zoo / "broken")

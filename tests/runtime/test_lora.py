@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,6 +137,43 @@ def test_a_zoo_holds_lora_folders(models: zoo_models.Models, deltafold_home: Pat
     assert zoo.find("raw") is entry
     adapter(models.zoo / "raw", 5)
     assert zoo.find("raw").opened().digest != repo.digest
+
+
+def test_a_lora_is_imported_once_and_holds_up_nobody(models: zoo_models.Models) -> None:
+    adapter(models.zoo / "raw", 0)
+    started, go = threading.Event(), threading.Event()
+    imported: list[Path] = []
+
+    def importer(folder: Path) -> Path:
+        imported.append(folder)
+        started.set()
+        assert go.wait(30)
+        return cached_lora(Checkpoint.open(models.base), folder)
+
+    go.set()
+    zoo = zoo_of(models, importer)
+    adapter(models.zoo / "raw", 5)
+    imported.clear()
+    started.clear()
+    go.clear()
+    with ThreadPoolExecutor(3) as pool:
+        slow = [pool.submit(zoo.find, "raw"), pool.submit(zoo.find, "raw")]
+        listing = pool.submit(zoo.rescan)
+        assert started.wait(30)
+        # The import is under way; what is known is answered all the same.
+        assert zoo.find("sign1").error is None
+        assert "sign1" in [e.name for e in zoo.entries()]
+        assert not any(f.done() for f in (*slow, listing))
+        go.set()
+        first, second = (f.result(30) for f in slow)
+        listing.result(30)
+    assert first is second
+    assert len(imported) == 1
+    shutil.rmtree(models.zoo / "raw")
+    zoo.rescan()
+    assert [e.name for e in zoo.entries()] == ["sign1"]
+    with pytest.raises(DeltafoldError):
+        zoo.find("../zoo/sign1")
 
 
 def test_a_lora_that_does_not_fit_is_an_error_of_its_own(models: zoo_models.Models) -> None:
