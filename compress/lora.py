@@ -228,10 +228,12 @@ class LoraSource:
         """
         assert lora.magnitude is not None
         magnitude = self._adapter.file.tensor(lora.magnitude).to(torch.float32).reshape(-1)
+        norm: torch.Tensor
         if self._transposed(lora):
-            return magnitude / torch.linalg.vector_norm(merged, dim=0)
-        scale = magnitude / torch.linalg.vector_norm(merged.flatten(1), dim=1)
-        return scale.reshape(-1, *[1] * (merged.dim() - 1))
+            norm = torch.linalg.vector_norm(merged, dim=0)
+            return magnitude / norm
+        norm = torch.linalg.vector_norm(merged.flatten(1), dim=1)
+        return (magnitude / norm).reshape(-1, *[1] * (merged.dim() - 1))
 
     def _factors(self, name: str, lora: LoraModule) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 `a [r, M]` and `b [N, r]` with `b a` the step of the tensor as it is stored."""

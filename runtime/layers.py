@@ -48,6 +48,7 @@ class LinearHook:
             if self._state.scales is not None:
                 added = added * self._state.spread_scales(each, added)
             y.index_add_(0, rows, added.to(y.dtype))
+            self._state.report(self._name)
         return y
 
     def _products(self, flat: torch.Tensor, columns: int) -> list[torch.Tensor]:
@@ -107,6 +108,7 @@ class EmbeddingHook:
         chosen = ids.index_select(0, rows)
         added = torch.cat(self._looked_up(chosen.reshape(-1), y))
         added = added.reshape(*chosen.shape, y.shape[-1])
+        self._state.report(self._name)
         if self._state.scales is not None:
             added = added * self._state.spread_scales(each, added)
         if not self._plain:
