@@ -65,6 +65,7 @@ class Deltas:
         self._state = BatchState(parameter.device)
         self._slots = SlotMap(model)
         self._slots.observe(model, _warm_up_inputs(model, parameter.device))
+        self._quantization = quantization_in(model)
         check_readers(self._slots)
         self._wrapped: set[str] = set()
         self._wrapping = threading.Lock()
@@ -76,7 +77,7 @@ class Deltas:
             name,
             reserved={name, "base"},
             import_lora=partial(cached_lora, base),
-            quantization=quantization_in(model),
+            quantization=self._quantization,
         )
         if strict:
             for entry in self._zoo.entries():
@@ -145,7 +146,7 @@ class Deltas:
             name=self.base_name,
             digest=self.base_digest,
             parent=None,
-            codec="",
+            codec="" if self._quantization is None else self._quantization.method,
             variant_bytes=self._base.nbytes(),
             tier=_tier(self._target),
         )

@@ -192,6 +192,7 @@ def _with_linear4bit(base: Checkpoint) -> Any:
 def test_the_base_takes_the_bytes_that_its_codes_take(made: tuple[Path, str]) -> None:
     folder, method = made
     opened = open_model(folder / "base", None, device="cpu", base_quantization=method)
+    assert opened.deltas.variants()[0].codec == method
     base, share = Checkpoint.open(folder / "base"), {"nf4": 0.28125, "int8": 0.5}[method]
     layers = {m.tensor: m for m in opened.model.modules() if isinstance(m, QuantizedLinear)}
     assert set(layers) == set(quantization_of(base, method).tensors)
