@@ -143,8 +143,8 @@ class _Run:
         self.transposed = _transposed(self.source, matrices)
 
     def tensor(self, name: str) -> None:
-        kind, base = self.kinds[name], self.source.tensor(name)
-        delta = self.repo.delta(name, base)
+        kind, base = self.kinds[name], self.repo.base_tensor(self.source, name)
+        delta = self._delta(name, base)
         norm, missed, rank = _norm(delta), 0.0, 0
         module, _, attribute = name.rpartition(".")
         if kind == "lora":
@@ -163,6 +163,13 @@ class _Run:
         else:
             missed = norm
         self.report.append(Exported(name, kind, rank, norm, missed))
+
+    def _delta(self, name: str, base: torch.Tensor | None) -> torch.Tensor:
+        """The difference to the base itself: an adapter's base is not quantised."""
+        delta = self.repo.delta(name, base)
+        if base is not None and name in self.repo.quantised:
+            delta += base - self.source.tensor(name).to(torch.float32)
+        return delta
 
     def config(self) -> dict[str, Any]:
         """`adapter_config.json`: alpha is the rank everywhere, so every scale is 1."""
@@ -194,7 +201,8 @@ class _Run:
     def _factors(self, name: str, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 `a [r, M]` and `b [N, r]`."""
         parts = self.repo.parts(name)
-        if len(parts) == 1 and isinstance(parts[0].term, LowRank):
+        kept = name not in self.repo.quantised
+        if kept and len(parts) == 1 and isinstance(parts[0].term, LowRank):
             return parts[0].term.factors(parts[0].parts)
         rank = max(min(self.rank, *delta.shape), 1)
         left, singular, right = truncated_svd(delta, rank)
@@ -204,8 +212,11 @@ class _Run:
     def _save(self, module: str) -> None:
         """All tensors of a module: a wrapper of PEFT's holds the whole module."""
         for name in _tensors_of(module, self.source):
-            base, coded = self.source.tensor(name), self.kinds.get(name) == "saved"
-            self.tensors[PREFIX + name] = self.repo.restored(name, base) if coded else base
+            coded = self.kinds.get(name) == "saved"
+            base = self.repo.base_tensor(self.source, name)
+            self.tensors[PREFIX + name] = (
+                self.repo.restored(name, base) if coded else self.source.tensor(name)
+            )
 
 
 def _kinds(repo: DeltaRepo, source: Checkpoint, drop: Collection[str]) -> dict[str, Kind]:

@@ -22,8 +22,13 @@ from deltafold.compress.methods import LosslessMethod
 from deltafold.compress.pipeline import Job, PackReport, pack
 from deltafold.compress.progress import OnProgress, ignore
 from deltafold.compress.recipe import Recipe
-from deltafold.compress.terms import Encoded, LowRank, rows_and_columns
+from deltafold.compress.terms import Codes, Context, Encoded, LowRank, rows_and_columns
 
+#: What DoRA's rescaling adds is coded in stages until it is right to this share of the tensor's
+#: largest weight; two are usual.
+_FINE_ENOUGH: Final = 2.0**-20
+_MOST_STAGES: Final = 4
+_STAGE: Final = Codes(bits=8, group=128, scale_format="float32")
 #: What the manifest records as its recipe.
 _RECORD: Final = {"default": "lora", "vectors": "lossless", "tensors": {}}
 
@@ -41,8 +46,8 @@ def import_lora(
     """Write a PEFT LoRA as a delta repo.
 
     The factors are kept in float32 with the scale folded into one of them, so nothing is lost.
-    `modules_to_save` and biases are stored bit for bit. DoRA multiplies the base's own weights, which
-    no sum of terms does: its merged weights are stored instead, in the base's dtype.
+    `modules_to_save` and biases are stored bit for bit. DoRA also rescales the base's own rows: what
+    that adds is stored in 16 bits a weight, finer than float32 can tell beside the weight itself.
 
     Args:
         base: folder or hub id of the base checkpoint.
@@ -105,11 +110,6 @@ class _Change:
     lora: LoraModule | None = None
     whole: str | None = None
 
-    @property
-    def dense(self) -> bool:
-        """Whether the outcome is no sum of base and factors."""
-        return self.lora is None or self.whole is not None or self.lora.magnitude is not None
-
 
 class LoraSource:
     """The fine-tune that a LoRA and its base make, merged tensor by tensor when asked for.
@@ -165,8 +165,7 @@ class LoraSource:
         a, b = self._factors(name, change.lora)
         merged = start.to(torch.float32) + (b @ a).reshape(start.shape)
         if change.lora.magnitude is not None:
-            magnitude = file.tensor(change.lora.magnitude).to(torch.float32)
-            merged = _rescaled(merged, magnitude, self._transposed(change.lora))
+            merged = merged * self._rescaling(merged, change.lora)
         return merged.to(start.dtype)
 
     def sha256(self, name: str) -> str:
@@ -176,9 +175,9 @@ class LoraSource:
         return dtypes.sha256(self.tensor(name))
 
     def given(self, name: str) -> tuple[list[Encoded], torch.Tensor] | None:
-        """The `lowrank` term of a tensor and its float32 delta; None where there is none."""
+        """The terms of a tensor's low-rank step and its float32 delta; None where there is none."""
         change = self._changes.get(name)
-        if change is None or change.dense or change.lora is None:
+        if change is None or change.lora is None or change.whole is not None:
             return None
         a, b = self._factors(name, change.lora)
         if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
@@ -187,11 +186,54 @@ class LoraSource:
                 f"{self.reference.folder}: the factors of {name} have NaN or infinite entries.",
                 fix="check the adapter's training",
             )
-        delta = (b.double() @ a.double()).to(torch.float32).reshape(self.spec(name).shape)
-        if not bool(delta.any()):
-            return None
-        term = LowRank(rank=a.shape[0], factor_format="float32")
-        return [Encoded(term, {"a": a, "b": b})], delta
+        if change.lora.magnitude is not None:
+            return self._rescaled(name, change.lora, a, b)
+        delta = _product(a, b).reshape(self.spec(name).shape)
+        return ([_lowrank(a, b)], delta) if bool(delta.any()) else None
+
+    def _rescaled(
+        self, name: str, lora: LoraModule, a: torch.Tensor, b: torch.Tensor
+    ) -> tuple[list[Encoded], torch.Tensor]:
+        """DoRA: `s (W + b a)` is `W` plus the factors scaled by s, plus `(s - 1) W` in codes.
+
+        Each stage of codes holds what those before it missed, to eight bits more.
+        """
+        base = self._base.tensor(name).to(torch.float32)
+        merged = base + (b @ a).reshape(base.shape)
+        rescaling = self._rescaling(merged, lora)
+        delta = merged * rescaling - base
+        if not bool(torch.isfinite(delta).all()):
+            raise DeltafoldError(
+                "not-finite",
+                f"{self.reference.folder}: the magnitudes of {name} give NaN or infinite weights.",
+                fix="check the adapter's training",
+            )
+        if self._transposed(lora):
+            a = (a * rescaling).contiguous()
+        else:
+            b = (b * rescaling.reshape(-1, 1)).contiguous()
+        encoded, context = [_lowrank(a, b)], Context(name, base)
+        rest = delta - _product(a, b).reshape(base.shape)
+        limit = _FINE_ENOUGH * (merged * rescaling).abs().max()
+        while len(encoded) <= _MOST_STAGES and bool(rest.abs().max() > limit):
+            stage = _STAGE.encode(rest, context)
+            rest = rest - stage.term.decode(stage.parts, tuple(base.shape), context)
+            encoded.append(stage)
+        return encoded, delta
+
+    def _rescaling(self, merged: torch.Tensor, lora: LoraModule) -> torch.Tensor:
+        """DoRA's `m / ||W||`, shaped to multiply `merged` (float32).
+
+        The norm goes over all inputs of an output (Liu et al., arXiv 2402.09353, section 4.1).
+        """
+        assert lora.magnitude is not None
+        magnitude = self._adapter.file.tensor(lora.magnitude).to(torch.float32).reshape(-1)
+        norm: torch.Tensor
+        if self._transposed(lora):
+            norm = torch.linalg.vector_norm(merged, dim=0)
+            return magnitude / norm
+        norm = torch.linalg.vector_norm(merged.flatten(1), dim=1)
+        return (magnitude / norm).reshape(-1, *[1] * (merged.dim() - 1))
 
     def _factors(self, name: str, lora: LoraModule) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 `a [r, M]` and `b [N, r]` with `b a` the step of the tensor as it is stored."""
@@ -299,12 +341,12 @@ class LoraSource:
         )
 
 
-def _rescaled(merged: torch.Tensor, magnitude: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """DoRA: `m * W / ||W||`, the norm over all inputs of an output; `merged` is float32."""
-    flat = merged.T if transposed else merged.flatten(1)
-    norm = torch.linalg.vector_norm(flat, dim=1)
-    scaled: torch.Tensor = (magnitude.reshape(-1) / norm).unsqueeze(1) * flat
-    return (scaled.T if transposed else scaled).reshape(merged.shape).contiguous()
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (b.double() @ a.double()).to(torch.float32)
+
+
+def _lowrank(a: torch.Tensor, b: torch.Tensor) -> Encoded:
+    return Encoded(LowRank(rank=a.shape[0], factor_format="float32"), {"a": a, "b": b})
 
 
 def _is_tied_table(base: Checkpoint, name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -13,7 +13,9 @@ from deltafold.compress.errors import DeltafoldError
 
 FORMAT = "deltafold"
 #: Readers accept any minor version of their own major version.
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"
+#: The first minor version that knows `base_quantization`; what does not use it is still written as 1.0.
+_QUANTIZED_VERSION = "1.1"
 MANIFEST_NAME = "delta_config.json"
 BASE_TENSORS_NAME = "base_tensors.json"
 
@@ -32,6 +34,23 @@ class Origin(_Strict):
     name: str
     revision: str | None = None
     fingerprint: Digest
+
+
+QuantizationMethod: TypeAlias = Literal["nf4", "int8"]
+
+
+class Quantization(_Strict):
+    """How a base is quantised, see `quantized`.
+
+    Attributes:
+        method: `nf4` or `int8`.
+        block: weights that share a scale, in memory order; 0 is one scale a row.
+        tensors: names of the quantised tensors, sorted.
+    """
+
+    method: QuantizationMethod
+    block: Size
+    tensors: tuple[str, ...]
 
 
 class TensorEntry(_Strict):
@@ -79,7 +98,7 @@ class Manifest(_Strict):
     """The whole of `delta_config.json`."""
 
     format: Literal["deltafold"] = "deltafold"
-    format_version: str = FORMAT_VERSION
+    format_version: str = "1.0"
     delta_id: Digest
     base: Origin
     variant: Origin
@@ -95,6 +114,8 @@ class Manifest(_Strict):
     files: dict[str, FileEntry]
     totals: Totals
     quality: dict[str, Any] = Field(default_factory=dict)
+    #: Where the delta was taken against a base that is quantised so; None is the base as it is.
+    base_quantization: Quantization | None = None
 
     def content_digest(self) -> str:
         """`sha256:<hex>` over what decides the restored model; the value of `delta_id`.
@@ -102,7 +123,7 @@ class Manifest(_Strict):
         Left out are provenance and evidence (who made it, how, how well), so that the same content
         has one identity.
         """
-        content = {
+        content: dict[str, Any] = {
             "format": self.format,
             "major": self.format_version.split(".")[0],
             "base": self.base.fingerprint,
@@ -118,12 +139,26 @@ class Manifest(_Strict):
                 if f.sha256 is not None and not is_evidence(name)
             },
         }
+        if self.base_quantization is not None:
+            content["base_quantization"] = self.base_quantization.model_dump(mode="json")
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The file's content. A field that is not used is left out: readers of 1.0 refuse its name."""
+        data = self.model_dump(mode="json")
+        if self.base_quantization is None:
+            del data["base_quantization"]
+        return data
 
     def codec_summary(self) -> str:
         """The default codec, as lists show it."""
         return str(self.recipe.get("default", "mixed"))
+
+
+def version_for(quantization: Quantization | None) -> str:
+    """The lowest format version that can say what a manifest says."""
+    return "1.0" if quantization is None else _QUANTIZED_VERSION
 
 
 def is_evidence(name: str) -> bool:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,16 +30,18 @@ from deltafold.compress.fingerprint import Digests, TensorDigest, digest_source,
 from deltafold.compress.manifest import (
     BASE_TENSORS_NAME,
     FORMAT,
-    FORMAT_VERSION,
     MANIFEST_NAME,
     FileEntry,
     Manifest,
     Origin,
+    Quantization,
     TensorEntry,
     Totals,
     is_evidence,
+    version_for,
 )
 from deltafold.compress.progress import OnProgress, Progress, ignore
+from deltafold.compress.quantized import dequantized, quantization_of
 from deltafold.compress.recipe import Recipe
 from deltafold.compress.release import version
 from deltafold.compress.repo import DeltaRepo, payload_key
@@ -86,6 +89,7 @@ def compress_checkpoint(
     recipe: Recipe | None = None,
     accept: Collection[str] = (),
     overwrite: bool = False,
+    base_quantization: str | None = None,
     command: str = "",
     evidence: EvidenceSource | None = None,
     progress: OnProgress = ignore,
@@ -99,6 +103,9 @@ def compress_checkpoint(
         recipe: which codec for which tensor; the default is four sign planes in groups of 128.
         accept: differences in structure that are meant, see `structure.ACCEPTABLE`.
         overwrite: replace an existing `out`.
+        base_quantization: take the difference to the base as it is once quantised so (`nf4` or
+            `int8`), not to the base itself: the delta then repairs the quantisation's error, and
+            is served on such a base alone.
         command: recorded in the manifest and card.
         evidence: of a calibration run, for methods that need one.
         progress: called after every tensor.
@@ -109,20 +116,19 @@ def compress_checkpoint(
     source = Checkpoint.open(base)
     target = open_variant(variant, source)
     companions = named(target.reference.folder)
-    return pack(
-        Job(
-            source,
-            target,
-            companions,
-            recipe or Recipe(),
-            frozenset(accept),
-            command,
-            progress,
-            evidence=evidence,
-        ),
-        out,
-        overwrite=overwrite,
+    quantization = quantization_of(source, base_quantization) if base_quantization else None
+    job = Job(
+        source,
+        target,
+        companions,
+        recipe or Recipe(),
+        frozenset(accept),
+        command,
+        progress,
+        evidence=evidence,
+        quantization=quantization,
     )
+    return pack(job, out, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,7 @@ class Job:
         given: terms that the fine-tune brings itself; the recipe has no say there.
         record: the manifest's `recipe`; that of `recipe` if None.
         evidence: of a calibration run; None without one.
+        quantization: of the base that differences are taken to; None for the base as it is.
     """
 
     source: Checkpoint
@@ -152,6 +159,7 @@ class Job:
     given: Given = lambda name: None
     record: Mapping[str, Any] | None = None
     evidence: EvidenceSource | None = None
+    quantization: Quantization | None = None
 
 
 def pack(job: Job, out: str | Path, *, overwrite: bool = False) -> PackReport:
@@ -207,7 +215,8 @@ class _Run:
         job, target = self.job, self.job.target
         base_digests = self._hash(job.source)
         variant_digests = self._hash(target)
-        writer = ShardWriter(folder, "delta", {"format": FORMAT, "format_version": FORMAT_VERSION})
+        metadata = {"format": FORMAT, "format_version": version_for(job.quantization)}
+        writer = ShardWriter(folder, "delta", metadata)
         names = target.names()
         for done, name in enumerate(names, 1):
             self._tensor(name, base_digests, variant_digests, writer)
@@ -224,7 +233,7 @@ class _Run:
         )
         write_tensor_table(folder, manifest, self.stats)
         write_card(folder, manifest, job.source.reference)
-        _write_json(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
+        _write_json(folder / MANIFEST_NAME, manifest.to_json())
         return manifest, self.stats
 
     def _hash(self, source: TensorSource) -> dict[str, TensorDigest]:
@@ -240,13 +249,14 @@ class _Run:
     def _tensor(
         self, name: str, base_digests: Digests, variant_digests: Digests, writer: ShardWriter
     ) -> None:
-        source, given = self.job.source, self.job.given(name)
+        given = self.job.given(name)
         # A given difference may be too small to survive rounding; it still counts when it is served.
-        if given is None and base_digests.get(name) == variant_digests[name]:
+        # A quantised tensor differs from its own original.
+        differs = given is not None or name in self._quantised
+        if not differs and base_digests.get(name) == variant_digests[name]:
             self.unchanged.append(name)
             return
-        value = self.job.target.tensor(name)
-        base = source.tensor(name) if name in source else None
+        value, base = self.job.target.tensor(name), self._base(name)
         encoded, delta = given or encode_tensor(
             name, value, base, self.job.recipe, self.job.evidence
         )
@@ -258,6 +268,20 @@ class _Run:
         self.entries[name] = manifest_entry(
             name, value, base, encoded, variant_digests[name], self.stats[name].error
         )
+
+    @cached_property
+    def _quantised(self) -> frozenset[str]:
+        quantization = self.job.quantization
+        return frozenset(quantization.tensors if quantization else ())
+
+    def _base(self, name: str) -> torch.Tensor | None:
+        """What a tensor's difference is taken to."""
+        source, quantization = self.job.source, self.job.quantization
+        if name not in source:
+            return None
+        if quantization is None or name not in self._quantised:
+            return source.tensor(name)
+        return dequantized(name, source.tensor(name), quantization.method)
 
     def _manifest(
         self,
@@ -276,6 +300,8 @@ class _Run:
         covered = len(self.entries) + len(self.unchanged)
         record = self.job.recipe.to_json() if self.job.record is None else dict(self.job.record)
         draft = Manifest(
+            format_version=version_for(self.job.quantization),
+            base_quantization=self.job.quantization,
             delta_id="sha256:" + "0" * 64,
             base=_origin(self.job.source, base_digests),
             variant=_origin(self.job.target, variant_digests),

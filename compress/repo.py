@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from deltafold.compress import dtypes
+from deltafold.compress.checkpoint import Checkpoint
 from deltafold.compress.errors import DeltafoldError, name_some
 from deltafold.compress.fingerprint import Digests, TensorDigest, fingerprint, first_differences
 from deltafold.compress.hub import Reference, resolve
@@ -19,10 +20,12 @@ from deltafold.compress.manifest import (
     BASE_TENSORS_NAME,
     MANIFEST_NAME,
     Manifest,
+    Quantization,
     TensorEntry,
     is_evidence,
     parse_manifest,
 )
+from deltafold.compress.quantized import dequantized
 from deltafold.compress.safetensors_file import SafetensorsFile
 from deltafold.compress.terms import Context, Encoded, ExactTerm, Term, is_exact, term_from_config
 
@@ -117,12 +120,30 @@ class DeltaRepo:
             )
         return encoded
 
+    @cached_property
+    def quantised(self) -> frozenset[str]:
+        """Names of the base's tensors whose dequantised values the delta was taken against."""
+        quantization = self.manifest.base_quantization
+        return frozenset(quantization.tensors if quantization else ())
+
+    def base_tensor(self, base: Checkpoint, name: str) -> torch.Tensor | None:
+        """What a tensor's delta is added to: the base's tensor, or its dequantised values (float32).
+
+        None where the base has no such tensor.
+        """
+        if name not in base:
+            return None
+        value, quantization = base.tensor(name), self.manifest.base_quantization
+        if quantization is None or name not in self.quantised:
+            return value
+        return dequantized(name, value, quantization.method)
+
     def delta(self, name: str, base: torch.Tensor | None) -> torch.Tensor:
         """The decoded delta of a tensor: float32 of the fine-tune's shape.
 
         Args:
             name: a coded tensor.
-            base: the base's tensor; None where the base has none. Missing rows count as zero.
+            base: as `base_tensor` gives it; None where there is none. Missing rows count as zero.
         """
         entry = self.entry(name)
         shape = tuple(entry.shape)
@@ -179,6 +200,31 @@ class DeltaRepo:
                 ("first differences", name_some(different, len(self.base_tensors))),
             ],
             fix=f"give the base that it was packed against: {hint}",
+        )
+
+    def check_quantization(self, served: Quantization | None) -> None:
+        """Raises `base-mismatch` where the base does not run with the values that the delta needs.
+
+        A delta that was taken against the base as it is fits any: there it is added to whatever the
+        quantised base holds.
+        """
+        needed = self.manifest.base_quantization
+        if needed is None or needed == served:
+            return
+        option = f"--base-quantization {needed.method}"
+        facts: list[tuple[str, object]] = [("delta expects", needed.method)]
+        if served is None or (served.method, served.block) != (needed.method, needed.block):
+            facts.append(("the base runs", served.method if served else "unquantised"))
+            fix = f"serve it with {option}, or pack against the original base"
+        else:
+            odd = sorted(set(needed.tensors) ^ set(served.tensors))
+            facts.append(("quantised on one side only", name_some(odd, len(needed.tensors))))
+            fix = "pack against the original base: leave --against out"
+        raise DeltafoldError(
+            "base-mismatch",
+            f"{self.folder} was packed against the dequantised base, and this is not it.",
+            facts=facts,
+            fix=fix,
         )
 
     def variant_names(self) -> list[str]:

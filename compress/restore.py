@@ -74,7 +74,7 @@ def restore_checkpoint(
 def _tensor(
     repo: DeltaRepo, source: Checkpoint, name: str, dtype: torch.dtype | None
 ) -> tuple[torch.Tensor, bool]:
-    base = source.tensor(name) if name in source else None
+    base = repo.base_tensor(source, name)
     if name not in repo.manifest.tensors:
         assert base is not None
         tensor, checked = base, True

@@ -44,7 +44,7 @@ class RestoredSource:
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor, bit for bit the fine-tune's."""
-        base = self._base.tensor(name) if name in self._base else None
+        base = self._repo.base_tensor(self._base, name)
         if name not in self._repo.manifest.tensors:
             assert base is not None
             return base

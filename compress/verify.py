@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltafold.compress import dtypes
-from deltafold.compress.checkpoint import Checkpoint
+from deltafold.compress.checkpoint import Checkpoint, Spec
 from deltafold.compress.errors import DeltafoldError, name_some
 from deltafold.compress.fingerprint import TensorDigest, digest_source
 from deltafold.compress.progress import OnProgress, Progress, ignore
+from deltafold.compress.quantized import block_of, fits
 from deltafold.compress.repo import DeltaRepo
 from deltafold.compress.terms import Rows
 
@@ -101,6 +102,7 @@ def check_coverage(repo: DeltaRepo, base: Mapping[str, TensorDigest]) -> None:
             )
     for name in manifest.tensors:
         _check_shape(repo, name, base.get(name))
+    _check_quantised(repo, base)
 
 
 def _check_shape(repo: DeltaRepo, name: str, base: TensorDigest | None) -> None:
@@ -122,6 +124,29 @@ def _check_shape(repo: DeltaRepo, name: str, base: TensorDigest | None) -> None:
         )
 
 
+def _check_quantised(repo: DeltaRepo, base: Mapping[str, TensorDigest]) -> None:
+    """What is quantised is a matrix of the base, and differs from what it was."""
+    quantization = repo.manifest.base_quantization
+    if quantization is None:
+        return
+    sound = quantization.block == block_of(quantization.method)
+    sound = sound and list(quantization.tensors) == sorted(repo.quantised)
+    odd = [
+        name
+        for name in quantization.tensors
+        if name in repo.manifest.unchanged
+        or name not in base
+        or not fits(Spec(base[name].dtype, base[name].shape))
+    ]
+    if odd or not sound:
+        raise DeltafoldError(
+            "bad-manifest",
+            f"{repo.folder}: its base_quantization does not fit the base.",
+            facts=[("tensors", name_some(odd, len(quantization.tensors)))] if odd else [],
+            fix="pack the fine-tune again",
+        )
+
+
 def _added(repo: DeltaRepo, name: str) -> int:
     """Rows that are stored because the base lacks them."""
     return sum(term.added for term in repo.terms(name) if isinstance(term, Rows))
@@ -132,8 +157,7 @@ def _check_restored(repo: DeltaRepo, source: Checkpoint, progress: OnProgress) -
     for done, name in enumerate(names, 1):
         entry = repo.entry(name)
         if repo.exact(name):
-            base = source.tensor(name) if name in source else None
-            tensor = repo.restored(name, base)
+            tensor = repo.restored(name, repo.base_tensor(source, name))
             digest = dtypes.sha256(tensor)
             if digest != entry.sha256:
                 raise not_restored(repo, name)

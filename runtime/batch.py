@@ -41,6 +41,7 @@ class BatchState:
         rows: int64, the batch rows of all groups, one group after the other, on the model's device.
         scales: float32, the factor of each of these rows' deltas; None where all are 1.
         size: rows of the whole batch.
+        reports: names of modules that added a delta, while a warm-up pass collects them; else None.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -49,6 +50,7 @@ class BatchState:
         self.rows = torch.empty(0, dtype=torch.int64, device=device)
         self.scales: torch.Tensor | None = None
         self.size = 0
+        self.reports: set[str] | None = None
 
     @contextmanager
     def running(self, rows: Sequence[tuple[LoadedVariant | None, float]]) -> Iterator[None]:
@@ -69,6 +71,11 @@ class BatchState:
             yield
         finally:
             self.groups, self.rows, self.scales, self.size = kept
+
+    def report(self, name: str) -> None:
+        """A module says that it has added its variants' deltas."""
+        if self.reports is not None:
+            self.reports.add(name)
 
     def rows_in(self, leading: int, where: str) -> tuple[torch.Tensor, int]:
         """The groups' rows in a tensor whose first dimension is `leading`, and how many a batch row.

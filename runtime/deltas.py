@@ -21,6 +21,8 @@ from deltafold.runtime.host import Row, Variant
 from deltafold.runtime.kernels.forms import Target
 from deltafold.runtime.layers import unwrap, wrap
 from deltafold.runtime.loading import Handle, LoadedVariant, load_variant
+from deltafold.runtime.quantized import quantization_in
+from deltafold.runtime.quantizing import check_readers
 from deltafold.runtime.residency import Residency
 from deltafold.runtime.slots import SlotMap, warm_up_shape
 from deltafold.runtime.zoo import Zoo, ZooEntry
@@ -58,11 +60,13 @@ class Deltas:
         self._base = base
         self._digests = digests if digests is not None else digest_source(base)
         self.base_digest = fingerprint(self._digests)
-        parameter = next(model.parameters())
+        parameter = next(p for p in model.parameters() if p.is_floating_point())
         self._target = Target(parameter.device, parameter.dtype)
         self._state = BatchState(parameter.device)
         self._slots = SlotMap(model)
         self._slots.observe(model, _warm_up_inputs(model, parameter.device))
+        self._quantization = quantization_in(model)
+        check_readers(self._slots)
         self._wrapped: set[str] = set()
         self._wrapping = threading.Lock()
         self._residency = Residency(max_deltas)
@@ -73,6 +77,7 @@ class Deltas:
             name,
             reserved={name, "base"},
             import_lora=partial(cached_lora, base),
+            quantization=self._quantization,
         )
         if strict:
             for entry in self._zoo.entries():
@@ -141,7 +146,7 @@ class Deltas:
             name=self.base_name,
             digest=self.base_digest,
             parent=None,
-            codec="",
+            codec="" if self._quantization is None else self._quantization.method,
             variant_bytes=self._base.nbytes(),
             tier=_tier(self._target),
         )

@@ -17,6 +17,7 @@ from torch import nn
 from deltafold.runtime.batch import BatchState
 from deltafold.runtime.kernels.base import DeltaMatrix
 from deltafold.runtime.layout import Layout
+from deltafold.runtime.quantized import QuantizedLinear
 
 Forward = Callable[..., Any]
 
@@ -47,6 +48,7 @@ class LinearHook:
             if self._state.scales is not None:
                 added = added * self._state.spread_scales(each, added)
             y.index_add_(0, rows, added.to(y.dtype))
+            self._state.report(self._name)
         return y
 
     def _products(self, flat: torch.Tensor, columns: int) -> list[torch.Tensor]:
@@ -106,6 +108,7 @@ class EmbeddingHook:
         chosen = ids.index_select(0, rows)
         added = torch.cat(self._looked_up(chosen.reshape(-1), y))
         added = added.reshape(*chosen.shape, y.shape[-1])
+        self._state.report(self._name)
         if self._state.scales is not None:
             added = added * self._state.spread_scales(each, added)
         if not self._plain:
@@ -175,6 +178,8 @@ def unwrap(module: nn.Module) -> None:
 
 def is_linear(module: nn.Module) -> bool:
     """A linear layer that computes just what `nn.Linear` does, in its own words perhaps."""
+    if isinstance(module, QuantizedLinear):
+        return not module.transposed
     if not isinstance(module, nn.Linear):
         return False
     return type(module).forward is nn.Linear.forward or _is_product(module)
@@ -200,6 +205,8 @@ def _is_product(module: nn.Linear) -> bool:
 
 def is_transposed_linear(module: nn.Module) -> bool:
     """A linear layer that keeps its weight as `[in, out]` and computes `x W + b`."""
+    if isinstance(module, QuantizedLinear):
+        return module.transposed
     weight = getattr(module, "weight", None)
     if type(module).__name__ != "Conv1D" or not isinstance(weight, torch.Tensor):
         return False

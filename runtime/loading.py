@@ -18,6 +18,7 @@ from deltafold.runtime.kernels.forms import Target, product_form, table_form
 from deltafold.runtime.kernels.reference import Dense, dense_delta
 from deltafold.runtime.kernels.simple import Factors
 from deltafold.runtime.layers import is_embedding, is_linear, is_transposed_linear
+from deltafold.runtime.quantized import QuantizedLinear
 from deltafold.runtime.regions import Region
 from deltafold.runtime.slots import Home, SlotMap
 
@@ -133,7 +134,11 @@ class _Load:
         return name is not None and self._place_whole(tensor, stored, name)
 
     def _same(self, name: str, stored: torch.Tensor) -> bool:
-        held = self.slots.slots[name].tensor.detach()
+        slot = self.slots.slots[name]
+        if isinstance(slot.module, QuantizedLinear) and slot.attribute == "weight":
+            # Its codes were made from this very tensor when the base was opened.
+            return slot.module.shape == tuple(stored.shape)
+        held = slot.tensor.detach()
         if held.shape != stored.shape:
             return False
         stored = stored.to(held.device, held.dtype)
@@ -150,7 +155,10 @@ class _Load:
         for tied in ties:
             slot = self.slots.slots[tied]
             # An untied head has no base tensor of its own: what the model runs there is the tied one.
-            basis = (stored if stored is not None else slot.tensor.detach()).to("cpu")
+            basis = stored if stored is not None else slot.tensor.detach().to("cpu")
+            if tensor in self.repo.quantised:
+                assert isinstance(slot.module, QuantizedLinear)
+                basis = slot.module.values()
             for home in self.slots.homes(tied):
                 reached = True
                 self._refuse_shape(tensor, tuple(basis.shape), home)

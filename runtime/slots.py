@@ -15,9 +15,14 @@ import torch
 from torch import nn
 
 from deltafold.runtime.layout import WARM_ROWS, WARM_TOKENS, Layout
+from deltafold.runtime.quantized import is_quantized
 from deltafold.runtime.regions import Region, find_region
 from deltafold.runtime.replay import rehearse
+from deltafold.runtime.reports import bypassed
 from deltafold.runtime.uses import Uses, mixing
+
+#: Of looking for homes; each sends some parameters to a module further out.
+_MOST_ROUNDS = 6
 
 
 @dataclass(frozen=True)
@@ -123,12 +128,14 @@ class SlotMap:
         """
         self._uses = Uses.watch(model, inputs, self._tied)
         saved = [n for n in model.state_dict() if n in self.slots]
-        # A module that is found to mix requests sends its parameters to one around it.
-        for _ in range(3):
+        # A module that mixes requests, or whose hook is passed by, sends its parameters to one around.
+        for _ in range(_MOST_ROUNDS):
             found = {h.name: h.module for name in saved for h in self.homes(name)}
             bad = mixing(model, inputs, found, self._uses.layouts)
             homes = [h for name in saved for h in self.homes(name) if h.layout.cached]
             bad |= rehearse(model, inputs, [h for h in homes if h.name not in bad])
+            if not bad:
+                bad = bypassed(model, inputs, [h for name in saved for h in self.homes(name)])
             if not bad:
                 break
             self._bad |= bad
@@ -162,6 +169,9 @@ class SlotMap:
     def _home(self, slot: Slot, chain: tuple[str, ...]) -> Home | None:
         for module_name in reversed(chain):
             if not (module_name and slot.name.startswith(f"{module_name}.")):
+                continue
+            if is_quantized(slot.module) and module_name != slot.module_name:
+                # A module around it could only be lent codes, which no difference can be added to.
                 continue
             layout = self._uses.layouts.get(module_name)
             module = self._modules[module_name]

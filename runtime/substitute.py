@@ -41,6 +41,7 @@ class SubstituteHook:
         y = self._original(*args, **kwargs)
         call = _Call(self._name, self._state, self._layout, args, kwargs, self._state.size)
         self._again = True
+        self._state.report(self._name)
         try:
             again = self._mapped(call) if self._maps(call, y) else None
             return self._one_by_one(call, y) if again is None else call.merge(y, again, None)
@@ -108,6 +109,10 @@ class SubstituteHook:
         own: dict[str, torch.Tensor] = {}
         for attribute, delta in group.variant.vectors_of(self._name).items():
             value = _value(self._module, attribute)
+            if delta.is_meta:
+                # The warm-up's variant, which differs by nothing and holds no memory.
+                own[attribute] = value
+                continue
             own[attribute] = (value.to(torch.float32) + scale * delta).to(value.dtype)
         args, kwargs = call.cut(rows)
         # Modules inside that are wrapped too now see these rows alone.

@@ -14,7 +14,7 @@ from pathlib import Path
 from deltafold.compress import DeltafoldError, DeltaRepo
 from deltafold.compress.adapter import CONFIG_NAME, WEIGHTS_NAME
 from deltafold.compress.fingerprint import Digests
-from deltafold.compress.manifest import MANIFEST_NAME
+from deltafold.compress.manifest import MANIFEST_NAME, Quantization
 from deltafold.compress.verify import check_coverage
 
 #: How a file is recognised as the one that was read: replaced in place, it has another stamp.
@@ -49,6 +49,7 @@ class Zoo:
         reserved: names that stand for the base.
         import_lora: makes a delta repo of a LoRA folder and returns its place; without it LoRA
             folders are passed over.
+        quantization: how the base that runs is quantised.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Zoo:
         base_name: str,
         reserved: Iterable[str],
         import_lora: Callable[[Path], Path] | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         if folder is not None and not folder.is_dir():
             raise DeltafoldError("not-found", f"the zoo {folder} is not a folder.")
@@ -71,20 +73,24 @@ class Zoo:
         self._base, self._base_name = base, base_name
         self._reserved = frozenset(reserved)
         self._import_lora = import_lora
+        self._quantization = quantization
         self._entries: dict[str, ZooEntry] = {}
         self._lock = threading.Lock()
+        self._opening: dict[str, threading.Lock] = {}
         self.rescan()
 
     def rescan(self) -> None:
-        """Look at the folder again; only what is new or was replaced is read."""
+        """Look at the folder again; only what is new or was replaced is read.
+
+        Names that are known are answered meanwhile: a LoRA may take long to import.
+        """
+        for folder in self._delta_folders():
+            self._refresh(folder)
         with self._lock:
-            found: dict[str, ZooEntry] = {}
-            for folder in self._delta_folders():
-                known = self._entries.get(folder.name)
-                stamp = _stamp(folder)
-                fresh = known is not None and known.stamp == stamp
-                found[folder.name] = known if known and fresh else self._open(folder, stamp)
-            self._entries = found
+            # Asked now, not taken from the list above: another thread may have found more since.
+            gone = [n for n, e in self._entries.items() if not self._is_variant(e.folder)]
+            for name in gone:
+                del self._entries[name]
 
     def entries(self) -> list[ZooEntry]:
         """Every delta repo of the folder, broken ones too, by name."""
@@ -92,16 +98,18 @@ class Zoo:
             return [self._entries[name] for name in sorted(self._entries)]
 
     def find(self, name: str) -> ZooEntry:
-        """The entry behind a name; the folder is looked at again where it is not known yet.
+        """The entry behind a name; its folder is looked at where it is not known yet.
 
         Raises:
             DeltafoldError: `variant-not-found`, naming near ones.
         """
         entry = self._current(name)
         if entry is None:
-            self.rescan()
-            entry = self._current(name)
+            # Through the list: a name that a client sent is never made a path.
+            folder = next((f for f in self._delta_folders() if f.name == name), None)
+            entry = None if folder is None else self._refresh(folder)
         if entry is None:
+            self.rescan()
             raise self._not_found(name)
         return entry
 
@@ -109,6 +117,21 @@ class Zoo:
         with self._lock:
             entry = self._entries.get(name)
         return entry if entry and entry.stamp == _stamp(entry.folder) else None
+
+    def _refresh(self, folder: Path) -> ZooEntry:
+        """The entry of a folder as it is now, read by one thread alone and without the lock."""
+        known = self._current(folder.name)
+        if known is not None:
+            return known
+        with self._lock:
+            flight = self._opening.setdefault(folder.name, threading.Lock())
+        with flight:
+            known = self._current(folder.name)
+            if known is None:
+                known = self._open(folder, _stamp(folder))
+                with self._lock:
+                    self._entries[folder.name] = known
+            return known
 
     def _delta_folders(self) -> list[Path]:
         if self.folder is None:
@@ -118,8 +141,11 @@ class Zoo:
             for path in self.folder.iterdir()
             if not path.name.startswith(".")
             and not path.name.endswith(".partial")
-            and ((path / MANIFEST_NAME).is_file() or self._is_lora(path))
+            and self._is_variant(path)
         )
+
+    def _is_variant(self, folder: Path) -> bool:
+        return (folder / MANIFEST_NAME).is_file() or self._is_lora(folder)
 
     def _is_lora(self, folder: Path) -> bool:
         return self._import_lora is not None and (folder / CONFIG_NAME).is_file()
@@ -140,6 +166,7 @@ class Zoo:
             repo = self._repo(folder)
             repo.check_base(self._base, given=self._base_name)
             check_coverage(repo, self._base)
+            repo.check_quantization(self._quantization)
         except DeltafoldError as error:
             return ZooEntry(folder.name, folder, stamp, None, error)
         return ZooEntry(folder.name, folder, stamp, repo, None)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
 VOCABULARY, WIDTH = 48, 40
+QUERY = "model.layers.0.self_attn.q_proj.weight"
 _SHAPES = {
     "model.embed_tokens.weight": (VOCABULARY, WIDTH),
     "model.layers.0.self_attn.q_proj.weight": (WIDTH, WIDTH),
@@ -142,3 +143,36 @@ def make_pair(root: Path, dtype: torch.dtype = torch.bfloat16, *, shards: int = 
         base,
         variant,
     )
+
+
+def wide_pair(root: Path) -> Pair:
+    """A base and a fine-tune whose layers are wide enough for blocks of 64."""
+    pair = make_pair(root)
+    draw = torch.Generator().manual_seed(1)
+
+    def tensors(start: Tensors | None) -> Tensors:
+        shapes = {
+            "model.embed_tokens.weight": (96, 128),
+            QUERY: (128, 128),
+            "model.layers.0.mlp.down_proj.weight": (128, 192),
+            "model.layers.0.mlp.odd_proj.weight": (128, 100),
+            "model.layers.0.mlp.gate.weight": (8, 128),
+            "model.layers.0.mlp.experts.0.up_proj.weight": (64, 128),
+            "model.layers.0.input_layernorm.weight": (128,),
+            "lm_head.weight": (96, 128),
+        }
+        made = {}
+        for name, shape in shapes.items():
+            step = torch.randn(shape, generator=draw) * (0.1 if start is None else 0.01)
+            made[name] = (step if start is None else start[name].float() + step).bfloat16()
+        return made
+
+    pair.base_tensors = tensors(None)
+    pair.variant_tensors = tensors(pair.base_tensors)
+    # A tensor that was not trained still has to be repaired.
+    down = "model.layers.0.mlp.down_proj.weight"
+    pair.variant_tensors[down] = pair.base_tensors[down].clone()
+    config = {"model_type": "pico", "vocab_size": 96}
+    write_checkpoint(pair.base, pair.base_tensors, config=config)
+    write_checkpoint(pair.variant, pair.variant_tensors, config=config)
+    return pair

@@ -116,6 +116,7 @@ class EmbeddedEngine:
         served_model_name: str | None = None,
         max_deltas: int | None = None,
         strict: bool = True,
+        base_quantization: str | None = None,
         max_batch: int = 32,
         max_model_len: int | None = None,
         max_batch_tokens: int | None = None,
@@ -131,6 +132,7 @@ class EmbeddedEngine:
             served_model_name: what the base answers to besides "base".
             max_deltas: most variants in memory; None keeps all that were used.
             strict: refuse to start while a delta of the zoo is broken or for another base.
+            base_quantization: `nf4` or `int8` keeps the base's linear layers in 4 or 8 bits.
             max_batch: see `__init__`, as for what follows.
             max_model_len: see `__init__`.
             max_batch_tokens: see `__init__`.
@@ -147,6 +149,7 @@ class EmbeddedEngine:
             name=served_model_name,
             max_deltas=max_deltas,
             strict=strict,
+            base_quantization=base_quantization,
         )
         return cls(
             opened.model,

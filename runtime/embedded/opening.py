@@ -14,6 +14,7 @@ import torch
 from deltafold.compress import Checkpoint, DeltafoldError
 from deltafold.compress.fingerprint import digest_source
 from deltafold.runtime.deltas import Deltas
+from deltafold.runtime.quantizing import check_quantization, quantize_base
 
 #: On a CPU, models up to this size in float32 run in float32: most CPUs are no slower at it, and
 #: answers are then exact to the last printed digit.
@@ -39,6 +40,7 @@ def open_model(
     name: str | None = None,
     max_deltas: int | None = None,
     strict: bool = True,
+    base_quantization: str | None = None,
 ) -> Opened:
     """Load a base checkpoint with transformers and wrap it.
 
@@ -51,6 +53,7 @@ def open_model(
         name: what the base is served as; its folder or hub name by default.
         max_deltas: most variants in memory.
         strict: refuse to start while a delta of the zoo is broken.
+        base_quantization: `nf4` or `int8`: keep the weights of linear layers so; see `quantizing`.
 
     Raises:
         DeltafoldError: `not-found`, `not-a-checkpoint`, `bad-argument`, `missing-extra`,
@@ -66,10 +69,14 @@ def open_model(
         ) from error
     checkpoint = Checkpoint.open(base)
     where = _device(device)
+    if base_quantization is not None:
+        check_quantization(checkpoint, base_quantization)
     with _quiet(checkpoint.nbytes() < _WORTH_A_BAR):
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder, dtype=_dtype(dtype, checkpoint, where), local_files_only=True
         )
+    if base_quantization is not None:
+        quantize_base(model, checkpoint, base_quantization)
     model = model.to(where).eval()
     deltas = Deltas(
         model,

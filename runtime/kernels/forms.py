@@ -58,6 +58,12 @@ def table_form(
 
 
 def _sum(forms: list[DeltaMatrix]) -> DeltaMatrix:
+    dense = [form.weight for form in forms if isinstance(form, Dense)]
+    if len(dense) > 1:
+        # One copy and one product instead of several.
+        total = torch.stack([weight.to(torch.float32) for weight in dense]).sum(0)
+        rest = [form for form in forms if not isinstance(form, Dense)]
+        forms = [*rest, Dense(total.to(dense[0].dtype))]
     return forms[0] if len(forms) == 1 else Sum(forms)
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltafold.server.cli.command import command_line
 from deltafold.server.cli.output import Output, facts, output_options, quiet_option, size
 
 if TYPE_CHECKING:
-    from deltafold.compress import Method, PackReport, Recipe
+    from deltafold.compress import Manifest, Method, PackReport, Recipe
 
 
 @click.command("compress")
@@ -49,6 +48,18 @@ if TYPE_CHECKING:
     help="Let a difference in structure through: new-tensors, missing-tensors, resized or "
     "tokenizer; repeat it for several.",
 )
+@click.option(
+    "--against",
+    type=click.Choice(["original", "dequantized"]),
+    default="original",
+    show_default=True,
+    help="The base as it is, or as it is once quantised; the delta then repairs that too.",
+)
+@click.option(
+    "--base-quantization",
+    type=click.Choice(["nf4", "int8"]),
+    help="With --against dequantized: how the base will be served.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing delta.")
 @quiet_option
 @output_options
@@ -63,6 +74,8 @@ def compress(
     edits: tuple[str, ...],
     recipe: str | None,
     accept: tuple[str, ...],
+    against: str,
+    base_quantization: str | None,
     overwrite: bool,
 ) -> None:
     """Pack the fine-tune VARIANT as a delta against BASE.
@@ -75,9 +88,12 @@ def compress(
     deltafold compress Llama-3.1-8B ./sql-ft -o zoo/sql \\
         --codec bitdelta:bits=1 --set 'lm_head*=int:bits=8'
     deltafold compress Llama-3.1-8B ./sql-ft -o archive/sql --codec lossless
+    deltafold compress Llama-3.1-8B ./sql-ft -o zoo/sql --against dequantized \\
+        --base-quantization nf4
     """
     from deltafold.compress import compress_checkpoint
 
+    _refuse_half_a_choice(against, base_quantization)
     chosen = read_recipe(codec, sets, recipe, edits)
     began = time.monotonic()
     with output.progress() as progress:
@@ -88,11 +104,30 @@ def compress(
             recipe=chosen,
             accept=accept,
             overwrite=overwrite,
-            command=_command(base, variant, out, codec, sets, edits, recipe, accept),
+            base_quantization=base_quantization,
+            command=command_line("compress"),
             progress=progress,
         )
     seconds = time.monotonic() - began
     output.result(pack_data(report, seconds), pack_text(report, seconds))
+
+
+def _refuse_half_a_choice(against: str, base_quantization: str | None) -> None:
+    if (against == "dequantized") == (base_quantization is not None):
+        return
+    from deltafold.compress import DeltafoldError
+
+    if base_quantization is None:
+        raise DeltafoldError(
+            "bad-argument",
+            "--against dequantized does not say how the base is quantised.",
+            fix="add --base-quantization nf4 or int8",
+        )
+    raise DeltafoldError(
+        "bad-argument",
+        "a delta against the original base fits any quantisation of it.",
+        fix="leave --base-quantization out, or add --against dequantized",
+    )
 
 
 def read_recipe(
@@ -134,32 +169,6 @@ def _override(text: str) -> tuple[str, Method]:
         raise DeltafoldError(error.code, error.message, facts=error.facts, fix=fix) from error
 
 
-def _command(
-    base: str,
-    variant: str,
-    out: str,
-    codec: str | None,
-    sets: Sequence[str],
-    edits: Sequence[str],
-    recipe: str | None,
-    accept: Sequence[str],
-) -> str:
-    """The command as the model card shows it; of a folder on this machine only the name."""
-    words = ["deltafold", "compress", public(base), public(variant), "-o", Path(out).name]
-    words += ["--codec", codec] if codec else []
-    words += ["--recipe", Path(recipe).name] if recipe else []
-    words += [word for text in sets for word in ("--set", text)]
-    words += [word for text in edits for word in ("--edit", text)]
-    words += [word for text in accept for word in ("--accept", text)]
-    return shlex.join(words)
-
-
-def public(reference: str) -> str:
-    """A reference as a model card may show it: of a folder on this machine only the name."""
-    folder = Path(reference).expanduser()
-    return folder.resolve().name if folder.is_dir() else reference
-
-
 def pack_data(report: PackReport, seconds: float) -> dict[str, Any]:
     """A packing run's outcome for programs."""
     from deltafold.server.cli.bar import peak_memory
@@ -180,6 +189,7 @@ def pack_data(report: PackReport, seconds: float) -> dict[str, Any]:
         "accepted": list(manifest.accepted),
         "recipe": manifest.recipe,
         "base": manifest.base.model_dump(),
+        "base_quantization": quantization_data(manifest),
         "worst": [{"tensor": name, "rel_error": error} for name, error in report.worst()],
         "seconds": round(seconds, 3),
         "peak_memory_bytes": peak_memory(),
@@ -200,6 +210,9 @@ def pack_text(report: PackReport, seconds: float) -> str:
         ("codec", manifest.codec_summary()),
         ("base", f"{manifest.base.name}  ({manifest.base.fingerprint[:23]}...)"),
     ]
+    quantization = quantization_data(manifest)
+    if quantization:
+        lines.append(("against", against_text(quantization)))
     worst = report.worst(1)
     if worst and worst[0][1] > 0:
         lines.append(("largest error", f"{worst[0][1]:.3f} of its delta, {worst[0][0]}"))
@@ -209,3 +222,15 @@ def pack_text(report: PackReport, seconds: float) -> str:
         lines.append(("accepted", ", ".join(manifest.accepted)))
     lines.append(("took", f"{seconds:.1f} s, peak memory {peak_memory_text()}"))
     return f"{report.out}: written and verified\n{facts(lines)}"
+
+
+def quantization_data(manifest: Manifest) -> dict[str, Any] | None:
+    """What a delta's base must run as, for programs; None where that is free."""
+    quantization = manifest.base_quantization
+    return None if quantization is None else quantization.model_dump(mode="json")
+
+
+def against_text(quantization: Mapping[str, Any]) -> str:
+    """What a delta was taken against, where it is not the base itself."""
+    count = len(quantization["tensors"])
+    return f"the base dequantised from {quantization['method']} ({count} tensors)"

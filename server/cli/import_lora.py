@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 import time
-from collections.abc import Sequence
-from pathlib import Path
 
 import click
 
-from deltafold.server.cli.compress import pack_data, pack_text, public
+from deltafold.server.cli.command import command_line
+from deltafold.server.cli.compress import pack_data, pack_text
 from deltafold.server.cli.output import Output, output_options, quiet_option
 
 
@@ -48,13 +46,8 @@ def import_lora(
             out,
             accept=accept,
             overwrite=overwrite,
-            command=_command(base, lora, out, accept),
+            command=command_line("import-lora"),
             progress=progress,
         )
     seconds = time.monotonic() - began
     output.result(pack_data(report, seconds), pack_text(report, seconds))
-
-
-def _command(base: str, lora: str, out: str, accept: Sequence[str]) -> str:
-    words = ["deltafold", "import-lora", public(base), public(lora), "-o", Path(out).name]
-    return shlex.join([*words, *(word for text in accept for word in ("--accept", text))])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltafold.server.cli.compress import against_text, quantization_data
 from deltafold.server.cli.output import Output, facts, output_options, size, table
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 #: Looked for by name, so that telling a zoo from a delta needs no library.
 _MANIFEST = "delta_config.json"
+_ADAPTER = "adapter_config.json"
 
 
 @click.command("inspect")
@@ -23,7 +25,7 @@ _MANIFEST = "delta_config.json"
 @output_options
 @click.pass_obj
 def inspect(output: Output, delta_or_zoo: str, tensors: bool) -> None:
-    """Show sizes, codecs, base and coverage of DELTA, or list the deltas of ZOO.
+    """Show sizes, codecs, base and coverage of DELTA, or list the deltas and LoRAs of ZOO.
 
     In a zoo, a delta that cannot be used is listed with the code of its error. The payload itself
     is not read; `deltafold verify` does that.
@@ -50,22 +52,28 @@ def inspect(output: Output, delta_or_zoo: str, tensors: bool) -> None:
 
 
 def _deltas_of(folder: Path) -> list[Path]:
-    """The delta repos in a folder that is not one itself; what a zoo serves."""
-    if not folder.is_dir() or (folder / _MANIFEST).is_file():
+    """The delta repos and LoRAs in a folder that is neither itself; what a zoo serves."""
+    if not folder.is_dir() or _is_variant(folder):
         return []
     return sorted(
         path
         for path in folder.iterdir()
-        if (path / _MANIFEST).is_file()
+        if _is_variant(path)
         and not path.name.startswith(".")
         and not path.name.endswith(".partial")
     )
+
+
+def _is_variant(folder: Path) -> bool:
+    return (folder / _MANIFEST).is_file() or (folder / _ADAPTER).is_file()
 
 
 def _zoo_entry(folder: Path) -> dict[str, Any]:
     from deltafold.compress import DeltafoldError, DeltaRepo
 
     try:
+        if not (folder / _MANIFEST).is_file():
+            return {"name": folder.name, "ok": True, **_lora_summary(folder)}
         return {"name": folder.name, "ok": True, **_summary(DeltaRepo.open(folder))}
     except DeltafoldError as error:
         return {"name": folder.name, "ok": False, "error": error.to_json()}
@@ -79,6 +87,7 @@ def _summary(repo: DeltaRepo) -> dict[str, Any]:
         "delta_id": manifest.delta_id,
         "format_version": manifest.format_version,
         "base": manifest.base.model_dump(),
+        "base_quantization": quantization_data(manifest),
         "variant": manifest.variant.model_dump(),
         "codec": manifest.codec_summary(),
         "recipe": manifest.recipe,
@@ -98,6 +107,22 @@ def _summary(repo: DeltaRepo) -> dict[str, Any]:
         "quality": manifest.quality,
         "created_by": manifest.created_by,
         "command": manifest.command,
+    }
+
+
+def _lora_summary(folder: Path) -> dict[str, Any]:
+    """A LoRA as it lies in a zoo: `serve` imports it on first sight."""
+    from deltafold.compress.adapter import Adapter
+
+    adapter = Adapter.open(folder)
+    return {
+        "kind": "lora",
+        "path": str(folder),
+        "base": {"name": str(adapter.config.get("base_model_name_or_path") or "")},
+        "dora": bool(adapter.config.get("use_dora")),
+        "ranks": sorted({lora.rank for lora in adapter.loras.values()}),
+        "modules": len(adapter.loras),
+        "bytes": adapter.file.path.stat().st_size,
     }
 
 
@@ -150,6 +175,8 @@ def _text(data: dict[str, Any]) -> str:
             + (f", {counts['absent']} absent" if counts["absent"] else ""),
         ),
     ]
+    if data["base_quantization"]:
+        lines.insert(2, ("against", against_text(data["base_quantization"])))
     if data["accepted"]:
         lines.append(("accepted", ", ".join(data["accepted"])))
     lines += [(f"quality {key}", str(value)) for key, value in data["quality"].items()]
@@ -183,22 +210,29 @@ def _tensor_table(tensors: list[dict[str, Any]]) -> str:
 
 def _zoo_text(folder: Path, found: list[dict[str, Any]], total: int, output: Output) -> str:
     whole = [e for e in found if e["ok"]]
-    rows = [
-        [
-            e["name"],
-            size(e["bytes"]),
-            f"{e['ratio']:.2%}",
-            e["codec"],
-            f"{e['base']['name']}  ({e['base']['fingerprint'][7:15]})",
-        ]
-        for e in whole
-    ]
-    count = "1 delta" if len(whole) == 1 else f"{len(whole)} deltas"
-    text = f"{folder}: {count}, {size(total)}"
-    if rows:
-        text += "\n" + table(["name", "size", "ratio", "codec", "base"], rows, "size ratio")
+    counts = []
+    for kind, one, many in (("delta", "1 delta", "deltas"), ("lora", "1 LoRA", "LoRAs")):
+        count = sum(e["kind"] == kind for e in whole)
+        if count or kind == "delta":
+            counts.append(one if count == 1 else f"{count} {many}")
+    text = f"{folder}: {', '.join(counts)}, {size(total)}"
+    if whole:
+        head = ["name", "size", "ratio", "codec", "base"]
+        text += "\n" + table(head, [_zoo_row(e) for e in whole], "size ratio")
     for entry in (e for e in found if not e["ok"]):
         error = entry["error"]
-        head = output.style(f"error[{error['code']}]", fg="red")
-        text += f"\n{entry['name']}  {head}: {error['message']}"
+        code = output.style(f"error[{error['code']}]", fg="red")
+        text += f"\n{entry['name']}  {code}: {error['message']}"
     return text
+
+
+def _zoo_row(entry: dict[str, Any]) -> list[str]:
+    row = [entry["name"], size(entry["bytes"])]
+    if entry["kind"] == "lora":
+        kind, ranks = "DoRA" if entry["dora"] else "LoRA", entry["ranks"]
+        if ranks:
+            kind += f", rank {'-'.join(str(r) for r in dict.fromkeys((ranks[0], ranks[-1])))}"
+        return [*row, "-", kind, entry["base"]["name"] or "-"]
+    base = entry["base"]
+    name = f"{base['name']}  ({base['fingerprint'][7:15]})"
+    return [*row, f"{entry['ratio']:.2%}", entry["codec"], name]

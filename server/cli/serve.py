@@ -58,6 +58,11 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
     show_default=True,
     help="Where the model runs.",
 )
+@click.option(
+    "--base-quantization",
+    type=click.Choice(["nf4", "int8"]),
+    help="Keep the base's linear layers in 4 or 8 bits.",
+)
 @click.option("--max-model-len", type=click.IntRange(1), help="Most tokens of prompt and output.")
 @click.option("--max-batch", type=click.IntRange(1), help="Most requests that run together.")
 @click.option("--max-deltas", type=click.IntRange(1), help="Most variants kept in memory.")

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import torch
 from adapters import factors, write_adapter
-from checkpoints import assert_same, read_checkpoint
+from checkpoints import QUERY, assert_same, read_checkpoint, wide_pair
 from click.testing import CliRunner
 
 from deltafold.compress import METHODS, schema, version
@@ -64,6 +64,21 @@ def test_compress_json(pair):
 def test_compress_lossless_says_so(pair):
     result = run("compress", pair.base, pair.variant, "-o", pair.out, "--codec", "lossless")
     assert "bit for bit" in result.stdout
+
+
+def test_against_a_quantised_base(tmp_path):
+    pair = wide_pair(tmp_path)
+    given = ("compress", pair.base, pair.variant, "-o", pair.out)
+    chosen = ("--against", "dequantized", "--base-quantization", "nf4")
+    for half in (chosen[:2], chosen[2:]):
+        assert run_json(*given, *half, status=2)["error"]["code"] == "bad-argument"
+    assert "the base dequantised from nf4 (2 tensors)" in run(*given, *chosen).stdout
+    data = run_json("inspect", pair.out)
+    assert data["command"].endswith(" ".join(chosen))
+    assert data["base_quantization"]["method"] == "nf4"
+    assert QUERY in data["base_quantization"]["tensors"]
+    assert "against    the base dequantised from nf4 (2 tensors)" in run("inspect", pair.out).stdout
+    run("verify", pair.out, "--base", pair.base, "--full")
 
 
 def test_quiet_and_no_progress(pair):
@@ -133,6 +148,21 @@ def test_inspect_json(packed):
     tensors = run_json("inspect", packed.out, "--tensors")["tensors"]
     assert {t["name"] for t in tensors} == set(packed.variant_tensors)
     assert sum(t["bytes"] for t in tensors) == data["payload_bytes"]
+
+
+def test_inspect_a_zoo_with_loras(packed):
+    zoo, query = packed.out.parent, QUERY.removesuffix(".weight")
+    write_adapter(zoo / "small", factors(query, 40, 40))
+    write_adapter(zoo / "torn", {f"{query}.lora_A.weight": torch.zeros(4, 40)})
+    text = run("inspect", zoo).stdout
+    assert ": 1 delta, 1 LoRA, " in text
+    assert "LoRA, rank 4" in text
+    assert "torn  error[coverage]" in text
+    _, small, torn = run_json("inspect", zoo)["deltas"]
+    weights = zoo / "small" / "adapter_model.safetensors"
+    assert (small["kind"], small["ranks"], small["dora"]) == ("lora", [4], False)
+    assert (small["bytes"], small["base"]) == (weights.stat().st_size, {"name": "org/base"})
+    assert not torn["ok"]
 
 
 def test_inspect_a_zoo(packed):

@@ -274,3 +274,41 @@ def test_a_delta_given_as_the_zoo_is_refused(made: zoo_models.Models) -> None:
     with pytest.raises(DeltafoldError, match="itself a delta") as caught:
         Deltas(made.plain(), Checkpoint.open(made.base), made.zoo / "sign")
     assert str(made.zoo) in caught.value.fix
+
+
+class Sly(torch.nn.Linear):
+    """Calls everybody who watches modules, but not its instance's `forward`."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        for before in self._forward_pre_hooks.values():
+            before(self, (x,))
+        y = torch.nn.functional.linear(x, self.weight, self.bias)
+        for after in self._forward_hooks.values():
+            changed = after(self, (x,), {}, y) if _takes_kwargs(after) else after(self, (x,), y)
+            y = y if changed is None else changed
+        return y
+
+
+def _takes_kwargs(hook: Any) -> bool:
+    return hook.__code__.co_argcount == 4
+
+
+def test_a_hook_that_is_passed_by_is_found(made: zoo_models.Models, ids: torch.Tensor) -> None:
+    """What can be served by a module around it is served so, and what cannot is refused by name."""
+    model = made.plain()
+    model.model.layers[0].mlp.up_proj.__class__ = Sly
+    deltas = host(made, model)
+    home = deltas._slots.homes("model.layers.0.mlp.up_proj.weight")
+    assert [h.name for h in home] == ["model.layers.0.mlp"]
+    rows = [Row(deltas.acquire(name)) for name in ("sign", "base", "int", "exact")]
+    with torch.inference_mode(), deltas.batch(rows):
+        mixed = model(ids).logits.log_softmax(-1)
+    assert torch.equal(mixed[1], logprobs(made.plain(), ids)[1])
+    for row, name in ((0, "sign"), (2, "int"), (3, "exact")):
+        assert (mixed[row] - logprobs(made.plain(name), ids)[row]).abs().max() < 1e-4
+    model = made.plain()
+    model.lm_head.__class__ = Sly
+    with pytest.raises(DeltafoldError) as caught:
+        host(made, model).acquire("sign")
+    assert caught.value.code == "engine-unsupported"
+    assert "lm_head.weight" in str(caught.value)

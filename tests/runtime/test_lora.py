@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import torch
 import zoo_models
 from adapters import factors, write_adapter
 
-from deltafold.compress import Checkpoint, DeltafoldError, import_lora
+from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo, import_lora
 from deltafold.compress.fingerprint import digest_source
 from deltafold.compress.lora import cached_lora
 from deltafold.runtime.deltas import Deltas
@@ -80,6 +83,39 @@ def test_a_mixed_batch_equals_merged_models(models: zoo_models.Models, tmp_path:
     deltas.close()
 
 
+def test_a_dora_agrees_with_its_formula_in_float32(
+    models: zoo_models.Models, tmp_path: Path
+) -> None:
+    names = [f"{LAYER}.mlp.up_proj", f"{LAYER}.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
+    model, tensors = models.plain(), {}
+    for seed, name in enumerate(names):
+        parameter = model.get_parameter(f"{name}.weight")
+        out, into = parameter.shape
+        own = factors(name, out, into, seed=seed)
+        step = 2 * own[f"{name}.lora_B.weight"] @ own[f"{name}.lora_A.weight"]
+        noise = torch.rand(out, generator=torch.Generator().manual_seed(seed)) * 0.04 + 0.98
+        with torch.no_grad():
+            merged = parameter + step
+            own[f"{name}.lora_magnitude_vector"] = merged.norm(dim=1) * noise
+            scale = own[f"{name}.lora_magnitude_vector"] / merged.norm(dim=1)
+            parameter.copy_(scale.unsqueeze(1) * merged)
+        tensors |= own
+    write_adapter(tmp_path / "dora", tensors, use_dora=True)
+    import_lora(models.base, tmp_path / "dora", models.zoo / "dora")
+    entry = DeltaRepo.open(models.zoo / "dora").entry(f"{names[0]}.weight")
+    assert [term["id"] for term in entry.terms] == ["lowrank", "codes", "codes"]
+    served = models.plain()
+    deltas = Deltas(served, Checkpoint.open(models.base), models.zoo)
+    ids = torch.arange(30).reshape(3, 10)
+    with torch.inference_mode():
+        plain, expected = served(ids).logits, model(ids).logits
+        with deltas.batch([Row(deltas.acquire(n)) for n in ("dora", "base", "dora")]):
+            mixed = served(ids).logits
+    assert torch.equal(mixed[1], plain[1])
+    assert (mixed[[0, 2]] - expected[[0, 2]]).abs().max() < 3e-5
+    assert (plain - expected).abs().max() > 0.1
+
+
 def zoo_of(models: zoo_models.Models, importer: Callable[[Path], Path] | None) -> Zoo:
     base = Checkpoint.open(models.base)
     return Zoo(models.zoo, digest_source(base), "base", {"base"}, importer)
@@ -101,6 +137,43 @@ def test_a_zoo_holds_lora_folders(models: zoo_models.Models, deltafold_home: Pat
     assert zoo.find("raw") is entry
     adapter(models.zoo / "raw", 5)
     assert zoo.find("raw").opened().digest != repo.digest
+
+
+def test_a_lora_is_imported_once_and_holds_up_nobody(models: zoo_models.Models) -> None:
+    adapter(models.zoo / "raw", 0)
+    started, go = threading.Event(), threading.Event()
+    imported: list[Path] = []
+
+    def importer(folder: Path) -> Path:
+        imported.append(folder)
+        started.set()
+        assert go.wait(30)
+        return cached_lora(Checkpoint.open(models.base), folder)
+
+    go.set()
+    zoo = zoo_of(models, importer)
+    adapter(models.zoo / "raw", 5)
+    imported.clear()
+    started.clear()
+    go.clear()
+    with ThreadPoolExecutor(3) as pool:
+        slow = [pool.submit(zoo.find, "raw"), pool.submit(zoo.find, "raw")]
+        listing = pool.submit(zoo.rescan)
+        assert started.wait(30)
+        # The import is under way; what is known is answered all the same.
+        assert zoo.find("sign1").error is None
+        assert "sign1" in [e.name for e in zoo.entries()]
+        assert not any(f.done() for f in (*slow, listing))
+        go.set()
+        first, second = (f.result(30) for f in slow)
+        listing.result(30)
+    assert first is second
+    assert len(imported) == 1
+    shutil.rmtree(models.zoo / "raw")
+    zoo.rescan()
+    assert [e.name for e in zoo.entries()] == ["sign1"]
+    with pytest.raises(DeltafoldError):
+        zoo.find("../zoo/sign1")
 
 
 def test_a_lora_that_does_not_fit_is_an_error_of_its_own(models: zoo_models.Models) -> None:

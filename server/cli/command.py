@@ -1,0 +1,48 @@
+"""The running command, as a model card may show it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from click.core import ParameterSource
+
+#: How a run was printed, or where it went, says nothing of what it made.
+_UNTOLD: Final = ("overwrite",)
+#: Options that name files or folders of this machine.
+_PLACES: Final = ("out", "recipe", "calibrate")
+
+
+def command_line(name: str) -> str:
+    """The running command: what was given, defaults left out.
+
+    Of files and folders on this machine only the name is told.
+    """
+    context = click.get_current_context()
+    words = ["deltafold", name]
+    for parameter in context.command.params:
+        key = str(parameter.name)
+        given = context.get_parameter_source(key) == ParameterSource.COMMANDLINE
+        if not given or not parameter.expose_value or key in _UNTOLD:
+            continue
+        value = context.params.get(key)
+        for one in value if isinstance(value, tuple) else (value,):
+            words += _words(parameter, one)
+    return shlex.join(words)
+
+
+def _words(parameter: click.Parameter, value: Any) -> list[str]:
+    if isinstance(parameter, click.Argument):
+        return [public(str(value))]
+    flag = parameter.opts[0]
+    if value is True:
+        return [flag]
+    return [flag, Path(str(value)).name if parameter.name in _PLACES else str(value)]
+
+
+def public(reference: str) -> str:
+    """A reference as a model card may show it: of a folder on this machine only the name."""
+    folder = Path(reference).expanduser()
+    return folder.resolve().name if folder.is_dir() else reference
