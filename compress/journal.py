@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Self
@@ -113,10 +113,14 @@ class Journal:
         if not place.nbytes:
             return torch.empty(place.shape, dtype=dtype)
         raw = torch.zeros(place.nbytes, dtype=torch.uint8)
-        view, count = memoryview(raw.numpy()), 0
+        view, count = memoryview(raw.numpy().data), 0
         while more := os.preadv(self._spool.fileno(), [view[count:]], place.start + count):
             count += more
         return raw.view(dtype).reshape(place.shape)
+
+    def reader(self, places: Mapping[str, Place]) -> Mapping[str, torch.Tensor]:
+        """Parts by name, each read when it is asked for."""
+        return _Parts(self, places)
 
     def remove(self) -> None:
         """Forget everything; the output has it now."""
@@ -153,8 +157,8 @@ class Journal:
         """Whether every part is in the spool as it was written."""
         if record.entry is None:
             return True
-        parts = [{key: self.part(p) for key, p in places.items()} for places in record.parts]
-        return payload_digest(parts) == record.entry["payload_sha256"]
+        parts = [self.reader(places) for places in record.parts]
+        return bool(payload_digest(parts) == record.entry["payload_sha256"])
 
     @staticmethod
     def _open(path: Path, size: int) -> BinaryIO:
@@ -165,6 +169,22 @@ class Journal:
             file.truncate(size)
         file.seek(0, os.SEEK_END)
         return file
+
+
+class _Parts(Mapping[str, torch.Tensor]):
+    """Parts of one term in the spool."""
+
+    def __init__(self, journal: Journal, places: Mapping[str, Place]) -> None:
+        self._journal, self._places = journal, places
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self._journal.part(self._places[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

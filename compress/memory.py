@@ -1,12 +1,16 @@
-"""How much memory a tensor's packing takes, and keeping the sum of it below a bound."""
+"""Memory: what the process holds, sizes as people write them, and keeping a sum below a bound."""
 
 from __future__ import annotations
 
 import re
+import resource
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from pathlib import Path
+from typing import Final, Self
 
 from deltafold.compress.errors import DeltafoldError
 
@@ -50,3 +54,48 @@ class MemoryBudget:
             with self._free:
                 self._held -= nbytes
                 self._free.notify_all()
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+    except (OSError, IndexError, ValueError):
+        return peak_memory()
+    return pages * resource.getpagesize()
+
+
+def peak_memory() -> int:
+    """The most memory in bytes that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Timeline:
+    """Memory while packing: a sample now and then, on a thread of its own.
+
+    Attributes:
+        samples: seconds since the start, and bytes held then.
+    """
+
+    def __init__(self, every: float = 0.25) -> None:
+        self._every = every
+        self._stop = threading.Event()
+        self.samples: list[tuple[float, int]] = []
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._watch, name="deltafold-memory", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        began = time.monotonic()
+        while True:
+            self.samples.append((time.monotonic() - began, resident()))
+            # Long runs are sampled more thinly: a few hundred points draw the same picture.
+            if self._stop.wait(self._every * (1 + len(self.samples) // 200)):
+                return

@@ -117,7 +117,7 @@ class SafetensorsFile:
         entry = self.entries[name]
         assert 0 <= start <= stop <= entry.stop - entry.start
         out = torch.empty(stop - start, dtype=torch.uint8)
-        view = memoryview(out.numpy())
+        view = memoryview(out.numpy().data)
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(entry.start + start)

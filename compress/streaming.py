@@ -26,6 +26,7 @@ from deltafold.compress.encode import (
 )
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import EvidenceSource, check_needs
+from deltafold.compress.fingerprint import TensorDigest
 from deltafold.compress.journal import Place
 from deltafold.compress.methods import Method
 from deltafold.compress.recipe import Recipe
@@ -110,7 +111,7 @@ class Coder:
         if given is None and same and base_digest == digest:
             return Coded(base_digest, digest, [], [], None)
         encoded, delta = given or encode_tensor(name, value, base, self.recipe, self.evidence)
-        check_exact(name, encoded, value, base, digest)
+        check_exact(name, encoded, value, base, TensorDigest(*self.target.spec(name), digest))
         stats = measure(name, encoded, delta, base)
         places = [{k: self.sink(part) for k, part in sorted(e.parts.items())} for e in encoded]
         return Coded(base_digest, digest, [e.term for e in encoded], places, stats)

@@ -89,7 +89,7 @@ class Stacked:
         """Rows of D."""
         places = index // self.rows
         found: torch.Tensor | None = None
-        for number in places.unique().tolist():
+        for number in sorted(set(places.tolist())):
             mine = (places == number).nonzero().reshape(-1)
             rows = self.blocks[number].gather(index[mine] - number * self.rows)
             if found is None:

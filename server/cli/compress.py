@@ -171,7 +171,7 @@ def _override(text: str) -> tuple[str, Method]:
 
 def pack_data(report: PackReport, seconds: float) -> dict[str, Any]:
     """A packing run's outcome for programs."""
-    from deltafold.server.cli.bar import peak_memory
+    from deltafold.compress.memory import peak_memory
 
     manifest, totals = report.manifest, report.manifest.totals
     return {
