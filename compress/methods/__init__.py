@@ -3,6 +3,7 @@
 from deltafold.compress.methods.base import (
     METHODS,
     Method,
+    bits_per_weight,
     build,
     method_class,
     parse_spec,
@@ -10,21 +11,39 @@ from deltafold.compress.methods.base import (
 )
 from deltafold.compress.methods.bitdelta import BitDelta
 from deltafold.compress.methods.chain import Chain
+from deltafold.compress.methods.codebook import CodebookMethod, Lloyd
 from deltafold.compress.methods.dare import Dare
+from deltafold.compress.methods.dct import Dct
+from deltafold.compress.methods.dqrelo import DQrelo
 from deltafold.compress.methods.exact import ExactMethod, LosslessMethod
+from deltafold.compress.methods.impart import ImPart
 from deltafold.compress.methods.integer import Integer
+from deltafold.compress.methods.nm import NMMethod, Stratified
+from deltafold.compress.methods.quantize_and_drop import QuantizeAndDrop
+from deltafold.compress.methods.sparse import SparseMethod, TopK
 from deltafold.compress.methods.svd import Svd
 
 __all__ = [
     "METHODS",
     "BitDelta",
     "Chain",
+    "CodebookMethod",
+    "DQrelo",
     "Dare",
+    "Dct",
     "ExactMethod",
+    "ImPart",
     "Integer",
+    "Lloyd",
     "LosslessMethod",
     "Method",
+    "NMMethod",
+    "QuantizeAndDrop",
+    "SparseMethod",
+    "Stratified",
     "Svd",
+    "TopK",
+    "bits_per_weight",
     "build",
     "method_class",
     "parse_spec",
