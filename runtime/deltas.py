@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from deltafold.compress import Checkpoint, DeltafoldError
+from deltafold.compress import Checkpoint
 from deltafold.compress.fingerprint import Digests, digest_source, fingerprint
 from deltafold.compress.lora import cached_lora
 from deltafold.runtime.batch import BatchState, loaded_rows
@@ -22,7 +22,8 @@ from deltafold.runtime.kernels.forms import Target
 from deltafold.runtime.layers import unwrap, wrap
 from deltafold.runtime.loading import Handle, LoadedVariant, load_variant
 from deltafold.runtime.residency import Residency
-from deltafold.runtime.slots import SlotMap, warm_up_shape
+from deltafold.runtime.slots import SlotMap
+from deltafold.runtime.warm_up import warm_up_inputs
 from deltafold.runtime.zoo import Zoo, ZooEntry
 
 
@@ -62,7 +63,7 @@ class Deltas:
         self._target = Target(parameter.device, parameter.dtype)
         self._state = BatchState(parameter.device)
         self._slots = SlotMap(model)
-        self._slots.observe(model, _warm_up_inputs(model, parameter.device))
+        self._slots.observe(model, warm_up_inputs(model))
         self._wrapped: set[str] = set()
         self._wrapping = threading.Lock()
         self._residency = Residency(max_deltas)
@@ -166,16 +167,3 @@ class Deltas:
 def _tier(target: Target) -> Any:
     return "host" if target.device.type == "cpu" else "device"
 
-
-def _warm_up_inputs(model: nn.Module, device: torch.device) -> dict[str, Any]:
-    rows, tokens = warm_up_shape()
-    config = cast(Any, model).config
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    if vocabulary is None:
-        raise DeltafoldError(
-            "engine-unsupported",
-            f"{type(model).__name__} has no vocabulary; it is not a text model.",
-        )
-    ids = torch.arange(rows * tokens, device=device).reshape(rows, tokens) % int(vocabulary)
-    # With a cache, so that modules which keep one are seen to do so.
-    return {"input_ids": ids, "use_cache": True}
