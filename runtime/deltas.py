@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import torch
 from torch import nn
 
-from deltafold.compress import Checkpoint
+from deltafold.compress import Checkpoint, DeltaRepo
 from deltafold.compress.fingerprint import Digests, digest_source, fingerprint
 from deltafold.compress.lora import cached_lora
 from deltafold.runtime.batch import BatchState, loaded_rows
@@ -26,6 +25,9 @@ from deltafold.runtime.slots import SlotMap
 from deltafold.runtime.warm_up import warm_up_inputs
 from deltafold.runtime.zoo import Zoo, ZooEntry
 
+#: Names those tensors of a delta that are not the wrapped model's.
+Beside: TypeAlias = Callable[[DeltaRepo], Collection[str]]
+
 
 class Deltas:
     """Implements `host.DeltaHost` on a torch model.
@@ -38,6 +40,10 @@ class Deltas:
         max_deltas: most variants in memory; None keeps all that were ever used.
         strict: refuse to start while a delta of the zoo is broken or for another base.
         digests: the base's digests, where they are already known.
+        inputs: keyword arguments of a forward pass like those that will come, and no others will
+            come: parameters that have no say in the answers to them are then free to differ. None
+            makes them up, and takes nothing for granted.
+        beside: names those tensors of a delta that somebody else applies, such as heads.
 
     Raises:
         DeltafoldError: `not-found`; with `strict`, the first broken delta's own error.
@@ -53,6 +59,8 @@ class Deltas:
         max_deltas: int | None = None,
         strict: bool = True,
         digests: Digests | None = None,
+        inputs: dict[str, Any] | None = None,
+        beside: Beside | None = None,
     ) -> None:
         self.base_name = name
         self.base_folder = base.folder
@@ -63,7 +71,9 @@ class Deltas:
         self._target = Target(parameter.device, parameter.dtype)
         self._state = BatchState(parameter.device)
         self._slots = SlotMap(model)
-        self._slots.observe(model, warm_up_inputs(model))
+        given = warm_up_inputs(model) if inputs is None else inputs
+        self._slots.observe(model, given, find_idle=inputs is not None)
+        self._beside = beside
         self._wrapped: set[str] = set()
         self._wrapping = threading.Lock()
         self._residency = Residency(max_deltas)
@@ -104,7 +114,8 @@ class Deltas:
         repo = self._zoo.find(name).opened()
 
         def load() -> LoadedVariant:
-            loaded = load_variant(repo, self._base, self._slots, self._target)
+            beside = self._beside(repo) if self._beside is not None else ()
+            loaded = load_variant(repo, self._base, self._slots, self._target, beside)
             self._wrap(loaded)
             return loaded
 
@@ -166,4 +177,3 @@ class Deltas:
 
 def _tier(target: Target) -> Any:
     return "host" if target.device.type == "cpu" else "device"
-
