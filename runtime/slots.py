@@ -18,6 +18,7 @@ from deltafold.runtime.idle import idle
 from deltafold.runtime.layers import is_embedding, is_linear, is_transposed_linear
 from deltafold.runtime.layout import Layout
 from deltafold.runtime.regions import Region, find_region
+from deltafold.runtime.renaming import renaming
 from deltafold.runtime.replay import rehearse
 from deltafold.runtime.uses import Answers, Uses, mixing
 
@@ -76,6 +77,8 @@ class SlotMap:
                 self.slots[name] = Slot(name, module, module_name, attribute, value)
                 self._tied.setdefault(id(value), []).append(name)
         self._prefix = str(getattr(model, "base_model_prefix", "") or "")
+        self._rename = renaming(model)
+        self._found: dict[str, str | None] = {}
         self._uses = Uses()
         self._bad: set[str] = set()
         self._captured: set[int] = set()
@@ -84,13 +87,17 @@ class SlotMap:
         self.vocabulary = _vocabulary_modules(model)
 
     def find(self, tensor: str) -> str | None:
-        """The slot that a checkpoint's tensor belongs to: its own name, or with the prefix that
-        transformers adds or drops between a bare model and one with a head.
+        """The slot that a checkpoint's tensor belongs to: its own name or the one that the loader
+        gives it, also with the prefix that transformers adds or drops between a bare model and one
+        with a head.
         """
-        candidates = [tensor]
-        if self._prefix:
-            candidates += [f"{self._prefix}.{tensor}", tensor.removeprefix(f"{self._prefix}.")]
-        return next((name for name in candidates if name in self.slots), None)
+        if tensor not in self._found:
+            candidates = [tensor]
+            if self._prefix:
+                candidates += [f"{self._prefix}.{tensor}", tensor.removeprefix(f"{self._prefix}.")]
+            candidates += [self._rename(name) for name in candidates]
+            self._found[tensor] = next((n for n in candidates if n in self.slots), None)
+        return self._found[tensor]
 
     def region(self, tensor: str, value: torch.Tensor, names: Iterable[str]) -> Region | None:
         """The part of a parameter that holds a tensor whose name or layout the model changed.

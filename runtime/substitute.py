@@ -170,7 +170,8 @@ class _Call:
         where = self._spread(self.state.rows if rows is None else rows, y)
         if again.shape[0] == 1 != len(where):
             again = again.expand(len(where), *again.shape[1:])
-        return y.index_copy(0, where, again.to(y.dtype))
+        # A clone keeps the order in memory, on which the bits of later products may depend.
+        return y.clone().index_copy_(0, where, again.to(y.dtype))
 
     def _pick(self, value: Any, kind: Tree | None, rows: torch.Tensor) -> Any:
         if isinstance(value, tuple | list):

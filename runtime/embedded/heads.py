@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +20,7 @@ from torch import nn
 
 from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
 from deltafold.compress.errors import name_some
+from deltafold.runtime.renaming import renaming
 
 #: Heads kept ready; they are small beside their variants, and made again on use.
 _KEPT: Final = 256
@@ -49,6 +50,7 @@ class Plan:
         trunk: names of the tensors that its own trunk has.
         own: names of the others: the head's. None where the class is a trunk itself.
         tied: its tensors that are others under a second name.
+        rename: from a checkpoint's names to the class's.
     """
 
     folder: Path
@@ -57,6 +59,11 @@ class Plan:
     trunk: frozenset[str]
     own: frozenset[str]
     tied: Mapping[str, str]
+    rename: Callable[[str], str]
+
+    def bare(self, name: str) -> str:
+        """A checkpoint's name of a tensor, as the trunk by itself calls it."""
+        return _bare(self.rename(name), self.prefix)
 
 
 def plan_of(folder: Path) -> Plan | None:
@@ -70,15 +77,16 @@ def plan_of(folder: Path) -> Plan | None:
     except _FAILURES:
         return None
     prefix, names = str(cls.base_model_prefix or ""), set(model.state_dict())
+    rename = renaming(model)
     if not isinstance(getattr(model, prefix or "_", None), nn.Module):
-        return Plan(folder, model, prefix, frozenset(names), frozenset(), {})
+        return Plan(folder, model, prefix, frozenset(names), frozenset(), {}, rename)
     setattr(model, prefix, _TrunkOutput())
     own = frozenset(model.state_dict())
     tied = getattr(model, "_tied_weights_keys", None)
     pairs = dict(tied) if isinstance(tied, Mapping) else {}
     if not getattr(config.get_text_config(), "tie_word_embeddings", True):
         pairs = {}
-    return Plan(folder, model.eval(), prefix, frozenset(names) - own, own, pairs)
+    return Plan(folder, model.eval(), prefix, frozenset(names) - own, own, pairs, rename)
 
 
 def named_class(folder: Path) -> tuple[Any, Any]:
@@ -177,12 +185,14 @@ class Heads:
         plan = plan_of(repo.folder)
         if plan is None:
             return frozenset()
-        lost = self._without(repo, plan.prefix)
+        lost = self._without(repo, plan)
         own = {_bare(n, plan.prefix) for n in plan.trunk}
         needed = sorted(lost & own | lost - self._trunk.dispensable)
         if needed:
             raise _unsupported(plan, "does not bring tensors that the shared model needs", needed)
-        return plan.own | {n for n in repo.manifest.absent if _bare(n, plan.prefix) in lost}
+        manifest = repo.manifest
+        head = {n for n in manifest.tensors if plan.rename(n) in plan.own}
+        return frozenset(head | {n for n in manifest.absent if plan.bare(n) in lost})
 
     def without(self, digest: str, folder: Path | None) -> frozenset[str]:
         """The trunk's tensors for which a variant (None: the base) has no value of its own."""
@@ -190,9 +200,7 @@ class Heads:
             return self._trunk.lacking
         with self._lock:
             if digest not in self._lacking:
-                plan = plan_of(folder)
-                prefix = "" if plan is None else plan.prefix
-                self._lacking[digest] = self._without(DeltaRepo.open(folder), prefix)
+                self._lacking[digest] = self._without(DeltaRepo.open(folder), plan_of(folder))
             return self._lacking[digest]
 
     def get(self, digest: str, repo: DeltaRepo | None) -> Head:
@@ -231,33 +239,39 @@ class Heads:
         return head
 
     def _values(self, plan: Plan, repo: DeltaRepo | None) -> dict[str, torch.Tensor]:
+        known = self._base.names() if repo is None else repo.variant_names()
+        stored = {plan.rename(name): name for name in known}
         values, lost = {}, []
         for name in sorted(plan.own):
-            value = self._value(name, repo)
-            if value is None and name in plan.tied:
-                value = self._value(plan.tied[name], repo)
-            if value is None:
+            source = stored.get(name, stored.get(plan.tied.get(name, "")))
+            if source is None:
                 lost.append(name)
                 continue
+            value = self._value(source, repo)
             dtype = self._trunk.dtype if value.is_floating_point() else value.dtype
             values[name] = value.to(self._trunk.device, dtype)
         if lost:
             raise _unsupported(plan, "does not have all tensors of its class", lost)
         return values
 
-    def _value(self, name: str, repo: DeltaRepo | None) -> torch.Tensor | None:
-        """A checkpoint's tensor as the variant has it; None where it has none."""
-        stored = self._base.tensor(name) if name in self._base else None
-        if repo is None or name in repo.manifest.unchanged:
-            return stored
-        return repo.restored(name, stored) if name in repo.manifest.tensors else None
+    def _value(self, name: str, repo: DeltaRepo | None) -> torch.Tensor:
+        """A checkpoint's tensor as the variant has it."""
+        base = self._base.tensor(name) if name in self._base else None
+        if repo is not None and name in repo.manifest.tensors:
+            return repo.restored(name, base)
+        assert base is not None
+        return base
 
-    def _without(self, repo: DeltaRepo, prefix: str) -> frozenset[str]:
+    def _without(self, repo: DeltaRepo, plan: Plan | None) -> frozenset[str]:
         manifest, known = repo.manifest, self._trunk.tensors
+
+        def bare(name: str) -> str:
+            return name if plan is None else plan.bare(name)
+
         brought: set[str] = set()
         for name in (*manifest.tensors, *manifest.unchanged):
-            brought |= known.get(_bare(name, prefix), frozenset())
-        gone = {_bare(n, prefix) for n in manifest.absent} & set(known)
+            brought |= known.get(bare(name), frozenset())
+        gone = {bare(n) for n in manifest.absent} & set(known)
         return (gone | self._trunk.lacking) - brought
 
 
