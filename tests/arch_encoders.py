@@ -145,3 +145,51 @@ ENCODERS = [
         refused="layer_1.bias",
     ),
 ]
+
+_HEAD = """\
+
+## Models that do not generate
+
+What `PoolingEngine` makes of bare models, written from `tests/arch_encoders.py` and held to the truth by
+`tests/runtime/test_encoder_architectures.py` in the same way: rows of the base are bit for bit the plain
+model's, lossy and lossless rows answer as restored dense models do, texts of different lengths
+share a batch. Heads come on top; see [serving.md](serving.md).
+
+*Idle* are tensors that have no say in any answer to such requests, as moving them has shown: the token
+for masked patches in training, the scale between texts and images. A variant may bring other ones.
+
+| architecture | reads | products | tables | run again for a variant's rows | idle | served |
+|---|---|---|---|---|---|---|
+"""
+
+
+def document() -> str:
+    """The part of `docs/architectures.md` that is about these models."""
+    return _HEAD + "".join(f"| {' | '.join(_line(e))} |\n" for e in ENCODERS)
+
+
+def _line(family: Encoder) -> list[str]:
+    from deltafold.runtime.embedded import trunk
+    from deltafold.runtime.layers import is_embedding, is_linear
+    from deltafold.runtime.slots import SlotMap
+
+    model = family.build()
+    encoder, slots = trunk.Encoder.of(model), SlotMap(model)
+    slots.observe(model, encoder.inputs, find_idle=True)
+    saved = [n for n in model.state_dict() if n in slots.slots]
+    modules = {h.name: h.module for n in saved for h in slots.homes(n)}
+    products = {n for n, m in modules.items() if is_linear(m)}
+    tables = {n for n, m in modules.items() if is_embedding(m)}
+    again = sorted({type(m).__name__ for n, m in modules.items() if n not in products | tables})
+    idle = sorted({n.rpartition(".")[2] for n in saved if slots.is_idle([n])})
+    served = f"refused: `{family.refused}` does not keep requests apart" if family.refused else "yes"
+    reads = {"text": "texts", "image": "images"}
+    return [
+        family.name,
+        ", ".join(reads[way] for way in encoder.ways),
+        str(len(products)),
+        str(len(tables)),
+        ", ".join(f"`{n}`" for n in again),
+        ", ".join(f"`{n}`" for n in idle),
+        served,
+    ]

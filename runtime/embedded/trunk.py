@@ -72,11 +72,14 @@ class Encoder:
         Raises:
             DeltafoldError: `engine-unsupported` where it cannot be asked for texts or images alone.
         """
-        inputs = warm_up_inputs(model, cached=False)
-        named = frozenset(inspect.signature(model.forward).parameters)
+        named = set(inspect.signature(model.forward).parameters)
+        types = getattr(_config(model).get_text_config(), "type_vocab_size", None)
+        if not isinstance(types, int) or types < 2:
+            named.discard("token_type_ids")
+        inputs = _as_asked(warm_up_inputs(model, cached=False), named)
         answers = Answers.observe(model, inputs)
         ways = tuple(way for way, name in _INPUT.items() if name in inputs)
-        encoder = cls(model, inputs, answers, ways, named)
+        encoder = cls(model, inputs, answers, ways, frozenset(named))
         for way in ways:
             encoder._try(way)
         if "text" in ways:
@@ -152,7 +155,7 @@ class Encoder:
     @property
     def config(self) -> Any:
         """The base's configuration."""
-        return self.model.config
+        return _config(self.model)
 
     @property
     def max_tokens(self) -> int:
@@ -197,6 +200,23 @@ class Encoder:
                 f"{type(self.model).__name__} cannot be asked about a {way} alone.",
                 facts=[("it says", str(error).splitlines()[0] if str(error) else repr(error))],
             ) from error
+
+
+def _as_asked(inputs: Inputs, named: set[str]) -> Inputs:
+    """A warm-up batch with all that requests bring: no other inputs are given later."""
+    if "input_ids" not in inputs:
+        return inputs
+    extra = {}
+    if "attention_mask" in named:
+        extra["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "token_type_ids" in named:
+        extra["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        extra["token_type_ids"][:, -1] = 1
+    return {**inputs, **extra}
+
+
+def _config(model: nn.Module) -> Any:
+    return model.config
 
 
 def row_of(value: Any, row: int, tokens: int | None) -> Any:
