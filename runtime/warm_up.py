@@ -167,7 +167,7 @@ def _sides(config: Any) -> Iterator[tuple[int, int]]:
 def _with_placeholders(model: nn.Module, text: Inputs, signal: Inputs) -> Inputs | None:
     """Text with as many image tokens as the model makes of one image."""
     token = _image_token(_config(model))
-    features = getattr(model, "get_image_features", None)
+    features: Any = getattr(model, "get_image_features", None)
     if token < 0 or features is None:
         return None
     try:

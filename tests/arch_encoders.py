@@ -150,10 +150,10 @@ _HEAD = """\
 
 ## Models that do not generate
 
-What `PoolingEngine` makes of bare models, written from `tests/arch_encoders.py` and held to the truth by
-`tests/runtime/test_encoder_architectures.py` in the same way: rows of the base are bit for bit the plain
-model's, lossy and lossless rows answer as restored dense models do, texts of different lengths
-share a batch. Heads come on top; see [serving.md](serving.md).
+What `PoolingEngine` makes of bare models, written from `tests/arch_encoders.py` and held to the truth
+by `tests/runtime/test_encoder_architectures.py` in the same way: rows of the base are bit for bit the
+plain model's, lossy and lossless rows answer as restored dense models do, and texts of different
+lengths share a batch. Heads come on top; see [serving.md](serving.md).
 
 *Idle* are tensors that have no say in any answer to such requests, as moving them has shown: the token
 for masked patches in training, the scale between texts and images. A variant may bring other ones.
@@ -182,7 +182,9 @@ def _line(family: Encoder) -> list[str]:
     tables = {n for n, m in modules.items() if is_embedding(m)}
     again = sorted({type(m).__name__ for n, m in modules.items() if n not in products | tables})
     idle = sorted({n.rpartition(".")[2] for n in saved if slots.is_idle([n])})
-    served = f"refused: `{family.refused}` does not keep requests apart" if family.refused else "yes"
+    served = (
+        f"refused: `{family.refused}` does not keep requests apart" if family.refused else "yes"
+    )
     reads = {"text": "texts", "image": "images"}
     return [
         family.name,

@@ -272,7 +272,7 @@ class Heads:
         for name in (*manifest.tensors, *manifest.unchanged):
             brought |= known.get(bare(name), frozenset())
         gone = {bare(n) for n in manifest.absent} & set(known)
-        return (gone | self._trunk.lacking) - brought
+        return (self._trunk.lacking | gone) - brought
 
 
 def _bare(name: str, prefix: str) -> str:
