@@ -211,7 +211,8 @@ def _vocabulary(model: nn.Module) -> int | None:
 
 
 def _generates(model: nn.Module) -> bool:
-    return hasattr(model, "can_generate") and bool(model.can_generate())
+    can: Any = getattr(model, "can_generate", None)
+    return can is not None and bool(can())
 
 
 def _main_input(model: nn.Module) -> str:

@@ -94,7 +94,7 @@ def serve(
 ) -> None:
     """Serve BASE and every delta of a zoo over HTTP.
 
-    The server listens at once and answers 503 until the base is loaded. Without --api-key it can
+    Models that generate answer chats and completions, others give labels and vectors. The server listens at once and answers 503 until the base is loaded. Without --api-key it can
     be reached from this machine only.
     """
     require_serve_extra()
@@ -103,15 +103,20 @@ def serve(
     given = {name: value for name, value in engine_options.items() if value is not None}
 
     def open_engine() -> Served:
-        from deltafold.runtime.embedded import EmbeddedEngine, PoolingEngine
-        from deltafold.runtime.embedded.opening import generates
+        from deltafold.runtime import EmbeddedEngine, PoolingEngine
 
-        text = generates(base) if runner == "auto" else runner == "generate"
-        kind = EmbeddedEngine if text else PoolingEngine
+        text = _generates(base) if runner == "auto" else runner == "generate"
+        kind: Any = EmbeddedEngine if text else PoolingEngine
         engine: Served = kind.open(base, zoo=zoo, served_model_name=served_model_name, **given)
         return engine
 
     _run(open_engine, host, port, api_keys, served_model_name)
+
+
+def _generates(base: str) -> bool:
+    from deltafold.runtime.embedded.opening import generates
+
+    return generates(base)
 
 
 def _run(
