@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -223,7 +224,9 @@ class PoolingEngine:
 
     def stats(self) -> Stats:
         """A snapshot for metrics; nothing is generated and no keys and values are kept."""
-        return self._batcher.stats(self._deltas.resident())
+        sizes = Counter(self._deltas.resident())
+        sizes.update(self._heads.resident())
+        return self._batcher.stats(dict(sizes))
 
     def close(self) -> None:
         """Finish the running batch, fail what waits with `busy`, give the modules their forwards."""

@@ -94,8 +94,9 @@ def serve(
 ) -> None:
     """Serve BASE and every delta of a zoo over HTTP.
 
-    Models that generate answer chats and completions, others give labels and vectors. The server listens at once and answers 503 until the base is loaded. Without --api-key it can
-    be reached from this machine only.
+    Models that generate answer chats and completions, others give labels and vectors. The server
+    listens at once and answers 503 until the base is loaded. Without --api-key it can be reached
+    from this machine only.
     """
     require_serve_extra()
     refuse_open_bind(host, api_keys)
