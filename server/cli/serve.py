@@ -168,7 +168,8 @@ def ready_text(url: str, engine: Served, has_key: bool) -> str:
     route, body = "/v1/completions", f'{{"model": "{model}", "prompt": "Hello", "max_tokens": 32}}'
     chat = [f"    deltafold chat --url {url}"]
     if not hasattr(engine, "submit"):
-        route, body, chat = "/v1/embeddings", f'{{"model": "{model}", "input": "Hello"}}', []
+        given = "Hello" if engine.max_model_len else "data:image/png;base64,..."
+        route, body, chat = "/v1/embeddings", f'{{"model": "{model}", "input": "{given}"}}', []
     return "\n".join(
         [
             "",
