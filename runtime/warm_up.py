@@ -235,6 +235,7 @@ def _device(model: nn.Module) -> torch.device:
 def _waves(model: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
     """Smooth values between -1 and 1 that do not repeat from one request to the next."""
     count = torch.Size(shape).numel()
-    parameter = next(model.parameters())
+    # A quantised model holds codes beside what it computes in.
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
     values = torch.sin(torch.arange(count, dtype=torch.float64) * 0.7391)
     return values.reshape(shape).to(parameter.device, parameter.dtype)
