@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias
 
-import torch
 from torch import nn
 
-from deltafold.compress import Checkpoint, DeltafoldError
+from deltafold.compress import Checkpoint, DeltaRepo
 from deltafold.compress.fingerprint import Digests, digest_source, fingerprint
 from deltafold.compress.lora import cached_lora
 from deltafold.runtime.batch import BatchState, loaded_rows
@@ -24,8 +23,12 @@ from deltafold.runtime.loading import Handle, LoadedVariant, load_variant
 from deltafold.runtime.quantized import quantization_in
 from deltafold.runtime.quantizing import check_readers
 from deltafold.runtime.residency import Residency
-from deltafold.runtime.slots import SlotMap, warm_up_shape
+from deltafold.runtime.slots import SlotMap
+from deltafold.runtime.warm_up import warm_up_inputs
 from deltafold.runtime.zoo import Zoo, ZooEntry
+
+#: Names those tensors of a delta that are not the wrapped model's.
+Beside: TypeAlias = Callable[[DeltaRepo], Collection[str]]
 
 
 class Deltas:
@@ -39,6 +42,10 @@ class Deltas:
         max_deltas: most variants in memory; None keeps all that were ever used.
         strict: refuse to start while a delta of the zoo is broken or for another base.
         digests: the base's digests, where they are already known.
+        inputs: keyword arguments of a forward pass like those that will come, and no others will
+            come: parameters that have no say in the answers to them are then free to differ. None
+            makes them up, and takes nothing for granted.
+        beside: names those tensors of a delta that somebody else applies, such as heads.
 
     Raises:
         DeltafoldError: `not-found`; with `strict`, the first broken delta's own error.
@@ -54,6 +61,8 @@ class Deltas:
         max_deltas: int | None = None,
         strict: bool = True,
         digests: Digests | None = None,
+        inputs: dict[str, Any] | None = None,
+        beside: Beside | None = None,
     ) -> None:
         self.base_name = name
         self.base_folder = base.folder
@@ -64,7 +73,9 @@ class Deltas:
         self._target = Target(parameter.device, parameter.dtype)
         self._state = BatchState(parameter.device)
         self._slots = SlotMap(model)
-        self._slots.observe(model, _warm_up_inputs(model, parameter.device))
+        given = warm_up_inputs(model) if inputs is None else inputs
+        self._slots.observe(model, given, find_idle=inputs is not None)
+        self._beside = beside
         self._quantization = quantization_in(model)
         check_readers(self._slots)
         self._wrapped: set[str] = set()
@@ -108,7 +119,8 @@ class Deltas:
         repo = self._zoo.find(name).opened()
 
         def load() -> LoadedVariant:
-            loaded = load_variant(repo, self._base, self._slots, self._target)
+            beside = self._beside(repo) if self._beside is not None else ()
+            loaded = load_variant(repo, self._base, self._slots, self._target, beside)
             self._wrap(loaded)
             return loaded
 
@@ -170,17 +182,3 @@ class Deltas:
 
 def _tier(target: Target) -> Any:
     return "host" if target.device.type == "cpu" else "device"
-
-
-def _warm_up_inputs(model: nn.Module, device: torch.device) -> dict[str, Any]:
-    rows, tokens = warm_up_shape()
-    config = cast(Any, model).config
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    if vocabulary is None:
-        raise DeltafoldError(
-            "engine-unsupported",
-            f"{type(model).__name__} has no vocabulary; it is not a text model.",
-        )
-    ids = torch.arange(rows * tokens, device=device).reshape(rows, tokens) % int(vocabulary)
-    # With a cache, so that modules which keep one are seen to do so.
-    return {"input_ids": ids, "use_cache": True}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -83,15 +83,27 @@ class Handle:
 
 
 def load_variant(
-    repo: DeltaRepo, base: Checkpoint, slots: SlotMap, target: Target
+    repo: DeltaRepo,
+    base: Checkpoint,
+    slots: SlotMap,
+    target: Target,
+    beside: Collection[str] = (),
 ) -> LoadedVariant:
     """Read a whole delta and check that all of it can be applied.
+
+    Args:
+        repo: the delta.
+        base: its base.
+        slots: of the wrapped model.
+        target: device and dtype of the forms.
+        beside: tensors that somebody else applies, if the model has no slot of their name.
 
     Raises:
         DeltafoldError: `checksum` and what else reading gives; `coverage` where a tensor has no place
             in the model; `engine-unsupported` where applying it would have no or a wrong effect.
     """
-    load = _Load(LoadedVariant(repo.digest, repo.folder), repo, base, slots, target)
+    loaded = LoadedVariant(repo.digest, repo.folder)
+    load = _Load(loaded, repo, base, slots, target, frozenset(beside))
     lost = [tensor for tensor in sorted(repo.manifest.tensors) if not load.tensor(tensor)]
     if lost:
         raise DeltafoldError(
@@ -114,6 +126,7 @@ class _Load:
     base: Checkpoint
     slots: SlotMap
     target: Target
+    beside: frozenset[str]
 
     @cached_property
     def _own(self) -> set[str | None]:
@@ -123,6 +136,9 @@ class _Load:
     def tensor(self, tensor: str) -> bool:
         """Place one coded tensor; False where the model has no place for it."""
         name = self.slots.find(tensor)
+        if name is None and tensor in self.beside:
+            self.loaded.applied.add(tensor)
+            return True
         stored = self.base.tensor(tensor) if tensor in self.base else None
         if stored is not None and (name is None or not self._same(name, stored)):
             region = self.slots.region(tensor, stored, self.base.names())
@@ -163,7 +179,7 @@ class _Load:
                 reached = True
                 self._refuse_shape(tensor, tuple(basis.shape), home)
                 self._place(home, tensor, encoded, basis)
-        if not reached:
+        if not reached and not self.slots.is_idle(ties):
             raise self._unreachable(tensor, ties)
         self.loaded.applied.add(tensor)
         return True
