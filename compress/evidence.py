@@ -30,7 +30,7 @@ class Evidence:
             that multiplies by this tensor; None where no such layer was seen.
         gradient: float32 of the tensor's shape, the mean gradient of the loss at the fine-tune.
         fisher: float32 of the tensor's shape, the mean squared gradient over examples.
-        references: the same tensor of other checkpoints, by role (`aligned`, `unaligned`, `shift`).
+        references: the same tensor of other checkpoints, by role (`aligned`, `unaligned`).
         inputs: float32 `[n, M]`, inputs of that layer at a few tokens, at the fine-tune.
     """
 
@@ -59,6 +59,20 @@ class EvidenceSource(Protocol):
     def of(self, name: str) -> Evidence:
         """What is known of one tensor."""
         ...
+
+
+def known(
+    evidence: Evidence | None, what: Literal["gradient", "fisher"], who: str, tensor: str
+) -> torch.Tensor:
+    """One piece of evidence of a tensor; raises `needs-calibration` where the run has none of it."""
+    found: torch.Tensor | None = None if evidence is None else getattr(evidence, what)
+    if found is None:
+        raise DeltafoldError(
+            "needs-calibration",
+            f"{who} needs the {what} of {tensor}, which the calibration run did not see.",
+            fix=f"give {who} a pattern of the tensors that it is for: --edit 'PATTERN={who}'",
+        )
+    return found
 
 
 def check_needs(needs: Sequence[Need], source: EvidenceSource | None, who: str) -> None:
