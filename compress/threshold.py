@@ -1,4 +1,4 @@
-"""The k-th largest magnitude of a whole model, in two readings and a megabyte.
+"""The k-th largest magnitude of whole models, in two readings and a megabyte.
 
 Magnitudes are float32, whose bits, read as an integer, have the order of the values. The first reading
 counts the upper halves of these integers, which tells in which of 32,768 bins the wanted one lies; the
@@ -7,46 +7,53 @@ second counts the lower halves within that bin. The result is exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import torch
 
 _LOW = 16
 _BINS = 1 << _LOW
 
-#: Reads every tensor of a model once more.
-Reading = Callable[[], Iterable[torch.Tensor]]
+#: Reads every tensor once more, of several models side by side.
+Reading: TypeAlias = Callable[[], Iterable[Sequence[torch.Tensor]]]
 
 
-def magnitude_threshold(read: Reading, keep: float) -> float:
-    """The magnitude that a share `keep` of all entries reaches.
+def magnitude_thresholds(read: Reading, models: int, keep: float) -> list[float]:
+    """The magnitude that a share `keep` of all entries reaches, of each model.
 
     Args:
         read: gives the same float32 tensors of any shapes whenever it is called.
+        models: how many tensors come at a time.
         keep: share of the entries, in (0, 1]; at least one entry is kept.
 
     Returns:
-        The `round(keep * n)`-th largest |D| of all n entries; 0 where there are none.
+        The `round(keep * n)`-th largest |D| of all n entries of each model; 0 where there are none.
     """
-    upper = torch.zeros(_BINS, dtype=torch.int64)
-    for tensor in read():
-        upper += torch.bincount(_bits(tensor) >> _LOW, minlength=_BINS)
-    total = int(upper.sum())
+    upper = torch.zeros(models, _BINS, dtype=torch.int64)
+    for tensors in read():
+        for counts, tensor in zip(upper, tensors, strict=True):
+            counts += torch.bincount(_bits(tensor) >> _LOW, minlength=_BINS)
+    total = int(upper[0].sum())
     if not total:
-        return 0.0
+        return [0.0] * models
     wanted = max(round(keep * total), 1)
-    bin_, before = _find(upper, wanted)
-    lower = torch.zeros(_BINS, dtype=torch.int64)
-    for tensor in read():
-        bits = _bits(tensor)
-        lower += torch.bincount(bits[bits >> _LOW == bin_] & (_BINS - 1), minlength=_BINS)
-    low, _ = _find(lower, wanted - before)
-    return torch.tensor((bin_ << _LOW) | low, dtype=torch.int32).view(torch.float32).item()
+    places = [_find(counts, wanted) for counts in upper]
+    lower = torch.zeros(models, _BINS, dtype=torch.int64)
+    for tensors in read():
+        for counts, tensor, (place, _) in zip(lower, tensors, places, strict=True):
+            bits = _bits(tensor)
+            counts += torch.bincount(bits[bits >> _LOW == place] & (_BINS - 1), minlength=_BINS)
+    found = [
+        (place << _LOW) | _find(counts, wanted - before)[0]
+        for counts, (place, before) in zip(lower, places, strict=True)
+    ]
+    return torch.tensor(found, dtype=torch.int32).view(torch.float32).tolist()
 
 
 def tensor_threshold(delta: torch.Tensor, keep: float) -> float:
     """The same of one tensor."""
-    return magnitude_threshold(lambda: [delta], keep)
+    return magnitude_thresholds(lambda: [(delta,)], 1, keep)[0]
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

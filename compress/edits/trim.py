@@ -18,7 +18,7 @@ from deltafold.compress.edits.base import edit
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import Need
 from deltafold.compress.terms import Context
-from deltafold.compress.threshold import magnitude_threshold, tensor_threshold
+from deltafold.compress.threshold import magnitude_thresholds, tensor_threshold
 
 
 @edit
@@ -57,7 +57,7 @@ class Trim:
         """The trim with the whole model's threshold."""
         if self.scope == "tensor" or self.threshold:
             return self
-        found = magnitude_threshold(lambda: (delta for _, delta in deltas), self.keep)
+        (found,) = magnitude_thresholds(lambda: ((d,) for _, d in deltas), 1, self.keep)
         # Where less than `keep` differs at all, nothing is to be dropped, and every entry is above.
         return replace(self, threshold=found or math.ulp(0.0))
 

@@ -23,7 +23,7 @@ from deltafold.compress.edits.darex_q import divisor
 from deltafold.compress.evidence import Evidence
 from deltafold.compress.obs import damped, inverse_cholesky
 from deltafold.compress.terms import Context
-from deltafold.compress.threshold import magnitude_threshold, tensor_threshold
+from deltafold.compress.threshold import magnitude_thresholds, tensor_threshold
 
 SHAPE = (256, 1024)
 ONES = torch.ones(SHAPE)
@@ -130,7 +130,8 @@ def test_the_threshold_is_exact_across_tensors(keep):
     tensors = [gaussian(7, 30), gaussian(1, 11, seed=1) * 1e-6, torch.zeros(3, 3), torch.empty(0)]
     every = torch.cat([t.abs().reshape(-1) for t in tensors]).sort(descending=True).values
     expected = every[max(round(keep * len(every)), 1) - 1].item()
-    assert magnitude_threshold(lambda: tensors, keep) == expected
+    pairs = [(t, t * 2) for t in tensors]
+    assert magnitude_thresholds(lambda: pairs, 2, keep) == [expected, 2 * expected]
 
 
 def test_a_threshold_of_nothing_is_zero():
