@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[2]
 SURFACE = {
     "compress": "-o --out --codec --set --edit --recipe --accept --overwrite --quiet --json --debug",
     "import-lora": "-o --out --accept --overwrite --quiet --json --debug",
+    "merge": "--base --method --weights -o --out --codec --set --edit --recipe --companions "
+    "--overwrite --quiet --json --debug",
     "inspect": "--tensors --json --debug",
     "verify": "--base --full --quiet --json --debug",
     "restore": "--base -o --out --dtype --overwrite --quiet --json --debug",
@@ -34,7 +36,7 @@ SURFACE = {
     "version": "--json --debug",
 }
 NAMES = [
-    *("compress", "import-lora", "inspect", "verify", "restore", "export"),
+    *("compress", "import-lora", "merge", "inspect", "verify", "restore", "export"),
     *("serve", "chat", "demo"),
     *("codecs", "schema", "version"),
 ]
@@ -168,6 +170,11 @@ def test_near_names():
         (["compress", ".", "b", "-o", "c", "--set", "a"], 2, ["bad-argument", "'*norm*=exact'"]),
         (["compress", ".", "b", "-o", "c", "--set", "=a"], 2, ["bad-argument", "'*norm*=exact'"]),
         (["compress", ".", "b", "-o", "c", "--recipe", "/no"], 4, ["not-found", "/no"]),
+        (
+            ["merge", "a", "--base", ".", "-o", "c", "--method", "ties", "--weights", "1;2"],
+            2,
+            ["bad-argument", "fix: --weights 0.7,0.3"],
+        ),
         (["verify", "/no/such", "--full"], 4, ["not-found"]),
     ],
 )
