@@ -105,6 +105,15 @@ class Zoo:
             raise self._not_found(name)
         return entry
 
+    def holds(self, name: str) -> bool:
+        """Whether a folder of the zoo has this name, read before or not."""
+        if self._current(name) is not None:
+            return True
+        if self.folder is None or "/" in name or "\0" in name:
+            return False
+        place = self.folder / name
+        return (place / MANIFEST_NAME).is_file() or self._is_lora(place)
+
     def _current(self, name: str) -> ZooEntry | None:
         with self._lock:
             entry = self._entries.get(name)
