@@ -12,7 +12,7 @@ from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import EvidenceSource, check_needs
 from deltafold.compress.fingerprint import TensorDigest
 from deltafold.compress.manifest import TensorEntry
-from deltafold.compress.methods import Method
+from deltafold.compress.methods import Chain, ExactMethod, Method
 from deltafold.compress.recipe import Recipe
 from deltafold.compress.repo import pad_rows, payload_digest
 from deltafold.compress.terms import (
@@ -71,18 +71,21 @@ def encode_tensor(
             `needs-calibration` where the method needs evidence that is not there.
     """
     shape = tuple(value.shape)
-    if base is None or not shape:
-        rounded = difference(value, base)
-        return [Exact().encode(rounded, Context(name, base, value))], rounded
     dtype = dtypes.NAMES[value.dtype]
     method = recipe.method_for(name, shape, floating=dtype in dtypes.FLOATS)
+    if not shape:
+        # Codecs are for vectors and more; edits are for all.
+        method = method.for_scalars() if isinstance(method, Chain) else ExactMethod()
+    if base is None:
+        rounded = difference(value, base)
+        return [Exact().encode(rounded, Context(name, base, value))], rounded
     planned, context = method.plan(shape, dtype), context_of(name, value, base, method, evidence)
     exact = all(is_exact(term) for term in planned)
     if delta is None or exact:
         delta = difference(value, base)
     if not exact:
         _refuse_not_finite(name, delta, method)
-    added = max(shape[0] - base.shape[0], 0)
+    added = max(shape[0] - base.shape[0], 0) if shape else 0
     if added or (len(shape) > 1 and len(planned) == 1 and _few_rows(delta, base.shape[0])):
         rows = Rows(inner=planned[0], added=added, dtype=dtype)
         return [rows.encode_with(lambda d, c: method.encode(d, c)[0], delta, context)], delta

@@ -89,7 +89,8 @@ def inverse_cholesky(hessian: torch.Tensor) -> torch.Tensor:
             fix="use more calibration data, or more damping",
         )
     identity = torch.eye(len(lower), dtype=torch.float64)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    inverse: torch.Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse.flip(0, 1)
 
 
 def sweep(

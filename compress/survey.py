@@ -73,10 +73,12 @@ class _Seen:
             place = next((i for i, step in enumerate(steps) if step is self.edit), None)
             if place is None:
                 continue
-            rows = min(spec.shape[0], self.source.spec(name).shape[0])
-            delta = self.read(name)[:rows]
+            # Rows that the base lacks are stored as values.
+            rows = min(spec.shape[:1] + self.source.spec(name).shape[:1], default=0)
+            shared = slice(rows) if spec.shape else ...
+            delta = self.read(name)[shared]
             if place:
-                base, value = self.source.tensor(name)[:rows], self.target.tensor(name)[:rows]
+                base, value = self.source.tensor(name)[shared], self.target.tensor(name)[shared]
                 context = context_of(name, value, base, method, self.evidence)
                 for step in steps[:place]:
                     delta = step.apply(delta, context)
@@ -84,11 +86,9 @@ class _Seen:
 
 
 def _edited(source: TensorSource, target: TensorSource) -> list[str]:
-    """Tensors whose difference to the base is edited: those that have one and are no scalars."""
+    """Tensors whose difference to the base is edited: floating point, and in both."""
     both = set(source.names()) & set(target.names())
-    return [
-        n for n in sorted(both) if target.spec(n).dtype in dtypes.FLOATS and target.spec(n).shape
-    ]
+    return [n for n in sorted(both) if target.spec(n).dtype in dtypes.FLOATS]
 
 
 def _steps(method: Method) -> list[Edit]:

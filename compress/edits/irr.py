@@ -70,7 +70,8 @@ class Irr:
             safety += _reference_delta(context, "aligned", self.id)
         fisher = known(context.evidence, "fisher", self.id, context.name)
         shape = rows_and_columns(tuple(delta.shape))
-        found = self.remove(*(t.reshape(shape) for t in (delta, safety, fisher)), moments)
+        matrix, safety, fisher = (t.reshape(shape) for t in (delta, safety, fisher))
+        found = self.remove(matrix, safety, fisher, moments)
         return found.reshape(delta.shape)
 
     def remove(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from checkpoints import Pair
 from packing import pack
@@ -20,7 +21,7 @@ def recipe(*edits: str, **others: str) -> Recipe:
 
 def deltas(pair: Pair) -> dict[str, torch.Tensor]:
     both = {n: pair.base_tensors[n] for n in pair.variant_tensors if n in pair.base_tensors}
-    floats = {n: b for n, b in both.items() if b.is_floating_point() and b.dim()}
+    floats = {n: b for n, b in both.items() if b.is_floating_point()}
     return {n: pair.variant_tensors[n].float() - b.float() for n, b in floats.items()}
 
 
@@ -47,6 +48,13 @@ def test_trim_looks_at_all_tensors_before_it_changes_the_first(pair):
     least = threshold(list(every.values()), 0.3)
     check(pair, repo, {n: torch.where(d.abs() >= least, d, 0.0) for n, d in every.items()})
     assert repo.manifest.recipe["edits"] == ["trim:keep=0.3"]
+
+
+@pytest.mark.parametrize("by", [0.0, 1.0, 1.5])
+def test_scale_is_linear_in_all_that_differs(pair, by):
+    repo = pack(pair, recipe(f"scale:by={by}"))
+    for name, delta in deltas(pair).items():
+        torch.testing.assert_close(found(repo, pair, name), delta * by, rtol=0, atol=0)
 
 
 def test_a_survey_sees_what_the_edits_before_it_leave(pair):
