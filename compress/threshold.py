@@ -7,13 +7,14 @@ second counts the lower halves within that bin. The result is exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import torch
 
 _LOW = 16
 _BINS = 1 << _LOW
+_PIECE = 1 << 22
 
 #: Reads every tensor once more, of several models side by side.
 Reading: TypeAlias = Callable[[], Iterable[Sequence[torch.Tensor]]]
@@ -33,7 +34,8 @@ def magnitude_thresholds(read: Reading, models: int, keep: float) -> list[float]
     upper = torch.zeros(models, _BINS, dtype=torch.int64)
     for tensors in read():
         for counts, tensor in zip(upper, tensors, strict=True):
-            counts += torch.bincount(_bits(tensor) >> _LOW, minlength=_BINS)
+            for bits in _bits(tensor):
+                counts += torch.bincount(bits >> _LOW, minlength=_BINS)
     total = int(upper[0].sum())
     if not total:
         return [0.0] * models
@@ -42,8 +44,9 @@ def magnitude_thresholds(read: Reading, models: int, keep: float) -> list[float]
     lower = torch.zeros(models, _BINS, dtype=torch.int64)
     for tensors in read():
         for counts, tensor, (place, _) in zip(lower, tensors, places, strict=True):
-            bits = _bits(tensor)
-            counts += torch.bincount(bits[bits >> _LOW == place] & (_BINS - 1), minlength=_BINS)
+            for bits in _bits(tensor):
+                within = bits[bits >> _LOW == place] & (_BINS - 1)
+                counts += torch.bincount(within, minlength=_BINS)
     found = [
         (place << _LOW) | _find(counts, wanted - before)[0]
         for counts, (place, before) in zip(lower, places, strict=True)
@@ -56,8 +59,10 @@ def tensor_threshold(delta: torch.Tensor, keep: float) -> float:
     return magnitude_thresholds(lambda: [(delta,)], 1, keep)[0]
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.abs().contiguous().view(torch.int32).reshape(-1)
+def _bits(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The magnitudes' bits as int32, some megabytes at a time."""
+    for piece in tensor.reshape(-1).split(_PIECE):
+        yield piece.abs().view(torch.int32)
 
 
 def _find(counts: torch.Tensor, wanted: int) -> tuple[int, int]:

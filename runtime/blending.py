@@ -52,13 +52,10 @@ def _forms(parts: Sequence[tuple[dict[str, DeltaMatrix], float]]) -> dict[str, D
     return {m: terms[0] if len(terms) == 1 else Sum(terms) for m, terms in found.items()}
 
 
-def check_mixable(repos: Sequence[DeltaRepo]) -> None:
-    """Raises `engine-unsupported` unless all variants have the same tokens."""
-    first, *others = repos
-    for other in others:
-        shapes = _resized(first) == _resized(other)
-        if shapes and not check_tokenizer(first.folder, other.folder, accepted=True):
-            continue
+def check_mixable(first: DeltaRepo, other: DeltaRepo) -> None:
+    """Raises `engine-unsupported` unless two variants have the same tokens."""
+    shapes = _resized(first) == _resized(other)
+    if not shapes or check_tokenizer(first.folder, other.folder, accepted=True):
         raise DeltafoldError(
             "engine-unsupported",
             f"{first.folder.name} and {other.folder.name} cannot be mixed: their tokens differ.",
@@ -95,6 +92,15 @@ class Blends:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._seats: dict[str, _Seat] = {}
+        self._known: set[tuple[str, str]] = set()
+
+    def check(self, repos: Sequence[DeltaRepo]) -> None:
+        """`check_mixable`, done once for each two variants: it may have to read their tokenizers."""
+        for other in repos[1:]:
+            pair = (repos[0].digest, other.digest)
+            if pair not in self._known:
+                check_mixable(repos[0], other)
+                self._known.add(pair)
 
     def acquire(self, digest: str, name: str, make: Callable[[], LoadedVariant]) -> LoadedVariant:
         """The mixture behind a digest, made if need be; it stays until `release`."""

@@ -16,7 +16,7 @@ from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
 from deltafold.compress.fingerprint import Digests, digest_source, fingerprint
 from deltafold.compress.lora import cached_lora
 from deltafold.runtime.batch import BatchState, loaded_rows
-from deltafold.runtime.blending import Blends, blend, check_mixable
+from deltafold.runtime.blending import Blends, blend
 from deltafold.runtime.engine import VariantInfo
 from deltafold.runtime.host import Row, Variant
 from deltafold.runtime.kernels.forms import Target
@@ -168,7 +168,7 @@ class Deltas:
                     fix="leave it out: the weights of the others say how much of it is left",
                 )
         entries = [self._zoo.find(name) for name, _ in mixture.components]
-        check_mixable([entry.opened() for entry in entries])
+        self._blends.check([entry.opened() for entry in entries])
         return entries
 
     def _acquire_mixture(self, name: str, mixture: Mixture) -> Handle:

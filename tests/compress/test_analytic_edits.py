@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from deltafold.compress import parse_spec
+from deltafold.compress import DeltafoldError, parse_spec
 from deltafold.compress.edits import (
     DareEdit,
     DareK,
@@ -261,6 +261,16 @@ def test_irr_recalibrates_what_stays():
 
     assert bool(((found == 0) == (masked == 0)).all())
     assert lost(found) < 0.9 * lost(masked)
+
+
+def test_evidence_that_was_not_seen_is_asked_for_by_name():
+    context = Context("w", base=torch.zeros(2, 3), evidence=with_moments(torch.eye(3)))
+    with pytest.raises(DeltafoldError, match="'unaligned'") as caught:
+        Irr().apply(torch.ones(2, 3), context)
+    assert caught.value.code == "needs-calibration"
+    with pytest.raises(DeltafoldError, match="gradient of w") as caught:
+        DareKGradient().apply(torch.ones(2, 3), context)
+    assert caught.value.fix.endswith("'PATTERN=dare-k-gradient'")
 
 
 def test_irr_leaves_tensors_of_no_linear_layer_alone():
