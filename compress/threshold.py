@@ -61,8 +61,9 @@ def tensor_threshold(delta: torch.Tensor, keep: float) -> float:
 
 def _bits(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The magnitudes' bits as int32, some megabytes at a time."""
-    for piece in tensor.reshape(-1).split(_PIECE):
-        yield piece.abs().view(torch.int32)
+    flat = tensor.reshape(-1)
+    for start in range(0, flat.numel(), _PIECE):
+        yield flat[start : start + _PIECE].abs().view(torch.int32)
 
 
 def _find(counts: torch.Tensor, wanted: int) -> tuple[int, int]:
