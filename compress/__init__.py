@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from deltafold.compress.lora import import_lora as import_lora
     from deltafold.compress.manifest import Manifest as Manifest
     from deltafold.compress.manifest import schema as schema
+    from deltafold.compress.merging import merge_deltas as merge_deltas
+    from deltafold.compress.merging import twin_deltas as twin_deltas
     from deltafold.compress.methods import METHODS as METHODS
     from deltafold.compress.methods import Method as Method
     from deltafold.compress.methods import parse_spec as parse_spec
@@ -49,9 +51,11 @@ _HOMES = {
     "compress_checkpoint": "pipeline",
     "export_peft": "export",
     "import_lora": "lora",
+    "merge_deltas": "merging",
     "parse_spec": "methods",
     "restore_checkpoint": "restore",
     "schema": "manifest",
+    "twin_deltas": "merging",
     "verify_delta": "verify",
     "version": "release",
 }

@@ -68,6 +68,8 @@ def _body(manifest: Manifest, base: Reference) -> str:
     )
     worst = max((e.rel_error for e in manifest.tensors.values()), default=0.0)
     kind = "A LoRA" if _is_lora(manifest) else "A full fine-tune"
+    if "merge" in manifest.recipe:
+        kind = "A merge of fine-tunes"
     recipe = yaml.safe_dump(manifest.recipe, sort_keys=False).strip()
     return f"""# {manifest.variant.name}, as a delta against {manifest.base.name}
 

@@ -20,6 +20,7 @@ from deltafold.compress.companions import check_tokenizer, copy_files, named
 from deltafold.compress.encode import (
     TensorStats,
     check_exact,
+    difference,
     encode_tensor,
     manifest_entry,
     measure,
@@ -50,6 +51,7 @@ from deltafold.compress.source import open_variant
 from deltafold.compress.spec import spec_of
 from deltafold.compress.staging import Staging
 from deltafold.compress.structure import Structure, compare
+from deltafold.compress.survey import surveyed
 from deltafold.compress.terms import Encoded
 from deltafold.compress.verify import check_payload
 
@@ -147,6 +149,8 @@ class Job:
         record: the manifest's `recipe`; that of `recipe` if None.
         evidence: of a calibration run; None without one.
         quantization: of the base that differences are taken to; None for the base as it is.
+        delta: float32 differences that the fine-tune's tensors are a rounding of, by name; None where
+            a tensor is all that there is.
     """
 
     source: Checkpoint
@@ -160,6 +164,7 @@ class Job:
     record: Mapping[str, Any] | None = None
     evidence: EvidenceSource | None = None
     quantization: Quantization | None = None
+    delta: Callable[[str], torch.Tensor | None] = lambda name: None
 
 
 def pack(job: Job, out: str | Path, *, overwrite: bool = False) -> PackReport:
@@ -174,6 +179,7 @@ def pack(job: Job, out: str | Path, *, overwrite: bool = False) -> PackReport:
     tokenizer = check_tokenizer(*inputs, accepted="tokenizer" in job.accept)
     run.check_patterns()
     run.check_needs()
+    run.survey()
     with Staging(Path(out), overwrite=overwrite, inputs=inputs) as staging:
         manifest, stats = run.write(structure, staging.folder, tokenizer)
         check_payload(DeltaRepo.open(staging.folder), job.progress)
@@ -186,9 +192,13 @@ class _Run:
     """One packing run: what to do, and what has come of it so far."""
 
     job: Job
+    recipe: Recipe = field(init=False)
     entries: dict[str, TensorEntry] = field(default_factory=dict)
     unchanged: list[str] = field(default_factory=list)
     stats: dict[str, TensorStats] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.recipe = self.job.recipe
 
     def check_patterns(self) -> None:
         target = self.job.target
@@ -208,6 +218,24 @@ class _Run:
             floating = spec.dtype in dtypes.FLOATS
             method = self.job.recipe.method_for(name, spec.shape, floating=floating)
             check_needs(method.needs, self.job.evidence, spec_of(method))
+
+    def survey(self) -> None:
+        """Let edits that need it look at the whole model."""
+        job = self.job
+        self.recipe = surveyed(
+            job.recipe,
+            job.source,
+            job.target,
+            self._delta,
+            evidence=job.evidence,
+            given=job.given,
+        )
+
+    def _delta(self, name: str) -> torch.Tensor:
+        known = self.job.delta(name)
+        if known is not None:
+            return known
+        return difference(self.job.target.tensor(name), self._base(name))
 
     def write(
         self, structure: Structure, folder: Path, tokenizer: bool
@@ -249,16 +277,16 @@ class _Run:
     def _tensor(
         self, name: str, base_digests: Digests, variant_digests: Digests, writer: ShardWriter
     ) -> None:
-        given = self.job.given(name)
+        given, known = self.job.given(name), self.job.delta(name)
         # A given difference may be too small to survive rounding; it still counts when it is served.
         # A quantised tensor differs from its own original.
-        differs = given is not None or name in self._quantised
+        differs = given is not None or known is not None or name in self._quantised
         if not differs and base_digests.get(name) == variant_digests[name]:
             self.unchanged.append(name)
             return
         value, base = self.job.target.tensor(name), self._base(name)
         encoded, delta = given or encode_tensor(
-            name, value, base, self.job.recipe, self.job.evidence
+            name, value, base, self.recipe, self.job.evidence, known
         )
         check_exact(name, encoded, value, base, variant_digests[name])
         for index, (_, parts) in enumerate(encoded):

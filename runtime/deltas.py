@@ -11,15 +11,17 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from deltafold.compress import Checkpoint, DeltaRepo
+from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
 from deltafold.compress.fingerprint import Digests, digest_source, fingerprint
 from deltafold.compress.lora import cached_lora
 from deltafold.runtime.batch import BatchState, loaded_rows
+from deltafold.runtime.blending import Blends, blend
 from deltafold.runtime.engine import VariantInfo
 from deltafold.runtime.host import Row, Variant
 from deltafold.runtime.kernels.forms import Target
 from deltafold.runtime.layers import unwrap, wrap
 from deltafold.runtime.loading import Handle, LoadedVariant, load_variant
+from deltafold.runtime.mixtures import Mixture, is_mixture, parse_mixture
 from deltafold.runtime.quantized import quantization_in
 from deltafold.runtime.quantizing import check_readers
 from deltafold.runtime.residency import Residency
@@ -81,6 +83,7 @@ class Deltas:
         self._wrapped: set[str] = set()
         self._wrapping = threading.Lock()
         self._residency = Residency(max_deltas)
+        self._blends = Blends()
         folder = Path(zoo) if zoo is not None else None
         self._zoo = Zoo(
             folder,
@@ -109,35 +112,48 @@ class Deltas:
         return [entry for entry in self._zoo.entries() if entry.error is not None]
 
     def resolve(self, name: str) -> VariantInfo:
-        """Describe the variant behind a name. Raises `variant-not-found`, or what is wrong with it."""
-        return self._describe_base() if self.is_base(name) else self._describe(self._zoo.find(name))
+        """Describe what a name stands for: the base, a variant, or a mixture.
+
+        Raises:
+            DeltafoldError: `variant-not-found`, or what is wrong with it.
+        """
+        if self.is_base(name):
+            return self._describe_base()
+        mixture = self._mixture(name)
+        if mixture is not None:
+            return self._describe_mixture(mixture, self._entries(mixture))
+        return self._describe(self._zoo.find(name))
 
     def acquire(self, name: str) -> Variant | None:
-        """Load a variant if need be; None for the base."""
+        """Load a variant, or the components of a mixture, if need be; None for the base."""
         if self.is_base(name):
             return None
-        repo = self._zoo.find(name).opened()
-
-        def load() -> LoadedVariant:
-            beside = self._beside(repo) if self._beside is not None else ()
-            loaded = load_variant(repo, self._base, self._slots, self._target, beside)
-            self._wrap(loaded)
-            return loaded
-
-        return Handle(name, self._residency.acquire(repo.digest, load))
+        mixture = self._mixture(name)
+        if mixture is not None:
+            return self._acquire_mixture(name, mixture)
+        return Handle(name, self._load(self._zoo.find(name).opened()))
 
     def release(self, variant: Variant | None) -> None:
         """Undo one `acquire`."""
-        if variant is not None:
-            self._residency.release(variant.digest)
+        if variant is None:
+            return
+        assert isinstance(variant, Handle)
+        if variant.components:
+            self._blends.release(variant.digest)
+        for digest in variant.components or (variant.digest,):
+            self._residency.release(digest)
 
     def batch(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
         """Within it, row i of every forward pass runs `rows[i]`."""
         return self._state.running(loaded_rows(rows))
 
     def resident(self) -> dict[str, int]:
-        """Bytes in memory by name of the folder that a variant was loaded from."""
-        return {v.folder.name: v.nbytes for v in self._residency.resident().values()}
+        """Bytes in memory by name of the folder that a variant was loaded from, or of a mixture.
+
+        What a mixture shares with its components is counted once, with these.
+        """
+        loaded = {v.folder.name: v.nbytes for v in self._residency.resident().values()}
+        return self._blends.resident() | loaded
 
     def close(self) -> None:
         """Give every module its own forward back."""
@@ -145,6 +161,48 @@ class Deltas:
             for name in self._wrapped:
                 unwrap(self._slots.module(name))
             self._wrapped.clear()
+
+    def _load(self, repo: DeltaRepo) -> LoadedVariant:
+        def load() -> LoadedVariant:
+            beside = self._beside(repo) if self._beside is not None else ()
+            loaded = load_variant(repo, self._base, self._slots, self._target, beside)
+            self._wrap(loaded)
+            return loaded
+
+        return self._residency.acquire(repo.digest, load)
+
+    def _mixture(self, name: str) -> Mixture | None:
+        """A mixture, unless a folder of the zoo has that very name."""
+        return parse_mixture(name) if is_mixture(name) and not self._zoo.holds(name) else None
+
+    def _entries(self, mixture: Mixture) -> list[ZooEntry]:
+        """The components' entries, checked to go together."""
+        for name, _ in mixture.components:
+            if self.is_base(name):
+                raise DeltafoldError(
+                    "bad-argument",
+                    f"{name!r} is the base, which has no delta to mix.",
+                    fix="leave it out: the weights of the others say how much of it is left",
+                )
+        entries = [self._zoo.find(name) for name, _ in mixture.components]
+        self._blends.check([entry.opened() for entry in entries])
+        return entries
+
+    def _acquire_mixture(self, name: str, mixture: Mixture) -> Handle:
+        repos = [entry.opened() for entry in self._entries(mixture)]
+        held: list[LoadedVariant] = []
+        try:
+            for repo in repos:
+                held.append(self._load(repo))
+            weights = [weight for _, weight in mixture.components]
+            digest, folder = mixture.digest([v.digest for v in held]), repos[0].folder
+            parts = list(zip(held, weights, strict=True))
+            mixed = self._blends.acquire(digest, mixture.name, lambda: blend(digest, folder, parts))
+        except BaseException:
+            for variant in held:
+                self._residency.release(variant.digest)
+            raise
+        return Handle(name, mixed, tuple(v.digest for v in held))
 
     def _wrap(self, loaded: LoadedVariant) -> None:
         with self._wrapping:
@@ -161,6 +219,20 @@ class Deltas:
             codec="" if self._quantization is None else self._quantization.method,
             variant_bytes=self._base.nbytes(),
             tier=_tier(self._target),
+        )
+
+    def _describe_mixture(self, mixture: Mixture, entries: Sequence[ZooEntry]) -> VariantInfo:
+        infos = [self._describe(entry) for entry in entries]
+        return VariantInfo(
+            name=mixture.name,
+            digest=mixture.digest([info.digest for info in infos]),
+            parent=self.base_name,
+            codec="mixture",
+            delta_bytes=sum(info.delta_bytes for info in infos),
+            variant_bytes=max(info.variant_bytes for info in infos),
+            coverage=min(info.coverage for info in infos),
+            tier="disk" if any(i.tier == "disk" for i in infos) else infos[0].tier,
+            created=max(info.created for info in infos),
         )
 
     def _describe(self, entry: ZooEntry) -> VariantInfo:

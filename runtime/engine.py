@@ -54,9 +54,16 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One generation. `variant` is a served name; the base answers to "base" and its own name."""
+    """One generation.
 
-    variant: str
+    Attributes:
+        variant: a served name; the base answers to "base" and its own name. Or a weighted mixture of
+            variants: `{"sql": 0.7, "law": 0.3}`, which is the name `sql*0.7+law*0.3`.
+        prompt: see `Prompt`.
+        sampling: how tokens are chosen.
+    """
+
+    variant: str | Mapping[str, float]
     prompt: Prompt
     sampling: Sampling = field(default_factory=Sampling)
 

@@ -37,6 +37,7 @@ class LoadedVariant:
             in it: float32 up to one dimension, the model's dtype above.
         homes: every module to wrap, by name.
         applied: tensors of the delta that found their place.
+        borrowed: whether the forms are those of other variants (a mixture's are).
     """
 
     digest: str
@@ -47,6 +48,7 @@ class LoadedVariant:
     vectors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     homes: dict[str, Home] = field(default_factory=dict)
     applied: set[str] = field(default_factory=set)
+    borrowed: bool = False
 
     def vectors_of(self, module: str) -> dict[str, torch.Tensor]:
         """Differences that one wrapped module brings in, by path."""
@@ -59,17 +61,25 @@ class LoadedVariant:
     @property
     def nbytes(self) -> int:
         """Memory held, in bytes."""
-        forms = {id(f): f.nbytes for f in (*self.products.values(), *self.tables.values())}
+        held = () if self.borrowed else (*self.products.values(), *self.tables.values())
+        forms = {id(f): f.nbytes for f in held}
         kept = {id(v): v for vectors in self.vectors.values() for v in vectors.values()}
         return sum(forms.values()) + sum(v.numel() * v.element_size() for v in kept.values())
 
 
 @dataclass(frozen=True)
 class Handle:
-    """A loaded variant under the name that a request used."""
+    """A loaded variant under the name that a request used.
+
+    Attributes:
+        name: as the request had it.
+        loaded: the variant, or a mixture of several.
+        components: digests of the variants that a mixture holds on to.
+    """
 
     name: str
     loaded: LoadedVariant
+    components: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:

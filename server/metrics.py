@@ -17,9 +17,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from deltafold.runtime.engine import Chunk, Stats
+from deltafold.runtime.mixtures import is_mixture
 
 #: The label of every variant beyond the cap.
 OTHER: Final = "_other"
+#: The label of all mixtures.
+MIXTURES: Final = "_mixture"
 
 _SECONDS: Final = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 _TOKEN_SECONDS: Final = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0)
@@ -42,7 +45,9 @@ class LabelCap:
         self._lock = threading.Lock()  # scrapes run on another thread than requests
 
     def __call__(self, variant: str) -> str:
-        """The variant's label."""
+        """The variant's label; all mixtures share one, since their names are without number."""
+        if is_mixture(variant):
+            return MIXTURES
         with self._lock:
             if variant in self._seen:
                 return variant

@@ -32,6 +32,7 @@ from deltafold.runtime.engine import (
     VariantInfo,
 )
 from deltafold.runtime.host import DeltaHost, Variant
+from deltafold.runtime.mixtures import variant_name
 
 _log = logging.getLogger(__name__)
 
@@ -201,8 +202,9 @@ class EmbeddedEngine:
         """A request that holds its variant and waits to be put in line."""
         self._need_open()
         check_sampling(request.sampling)
-        info = self._host.resolve(request.variant)
-        variant = self._host.acquire(request.variant)
+        name = variant_name(request.variant)
+        info = self._host.resolve(name)
+        variant = self._host.acquire(name)
         try:
             return self._accept(request, on_chunk, info, variant)
         except BaseException:

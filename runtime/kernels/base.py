@@ -62,3 +62,24 @@ class Sum:
         for term in self.terms[1:]:
             total = total + term.gather(index)
         return total
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A form times a number: one component of a mixture."""
+
+    inner: DeltaMatrix
+    weight: float
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
+        return self.inner.nbytes
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """`x @ D^T`."""
+        return self.inner.matmul(x) * self.weight
+
+    def gather(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of D."""
+        return self.inner.gather(index) * self.weight

@@ -13,6 +13,8 @@ from click.core import ParameterSource
 _UNTOLD: Final = ("overwrite",)
 #: Options that name files or folders of this machine.
 _PLACES: Final = ("out", "recipe", "calibrate")
+#: Options that take a folder or a hub id.
+_REFERENCES: Final = ("base",)
 
 
 def command_line(name: str) -> str:
@@ -39,6 +41,8 @@ def _words(parameter: click.Parameter, value: Any) -> list[str]:
     flag = parameter.opts[0]
     if value is True:
         return [flag]
+    if parameter.name in _REFERENCES:
+        return [flag, public(str(value))]
     return [flag, Path(str(value)).name if parameter.name in _PLACES else str(value)]
 
 

@@ -31,6 +31,7 @@ COMMANDS: Final[Mapping[str, Lazy]] = {
     "import-lora": Lazy(
         f"{_ROOM}.import_lora:import_lora", "Turn a PEFT LoRA into a delta against its base."
     ),
+    "merge": Lazy(f"{_ROOM}.merge:merge", "Merge several deltas of one base into one."),
     "inspect": Lazy(f"{_ROOM}.inspect:inspect", "Show what is in a delta, or in a zoo of deltas."),
     "verify": Lazy(f"{_ROOM}.verify:verify", "Check a delta's files, payload, base and coverage."),
     "restore": Lazy(f"{_ROOM}.restore:restore", "Write the fine-tune as a full checkpoint again."),

@@ -294,6 +294,26 @@ def test_import_lora_refuses(pair, lora):
     assert not pair.out.exists()
 
 
+def test_merge(packed):
+    other = packed.root / "out" / "law"
+    run("compress", packed.base, packed.variant, "-o", other, "--codec", "int:bits=8", "--quiet")
+    deltas, out = (packed.out, other), packed.root / "out" / "both"
+    options = ("--base", packed.base, "--method", "ties:keep=0.5", "--weights", "1,2", "--quiet")
+    result = run("merge", *deltas, *options, "-o", out, "--codec", "int:bits=8")
+    assert "written and verified" in result.stdout
+    assert run_json("verify", out, "--base", packed.base)["ok"]
+    data = run_json("merge", *deltas, *options, "-o", out, "--companions", 2, "--overwrite")
+    assert data["recipe"]["merge"]["method"] == "ties:keep=0.5"
+    assert data["recipe"]["merge"]["weights"] == [1.0, 2.0]
+    command = run_json("inspect", out)["command"]
+    assert command.startswith("deltafold merge delta law --base base --method ties:keep=0.5")
+    assert str(packed.root) not in command
+    twin = packed.root / "out" / "zoo"
+    data = run_json("merge", *deltas, "--base", packed.base, "--method", "twin", "-o", twin)
+    assert [d["out"] for d in data["own"]] == [str(twin / "delta"), str(twin / "law")]
+    assert len(run_json("inspect", twin)["deltas"]) == 3
+
+
 def test_export_to_peft(pair, lora):
     run("import-lora", pair.base, lora, "-o", pair.out)
     out = pair.root / "exported"

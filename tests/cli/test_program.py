@@ -26,6 +26,8 @@ SURFACE = {
     "compress": "-o --out --codec --set --edit --recipe --accept --against --base-quantization "
     "--overwrite --quiet --json --debug",
     "import-lora": "-o --out --accept --overwrite --quiet --json --debug",
+    "merge": "--base --method --weights -o --out --codec --set --edit --recipe --companions "
+    "--overwrite --quiet --json --debug",
     "inspect": "--tensors --json --debug",
     "verify": "--base --full --quiet --json --debug",
     "restore": "--base -o --out --dtype --overwrite --quiet --json --debug",
@@ -35,7 +37,7 @@ SURFACE = {
     "version": "--json --debug",
 }
 NAMES = [
-    *("compress", "import-lora", "inspect", "verify", "restore", "export"),
+    *("compress", "import-lora", "merge", "inspect", "verify", "restore", "export"),
     *("serve", "chat", "demo"),
     *("codecs", "schema", "version"),
 ]
@@ -169,6 +171,11 @@ def test_near_names():
         (["compress", ".", "b", "-o", "c", "--set", "a"], 2, ["bad-argument", "'*norm*=exact'"]),
         (["compress", ".", "b", "-o", "c", "--set", "=a"], 2, ["bad-argument", "'*norm*=exact'"]),
         (["compress", ".", "b", "-o", "c", "--recipe", "/no"], 4, ["not-found", "/no"]),
+        (
+            ["merge", "a", "--base", ".", "-o", "c", "--method", "ties", "--weights", "1;2"],
+            2,
+            ["bad-argument", "fix: --weights 0.7,0.3"],
+        ),
         (["verify", "/no/such", "--full"], 4, ["not-found"]),
     ],
 )
