@@ -14,9 +14,9 @@ import torch
 
 from deltafold.compress.errors import DeltafoldError
 
-#: `activations`: second moments of the layers' inputs; `gradients`: of the loss, at the fine-tune;
-#: `logits`: forward passes of whole models; `labels`: examples with answers; `reference`: a third
-#: checkpoint (an aligned or an unaligned model).
+#: `activations`: second moments of the layers' inputs, and some inputs; `gradients`: of the loss, at
+#: the fine-tune; `logits`: forward passes of whole models; `labels`: examples with answers;
+#: `reference`: a third checkpoint (an aligned or an unaligned model).
 Need: TypeAlias = Literal["activations", "gradients", "logits", "labels", "reference"]
 NEEDS: Final[tuple[Need, ...]] = ("activations", "gradients", "logits", "labels", "reference")
 
@@ -30,13 +30,15 @@ class Evidence:
             that multiplies by this tensor; None where no such layer was seen.
         gradient: float32 of the tensor's shape, the mean gradient of the loss at the fine-tune.
         fisher: float32 of the tensor's shape, the mean squared gradient over examples.
-        references: the same tensor of other checkpoints, by role (`aligned`, `unaligned`).
+        references: the same tensor of other checkpoints, by role (`aligned`, `unaligned`, `shift`).
+        inputs: float32 `[n, M]`, inputs of that layer at a few tokens, at the fine-tune.
     """
 
     second_moment: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
     fisher: torch.Tensor | None = None
     references: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    inputs: torch.Tensor | None = None
 
     def rows(self, index: torch.Tensor) -> Evidence:
         """The same of some rows of the tensor; the inputs of a layer are those of all its rows."""
@@ -45,6 +47,7 @@ class Evidence:
             gradient=None if self.gradient is None else self.gradient[index],
             fisher=None if self.fisher is None else self.fisher[index],
             references={role: tensor[index] for role, tensor in self.references.items()},
+            inputs=self.inputs,
         )
 
 
