@@ -18,6 +18,9 @@ from deltafold.compress.errors import DeltafoldError
 #: the fine-tune; `logits`: forward passes of whole models; `labels`: examples with answers;
 #: `reference`: a third checkpoint (an aligned or an unaligned model).
 Need: TypeAlias = Literal["activations", "gradients", "logits", "labels", "reference"]
+#: What a third checkpoint is: a model with safety training, one without, or whatever an edit makes of
+#: a `shift`.
+Role: TypeAlias = Literal["aligned", "unaligned", "shift"]
 NEEDS: Final[tuple[Need, ...]] = ("activations", "gradients", "logits", "labels", "reference")
 
 
@@ -27,11 +30,14 @@ class Evidence:
 
     Attributes:
         second_moment: float32 `[M, M]`, the mean over tokens of `x x^T` of the inputs of the layer
-            that multiplies by this tensor; None where no such layer was seen.
+            that multiplies by this tensor; None where no such layer was seen. M are the columns of
+            the tensor: the layer computes `x W^T`.
         gradient: float32 of the tensor's shape, the mean gradient of the loss at the fine-tune.
         fisher: float32 of the tensor's shape, the mean squared gradient over examples.
         references: the same tensor of other checkpoints, by role (`aligned`, `unaligned`, `shift`).
         inputs: float32 `[n, M]`, inputs of that layer at a few tokens, at the fine-tune.
+        row_moment: float32 `[N, N]`, the second moments where the layer computes `x W` (transformers'
+            Conv1D) and inputs meet the tensor's rows; then `second_moment` and `inputs` are None.
     """
 
     second_moment: torch.Tensor | None = None
@@ -39,6 +45,7 @@ class Evidence:
     fisher: torch.Tensor | None = None
     references: Mapping[str, torch.Tensor] = field(default_factory=dict)
     inputs: torch.Tensor | None = None
+    row_moment: torch.Tensor | None = None
 
     def rows(self, index: torch.Tensor) -> Evidence:
         """The same of some rows of the tensor; the inputs of a layer are those of all its rows."""
