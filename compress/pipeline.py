@@ -88,6 +88,7 @@ def compress_checkpoint(
     overwrite: bool = False,
     command: str = "",
     evidence: EvidenceSource | None = None,
+    quality: Mapping[str, Any] | None = None,
     progress: OnProgress = ignore,
 ) -> PackReport:
     """Pack a fine-tune as a delta against its base.
@@ -101,6 +102,7 @@ def compress_checkpoint(
         overwrite: replace an existing `out`.
         command: recorded in the manifest and card.
         evidence: of a calibration run, for methods that need one.
+        quality: recorded in the manifest: what was measured, and on what data.
         progress: called after every tensor.
 
     Raises:
@@ -119,6 +121,7 @@ def compress_checkpoint(
             command,
             progress,
             evidence=evidence,
+            quality=quality or {},
         ),
         out,
         overwrite=overwrite,
@@ -140,6 +143,7 @@ class Job:
         given: terms that the fine-tune brings itself; the recipe has no say there.
         record: the manifest's `recipe`; that of `recipe` if None.
         evidence: of a calibration run; None without one.
+        quality: the manifest's `quality`.
     """
 
     source: Checkpoint
@@ -152,6 +156,7 @@ class Job:
     given: Given = lambda name: None
     record: Mapping[str, Any] | None = None
     evidence: EvidenceSource | None = None
+    quality: Mapping[str, Any] = field(default_factory=dict)
 
 
 def pack(job: Job, out: str | Path, *, overwrite: bool = False) -> PackReport:
@@ -294,6 +299,7 @@ class _Run:
                 ratio=delta_bytes / max(variant_bytes, 1),
                 coverage=covered / max(len(variant_digests), 1),
             ),
+            quality=dict(self.job.quality),
         )
         return draft.model_copy(update={"delta_id": draft.content_digest()})
 
