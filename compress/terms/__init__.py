@@ -1,5 +1,6 @@
 """Representations of a delta, one file each. Importing this package registers them all."""
 
+from deltafold.compress.terms.banded import Banded
 from deltafold.compress.terms.base import (
     REGISTRY,
     Context,
@@ -18,12 +19,15 @@ from deltafold.compress.terms.dense import Dense
 from deltafold.compress.terms.exact import Exact
 from deltafold.compress.terms.lossless import Lossless
 from deltafold.compress.terms.lowrank import LowRank
+from deltafold.compress.terms.nm import NM
 from deltafold.compress.terms.planes import Planes
 from deltafold.compress.terms.rows import Rows
 from deltafold.compress.terms.sparse import Sparse
 
 __all__ = [
+    "NM",
     "REGISTRY",
+    "Banded",
     "Codes",
     "Context",
     "Dense",

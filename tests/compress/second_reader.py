@@ -63,8 +63,9 @@ def matrix_of(shape: list[int]) -> tuple[int, int]:
 
 
 def codes_of(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
-    at = np.arange(columns) * bits
-    return (packed[..., at // 8] >> (at % 8).astype(np.uint8)) & (2**bits - 1)
+    single = np.unpackbits(packed, axis=-1, bitorder="little").astype(np.int64)
+    at = np.arange(columns)[:, None] * bits + np.arange(bits)
+    return (single[..., at] << np.arange(bits)).sum(axis=-1)
 
 
 def scales_of(parts, key: str, fmt: str) -> np.ndarray:
@@ -75,7 +76,7 @@ def scales_of(parts, key: str, fmt: str) -> np.ndarray:
     return values * unit.reshape(-1, *[1] * (values.ndim - 1)) if unit.size > 1 else values * unit
 
 
-def keep(count: int, drop: float, seed: int, name: str) -> np.ndarray:
+def words_of(count: int, seed: int, name: str) -> np.ndarray:
     stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
     low = 2**32 - 1
     words: list[int] = []
@@ -87,7 +88,30 @@ def keep(count: int, drop: float, seed: int, name: str) -> np.ndarray:
             c = [second >> 32 ^ c[1] ^ k[0], second & low, first >> 32 ^ c[3] ^ k[1], first & low]
             k = [(k[0] + 0x9E3779B9) & low, (k[1] + 0xBB67AE85) & low]
         words += c
-    return np.array(words[:count]) >= min(round(drop * 2**32), 2**32)
+    return np.array(words[:count], dtype=np.int64)
+
+
+def keep(count: int, drop: float, seed: int, name: str) -> np.ndarray:
+    return words_of(count, seed, name) >= min(round(drop * 2**32), 2**32)
+
+
+def choose(kept, length: int, seed: int, name: str) -> np.ndarray:
+    words = words_of(len(kept) * length, seed, name).reshape(len(kept), length)
+    mask = np.zeros(words.shape, bool)
+    for k, row in enumerate(words):
+        mask[k, sorted(range(length), key=lambda i: (-row[i], i))[: kept[k]]] = True
+    return mask
+
+
+def spread(parts, key: str, term, bits: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero of every entry of rows of `length`."""
+    scale = scales_of(parts, f"{key}scales", term["scale_format"])
+    if term.get("symmetric", True):
+        zero = np.full(scale.shape, 2 ** (bits - 1))
+    else:
+        zero = codes_of(parts[f"{key}zeros"], bits, scale.shape[1])
+    group = np.arange(length) // min(term["group"] or length, length)
+    return scale[:, group], zero[:, group].astype(np.float32)
 
 
 def value_of(term, parts, shape, base):
@@ -167,6 +191,50 @@ def codes(s: Stored) -> np.ndarray:
 def lowrank(s: Stored) -> np.ndarray:
     a, b = (scales_of(s.parts, key, s.term["factor_format"]) for key in "ab")
     return (b @ a).reshape(s.shape)
+
+
+@reader("banded")
+def banded(s: Stored) -> np.ndarray:
+    t, (rows, columns) = s.term, matrix_of(s.shape)
+    most, first, factors = max(min(rows, columns), 1), 0, {"a": [], "b": []}
+    masks = {}
+    if t["masked"]:
+        lengths = zip("ab", (columns, rows), s.parts["kept"], strict=True)
+        masks = {f: choose(kept, n, t["seed"], f"{s.name}:{f}") for f, n, kept in lengths}
+    for i, (rank, bits) in enumerate(zip(t["ranks"], t["widths"], strict=True)):
+        rank = min(rank, most - first)
+        for f, length in (("a", columns), ("b", rows)):
+            mask = masks[f][first : first + rank] if masks else np.ones((rank, length), bool)
+            out = np.zeros((rank, length), np.float32)
+            if bits == 16:
+                out[mask] = scales_of(s.parts, f"{f}{i}.values", "float16")
+            else:
+                scale, zero = spread(s.parts, f"{f}{i}.", t, bits, length)
+                codes = codes_of(s.parts[f"{f}{i}.codes"], bits, int(mask.sum()))
+                out[mask] = (codes.astype(np.float32) - zero[mask]) * scale[mask]
+            factors[f].append(out)
+        first += rank
+        if first == most:
+            break
+    a, b = (np.concatenate(factors[f]) for f in "ab")
+    return (b.T @ a).reshape(s.shape)
+
+
+@reader("nm")
+def nm(s: Stored) -> np.ndarray:
+    t, (rows, columns) = s.term, matrix_of(s.shape)
+    blocks = -(-columns // t["of"])
+    count = t["keep"] * blocks
+    places = codes_of(s.parts["positions"], (t["of"] - 1).bit_length(), count)
+    places = places + np.arange(count) // t["keep"] * t["of"]
+    if t["bits"] == 16:
+        values = scales_of(s.parts, "values", "float16")
+    else:
+        scale, zero = spread(s.parts, "", t, t["bits"], count)
+        values = (codes_of(s.parts["codes"], t["bits"], count).astype(np.float32) - zero) * scale
+    out = np.zeros((rows, blocks * t["of"]), np.float32)
+    np.put_along_axis(out, places, values, axis=1)
+    return out[:, :columns].reshape(s.shape)
 
 
 @reader("dense")

@@ -9,7 +9,9 @@ from term_checks import Case
 
 from deltafold.compress import DeltafoldError
 from deltafold.compress.terms import (
+    NM,
     REGISTRY,
+    Banded,
     Codes,
     Context,
     Dense,
@@ -27,6 +29,14 @@ from deltafold.compress.terms import (
 from deltafold.compress.terms.base import register
 
 CASES = [
+    Case(Banded(), error=0.48),
+    Case(Banded(ranks=(8, 56), widths=(16, 8), group=7), error=0.02),
+    Case(Banded(ranks=(64,), widths=(4,), group=0, symmetric=True), error=0.25),
+    Case(Banded(ranks=(4, 8), widths=(16, 3), masked=True, seed=5), error=None),
+    Case(NM(), error=0.40),
+    Case(NM(keep=1, of=16, bits=4), error=None),
+    Case(NM(keep=1, of=5, bits=16), error=None),
+    Case(NM(keep=3, of=4, bits=8, group=5), error=0.18),
     Case(Planes(bits=1, scale="tensor", scale_format="float32"), error=0.61),
     Case(Planes(bits=1, scale="row"), error=0.61),
     Case(Planes(bits=2, scale="row", scale_format="float32"), error=0.37),
@@ -213,6 +223,15 @@ def test_rows_and_columns(shape, expected):
         (lambda: Planes(scale="group"), "group"),
         (lambda: Planes(scale="row", group=8), "group"),
         (lambda: Planes(scale="all"), "scale"),
+        (lambda: Banded(ranks=(1, 2), widths=(8,)), "pairs"),
+        (lambda: Banded(ranks=(), widths=()), "pairs"),
+        (lambda: Banded(ranks=(0,), widths=(8,)), "ranks"),
+        (lambda: Banded(ranks=(1,), widths=(9,)), "widths"),
+        (lambda: Banded(ranks=(1.0,), widths=(8,)), "whole numbers"),
+        (lambda: Banded(counts=(1, 1)), "counts"),
+        (lambda: NM(keep=4, of=4), "keep"),
+        (lambda: NM(of=257), "of"),
+        (lambda: NM(bits=1), "bits"),
         (lambda: Codes(bits=3), "bits"),
         (lambda: Codes(group=-1), "group"),
         (lambda: LowRank(rank=0), "rank"),
@@ -259,6 +278,33 @@ def test_configurations_from_elsewhere_are_refused(config, code):
     with pytest.raises(DeltafoldError) as caught:
         term_from_config(config, where="some delta")
     assert caught.value.code == code
+
+
+def test_dropped_entries_of_factors_are_zero_and_the_others_stay():
+    _, context = checks.make_context((40, 60))
+    term = Banded(ranks=(2, 3), widths=(16, 8), masked=True, seed=3, group=16)
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randn(5, 60, generator=draw), torch.randn(5, 40, generator=draw)
+    kept = torch.tensor([[60, 30, 20, 1, 0], [40, 20, 10, 1, 0]], dtype=torch.int32)
+    encoded = term.from_factors(a, b, context, kept)
+    assert encoded.term.counts == (90, 60, 21, 11)
+    found_a, found_b = encoded.term.factors(encoded.parts, (40, 60), context)
+    assert torch.equal((found_a != 0).sum(dim=1).int(), kept[0])
+    assert torch.equal((found_b.T != 0).sum(dim=1).int(), kept[1])
+    torch.testing.assert_close(found_a, torch.where(found_a != 0, a, 0.0), rtol=0, atol=0.03)
+    written = {key: (part.dtype, tuple(part.shape)) for key, part in encoded.parts.items()}
+    assert written == {k: tuple(spec) for k, spec in encoded.term.parts((40, 60)).items()}
+    too_many = {**encoded.parts, "kept": kept + 1}
+    with pytest.raises(DeltafoldError, match="so many entries"):
+        encoded.term.decode(too_many, (40, 60), context)
+
+
+def test_positions_must_ascend_within_their_block():
+    delta, context = checks.make_context((4, 8))
+    encoded = NM().encode(delta, context)
+    parts = {**encoded.parts, "positions": torch.zeros(4, 1, dtype=torch.uint8)}
+    with pytest.raises(DeltafoldError, match="ascend"):
+        encoded.term.decode(parts, (4, 8), context)
 
 
 def test_two_terms_cannot_share_an_id():

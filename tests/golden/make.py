@@ -17,9 +17,12 @@ import torch
 from safetensors.torch import save_file
 
 from deltafold.compress.terms import (
+    NM,
+    Banded,
     Codes,
     Context,
     Dense,
+    Encoded,
     Exact,
     ExactTerm,
     Lossless,
@@ -31,6 +34,7 @@ from deltafold.compress.terms import (
     config_of,
     is_exact,
 )
+from deltafold.compress.terms.lowrank import truncated_svd
 
 FOLDER = Path(__file__).parent
 #: The tensor's name is part of what is fixed: seeded masks depend on it.
@@ -54,6 +58,12 @@ class Golden(NamedTuple):
 
 
 CASES = [
+    Golden("", Banded(ranks=(2, 3, 4), widths=(8, 3, 2), group=8), (12, 20)),
+    Golden("half", Banded(ranks=(2, 9), widths=(16, 5), symmetric=True, group=0), (4, 3, 3, 3)),
+    Golden("masked", Banded(ranks=(1, 4), widths=(16, 4), group=6, masked=True, seed=9), (9, 14)),
+    Golden("2of4", NM(bits=2, scale_format="float32"), (5, 27)),
+    Golden("1of16", NM(keep=1, of=16, bits=4), (3, 2, 33)),
+    Golden("half", NM(keep=2, of=5, bits=16), (6, 13), torch.float32),
     Golden("tensor", Planes(bits=1, scale="tensor", scale_format="float32"), (5, 27)),
     Golden("row", Planes(bits=2, scale="row", scale_format="float32"), (3, 2, 33)),
     Golden("group", Planes(bits=4, scale="group", group=16), (6, 40)),
@@ -90,7 +100,7 @@ def make(case: Golden) -> None:
     base, variant = _tensors(case)
     context = Context(NAME, base, variant)
     delta = variant.float() - (0 if base is None else base.float())
-    encoded = case.term.encode(delta, context)
+    encoded = _encode(case.term, delta, context)
     reading = Context(NAME, base)
     stored = {f"part.{key}": part for key, part in encoded.parts.items()}
     stored["decoded"] = encoded.term.decode(encoded.parts, case.shape, reading).clone()
@@ -104,11 +114,22 @@ def make(case: Golden) -> None:
         "shape": list(case.shape),
         "term": config_of(encoded.term),
         # A product of factors is summed in another order by every matrix library.
-        "tolerance": 1e-6 if isinstance(case.term, LowRank) else 0.0,
+        "tolerance": 1e-6 if isinstance(case.term, Banded | LowRank) else 0.0,
     }
     save_file(stored, FOLDER / f"{stem(case)}.safetensors")
     text = json.dumps(description, indent=2)
     (FOLDER / f"{stem(case)}.json").write_text(f"{text}\n", "utf-8")
+
+
+def _encode(term: Term, delta: torch.Tensor, context: Context) -> Encoded:
+    if not (isinstance(term, Banded) and term.masked):
+        return term.encode(delta, context)
+    # What a mask drops is not the term's to decide: a method says how much of each vector is kept.
+    rows, columns = delta.shape
+    left, singular, right = truncated_svd(delta, term.rank((rows, columns)))
+    k = torch.arange(len(singular), dtype=torch.int32)
+    kept = torch.stack([columns - 2 * k, rows - k])
+    return term.from_factors(singular.unsqueeze(1) * right, left.T, context, kept)
 
 
 def _tensors(case: Golden) -> tuple[torch.Tensor | None, torch.Tensor]:
