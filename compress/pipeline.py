@@ -24,7 +24,7 @@ from deltafold.compress.encode import (
     measure,
 )
 from deltafold.compress.errors import DeltafoldError, name_some
-from deltafold.compress.evidence import EvidenceSource, check_needs
+from deltafold.compress.evidence import EvidenceSource, SequentialSource, check_needs
 from deltafold.compress.fingerprint import Digests, TensorDigest, digest_source, fingerprint
 from deltafold.compress.manifest import (
     BASE_TENSORS_NAME,
@@ -41,13 +41,13 @@ from deltafold.compress.manifest import (
 from deltafold.compress.progress import OnProgress, Progress, ignore
 from deltafold.compress.recipe import Recipe
 from deltafold.compress.release import version
-from deltafold.compress.repo import DeltaRepo, payload_key
+from deltafold.compress.repo import DeltaRepo, pad_rows, payload_key
 from deltafold.compress.shards import ShardWriter
 from deltafold.compress.source import open_variant
 from deltafold.compress.spec import spec_of
 from deltafold.compress.staging import Staging
 from deltafold.compress.structure import Structure, compare
-from deltafold.compress.terms import Encoded
+from deltafold.compress.terms import Context, Encoded, is_exact
 from deltafold.compress.verify import check_payload
 
 #: The terms of a tensor that need no encoder, and the float32 delta that they stand for; or None.
@@ -213,8 +213,8 @@ class _Run:
         base_digests = self._hash(job.source)
         variant_digests = self._hash(target)
         writer = ShardWriter(folder, "delta", {"format": FORMAT, "format_version": FORMAT_VERSION})
-        names = target.names()
-        for done, name in enumerate(names, 1):
+        names, follower = target.names(), self._follower()
+        for done, name in enumerate(follower.order(names) if follower else names, 1):
             self._tensor(name, base_digests, variant_digests, writer)
             spec = target.spec(name)
             nbytes = math.prod(spec.shape) * dtypes.TORCH[spec.dtype].itemsize
@@ -231,6 +231,11 @@ class _Run:
         write_card(folder, manifest, job.source.reference)
         _write_json(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
         return manifest, self.stats
+
+    def _follower(self) -> SequentialSource | None:
+        source = self.job.evidence
+        wanted = source is not None and "sequential" in source.provides
+        return source if wanted and isinstance(source, SequentialSource) else None
 
     def _hash(self, source: TensorSource) -> dict[str, TensorDigest]:
         total, done = len(source.names()), 0
@@ -256,6 +261,8 @@ class _Run:
             name, value, base, self.job.recipe, self.job.evidence
         )
         check_exact(name, encoded, value, base, variant_digests[name])
+        if follower := self._follower():
+            follower.settle(name, _settled(name, encoded, value, base))
         for index, (_, parts) in enumerate(encoded):
             for key, part in parts.items():
                 writer.add(payload_key(name, index, key), part)
@@ -287,8 +294,8 @@ class _Run:
             created_by=f"deltafold {version()}",
             command=self.job.command,
             recipe=record,
-            tensors=self.entries,
-            unchanged=tuple(self.unchanged),
+            tensors=dict(sorted(self.entries.items())),
+            unchanged=tuple(sorted(self.unchanged)),
             absent=tuple(structure.absent),
             accepted=tuple(accepted),
             files=files,
@@ -302,6 +309,19 @@ class _Run:
             quality=dict(self.job.quality),
         )
         return draft.model_copy(update={"delta_id": draft.content_digest()})
+
+
+def _settled(
+    name: str, encoded: list[Encoded], value: torch.Tensor, base: torch.Tensor | None
+) -> torch.Tensor:
+    """What the compressed model holds in place of a tensor, float32."""
+    if base is None or is_exact(encoded[0].term):
+        return value.to(torch.float32)
+    shape = tuple(value.shape)
+    padded = pad_rows(base, shape)
+    assert padded is not None
+    context = Context(name, padded)
+    return sum((t.decode(p, shape, context) for t, p in encoded), padded.to(torch.float32))
 
 
 def _origin(source: TensorSource, digests: Digests) -> Origin:
