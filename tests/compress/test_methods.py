@@ -19,15 +19,23 @@ SPECS = [
     "bitdelta:bits=8,scale=row",
     "dare",
     "dare:drop=0.5,seed=3,rescale=false",
+    "delta-come",
+    "delta-come:bits=2,group=16,ordered=false",
+    "deltazip",
+    "deltazip:bits=2",
     "exact",
     "int",
     "int:bits=8",
     "int:bits=2,group=16",
+    "int-hessian",
+    "int-hessian:bits=2,group=16",
     "lossless",
     "lossless:level=9",
     "svd",
     "svd:rank=4",
     "svd:bits=1",
+    "svd-act",
+    "svd-act:rank=4,damp=0.1",
 ]
 every_spec = pytest.mark.parametrize("spec", SPECS)
 
