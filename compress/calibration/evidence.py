@@ -95,7 +95,7 @@ class CalibratedEvidence:
         possible |= {"labels"} if data.answers else set()
         possible |= {"reference"} if self.references else set()
         self.provides = tuple(n for n in NEEDS if n in possible & set(wanted))
-        self._device, self._group_bytes, self._given = device, group_bytes, model
+        self.device, self._group_bytes, self._given = device, group_bytes, model
         self._run: _Run | None = None
         self._following: _Run | None = None
 
@@ -140,7 +140,7 @@ class CalibratedEvidence:
     @property
     def _loaded(self) -> _Run:
         if self._run is None:
-            model = self._given or load_source(self.source, device=self._device)
+            model = self._given or load_source(self.source, device=self.device)
             self._run = _Run(model, self.source, self.data, self._group_bytes)
         return self._run
 
@@ -150,7 +150,7 @@ class CalibratedEvidence:
             return self._loaded
         if self._following is None:
             # What the caller gave, and what gradients are taken of, stays the fine-tune.
-            model = load_source(self.source, device=self._device)
+            model = load_source(self.source, device=self.device)
             self._following = _Run(model, self.source, self.data, self._group_bytes)
             self._following.follow()
         return self._following

@@ -48,7 +48,7 @@ class DeltaZip:
     summary: ClassVar[str] = "2:4 sparse 2- or 4-bit codes with error feedback"
     paper: ClassVar[str] = "2312.05215"
     needs: ClassVar[tuple[Need, ...]] = ("activations", "sequential")
-    applied: ClassVar[str] = "rebuilt at load"
+    applied: ClassVar[str] = "sparse on the fly, or rebuilt at load"
 
     bits: int = 4
     damp: float = 0.01

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from deltafold.server.cli.output import Output, facts, output_options, quiet_opt
 
 if TYPE_CHECKING:
     from deltafold.compress import Method, PackReport, Recipe
+    from deltafold.compress.calibration import CalibratedEvidence
 
 
 @click.command("compress")
@@ -51,6 +53,22 @@ if TYPE_CHECKING:
     "tokenizer; repeat it for several.",
 )
 @calibration_options
+@click.option(
+    "--fit-scales",
+    is_flag=True,
+    help="Then train the scales until the logits are the fine-tune's; goes with --calibrate.",
+)
+@click.option(
+    "--fit-steps", metavar="N", type=int, default=200, show_default=True, help="Steps of that."
+)
+@click.option(
+    "--fit-lr",
+    metavar="RATE",
+    type=float,
+    default=1e-4,
+    show_default=True,
+    help="Its first rate, in units of the weights.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing delta.")
 @quiet_option
 @output_options
@@ -65,6 +83,9 @@ def compress(
     edits: tuple[str, ...],
     recipe: str | None,
     accept: tuple[str, ...],
+    fit_scales: bool,
+    fit_steps: int,
+    fit_lr: float,
     overwrite: bool,
     **calibration: Any,
 ) -> None:
@@ -80,29 +101,64 @@ def compress(
         --codec bitdelta:bits=1 --set 'lm_head*=int:bits=8'
     deltafold compress Llama-3.1-8B ./sql-ft -o archive/sql --codec lossless
     deltafold compress Llama-3.1-8B ./sql-ft -o zoo/sql --codec svd-act --calibrate sql.jsonl
+    deltafold compress Llama-3.1-8B ./sql-ft -o zoo/sql \\
+        --codec bitdelta --calibrate sql.jsonl --fit-scales
     """
-    from deltafold.compress import compress_checkpoint
-
     chosen = read_recipe(codec, sets, recipe, edits)
     options = CalibrationOptions(**calibration)
     evidence = options.evidence(base, variant, chosen.needs())
     words = _command(base, variant, out, codec, sets, edits, recipe, accept, options)
+    if fit_scales:
+        words = f"{words} {shlex.join(_fit_words(fit_steps, fit_lr))}"
     began = time.monotonic()
     with output.progress() as progress:
-        report = compress_checkpoint(
-            base,
-            variant,
-            out,
-            recipe=chosen,
-            accept=accept,
-            overwrite=overwrite,
-            command=words,
-            evidence=evidence,
-            quality={"calibration": evidence.record()} if evidence else None,
-            progress=progress,
-        )
+        settings: dict[str, Any] = {
+            "recipe": chosen,
+            "accept": accept,
+            "overwrite": overwrite,
+            "command": words,
+            "evidence": evidence,
+            "quality": {"calibration": evidence.record()} if evidence else None,
+            "progress": progress,
+        }
+        pack = _fitting(evidence, fit_steps, fit_lr) if fit_scales else _packing()
+        report = pack(base, variant, out, **settings)
     seconds = time.monotonic() - began
     output.result(pack_data(report, seconds), pack_text(report, seconds))
+
+
+def _packing() -> Callable[..., PackReport]:
+    from deltafold.compress import compress_checkpoint
+
+    return compress_checkpoint
+
+
+def _fitting(
+    evidence: CalibratedEvidence | None, steps: int, lr: float
+) -> Callable[..., PackReport]:
+    from deltafold.compress import DeltafoldError
+
+    if evidence is None:
+        raise DeltafoldError(
+            "needs-calibration",
+            "--fit-scales compares models on calibration data, and this run has none.",
+            fix="give a calibration set: --calibrate prompts.jsonl",
+        )
+    from deltafold.compress.calibration import LogitFit, compress_and_fit
+
+    return partial(
+        compress_and_fit,
+        data=evidence.data,
+        fit=LogitFit(steps=steps, lr=lr),
+        device=evidence.device,
+    )
+
+
+def _fit_words(steps: int, lr: float) -> list[str]:
+    words = ["--fit-scales"]
+    words += ["--fit-steps", str(steps)] if steps != 200 else []
+    words += ["--fit-lr", str(lr)] if lr != 1e-4 else []
+    return words
 
 
 def read_recipe(
