@@ -1,8 +1,8 @@
 """N:M sparsity with coded values: of every M columns of a row, N are kept.
 
-2:4 with 2 or 4 bits is the layout of DeltaZip (arXiv 2312.05215, section 4); its quality at 2 bits comes
-from error feedback while coding, which needs activations. 1:16 with 4 bits is *stratified* dropout: one
-entry of every 16, half a byte for its place and half for its value, with no row pointers.
+2:4 with 2 or 4 bits is the layout of DeltaZip (arXiv 2312.05215, section 4); its quality at 2 bits
+comes from error feedback while coding, which needs activations. 1:16 with 4 bits is *stratified*
+dropout: one entry of every 16, half a byte for its place and half for its value, no row pointers.
 """
 
 from __future__ import annotations

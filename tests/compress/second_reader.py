@@ -176,6 +176,27 @@ def planes(s: Stored) -> np.ndarray:
     return total.reshape(s.shape)
 
 
+@reader("column-planes")
+def column_planes(s: Stored) -> np.ndarray:
+    rows, columns = matrix_of(s.shape)
+    scale = scales_of(s.parts, "scales", s.term["scale_format"])
+    total = np.zeros((rows, columns), np.float32)
+    for i in range(s.term["bits"]):
+        plus = codes_of(s.parts["signs"][i], 1, columns)
+        total += np.where(plus == 1, scale[i], -scale[i])
+    return total.reshape(s.shape)
+
+
+@reader("codebook")
+def codebook(s: Stored) -> np.ndarray:
+    rows, columns = matrix_of(s.shape)
+    table = scales_of(s.parts, "table", s.term["table_format"])
+    codes = codes_of(s.parts["codes"], 1 + int(math.log2(s.term["levels"])), columns)
+    row = np.arange(rows)[:, None] if s.term["scale"] == "row" else 0
+    level = table[row, codes // 2]
+    return np.where(codes % 2 == 1, level, -level).reshape(s.shape)
+
+
 @reader("codes")
 def codes(s: Stored) -> np.ndarray:
     _, columns = matrix_of(s.shape)
@@ -252,6 +273,62 @@ def sparse(s: Stored) -> np.ndarray:
     out = np.zeros(count, np.float32)
     out[mask] = scales_of(s.parts, "values", s.term["value_format"])
     return out.reshape(s.shape)
+
+
+@reader("sparse-codes")
+def sparse_codes(s: Stored) -> np.ndarray:
+    t, total = s.term, math.prod(s.shape)
+    if t["mask"] == "seed":
+        places = np.flatnonzero(keep(total, t["drop"], t["seed"], s.name))
+    elif t["mask"] == "bitmap":
+        places = np.flatnonzero(codes_of(s.parts["mask"], 1, total))
+    else:
+        low = codes_of(s.parts["low"], t["rice"], t["count"]) if t["rice"] else [0] * t["count"]
+        stream = iter(codes_of(s.parts["high"], 1, 8 * t["high"]).tolist())
+        places, at = [], -1
+        for rest in low:
+            zeros = 0
+            while not next(stream):
+                zeros += 1
+            at += (zeros << t["rice"]) + int(rest) + 1
+            places.append(at)
+    out = np.zeros(total, np.float32)
+    if t["bits"] == 16:
+        out[places] = scales_of(s.parts, "values", "float16")
+    else:
+        out[places] = s.parts["table"][codes_of(s.parts["codes"], t["bits"], t["count"])]
+    return out.reshape(s.shape)
+
+
+@reader("patches")
+def patches(s: Stored) -> np.ndarray:
+    t, (rows, columns) = s.term, matrix_of(s.shape)
+    high, wide = min(t["size"], rows), min(t["size"], columns)
+    down, across = -(-rows // high), -(-columns // wide)
+    classes = np.zeros(down * across, int)
+    if len(t["widths"]) > 1:
+        bits = math.ceil(math.log2(len(t["widths"])))
+        classes = codes_of(s.parts["classes"], bits, down * across)
+    grid = {"group": 0, "scale_format": "float16", "symmetric": False}
+    out = np.zeros((down * high, across * wide), np.float32)
+    for i, width in enumerate(t["widths"]):
+        for j, patch in enumerate(np.flatnonzero(classes == i)):
+            if width == 0:
+                block = scales_of(s.parts, f"{i}.means", "float16")[j]
+            else:
+                scale, zero = spread(s.parts, f"{i}.", grid, width, high * wide)
+                codes = codes_of(s.parts[f"{i}.codes"][j], width, high * wide)
+                values = ((codes - zero[j]) * scale[j]).reshape(high, wide)
+                block = cosines(high).T @ values @ cosines(wide)
+            r, c = patch // across * high, patch % across * wide
+            out[r : r + high, c : c + wide] = block
+    return out[:rows, :columns].reshape(s.shape)
+
+
+def cosines(n: int) -> np.ndarray:
+    k, i = np.arange(n)[:, None], np.arange(n)[None]
+    rows = np.cos(np.pi * (2 * i + 1) * k / (2 * n)) * np.where(k == 0, 1, 2**0.5) / n**0.5
+    return rows.astype(np.float32)
 
 
 @reader("rows")

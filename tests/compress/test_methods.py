@@ -87,7 +87,7 @@ def test_methods_describe_themselves(spec):
         ("bitdelta:bits=2.5", "bad-recipe", "--codec bitdelta:"),
         ("bitdelta:scale=column", "bad-recipe", "--codec bitdelta:"),
         ("bitdelta:scale=group", "bad-recipe", "--codec bitdelta:"),
-        ("int:bits=3", "bad-recipe", "--codec int:"),
+        ("int:bits=9", "bad-recipe", "--codec int:"),
         ("int:group=-4", "bad-recipe", "--codec int:"),
         ("dare:drop=1", "bad-recipe", "--codec dare:"),
         ("dare:drop=nan", "bad-recipe", "--codec dare:"),

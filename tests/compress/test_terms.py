@@ -12,15 +12,19 @@ from deltafold.compress.terms import (
     NM,
     REGISTRY,
     Banded,
+    Codebook,
     Codes,
+    ColumnPlanes,
     Context,
     Dense,
     Exact,
     Lossless,
     LowRank,
+    Patches,
     Planes,
     Rows,
     Sparse,
+    SparseCodes,
     config_of,
     is_exact,
     rows_and_columns,
@@ -42,17 +46,31 @@ CASES = [
     Case(Planes(bits=2, scale="row", scale_format="float32"), error=0.37),
     Case(Planes(bits=4, scale="group", group=32), error=0.18),
     Case(Planes(bits=8, scale="group", group=1000), error=0.12),
+    Case(Codebook(levels=1), error=0.61),
+    Case(Codebook(levels=4, scale="row", table_format="float16"), error=0.24),
+    Case(Codebook(levels=128), error=0.04),
     Case(Codes(bits=8), error=0.011),
+    Case(Codes(bits=3, group=13), error=0.22),
+    Case(Codes(bits=6), error=0.05),
     Case(Codes(bits=4, group=32), error=0.13),
     Case(Codes(bits=4, scale_format="float32"), error=0.16),
     Case(Codes(bits=2, group=7), error=0.50),
     Case(Codes(bits=2, group=10**12), error=0.60),
+    Case(ColumnPlanes(), error=0.61),
+    Case(ColumnPlanes(bits=3, scale_format="float32"), error=0.25),
     Case(LowRank(rank=4), error=1.0),
     Case(LowRank(rank=64), error=1e-3),
     Case(LowRank(rank=64, factor_format="float32"), error=1e-5),
+    Case(Patches(), error=0.76),
+    Case(Patches(size=5, widths=(8,), shares=(1.0,)), error=0.01),
+    Case(Patches(size=8, widths=(4, 3, 0), shares=(0.25, 0.5, 0.25)), error=0.55),
     Case(Sparse(mask="seed", drop=0.5, seed=7), error=None),
     Case(Sparse(mask="seed", drop=0.0, value_format="float32"), error=0.0),
     Case(Sparse(mask="bitmap"), error=1e-3),
+    Case(SparseCodes(), error=0.20),
+    Case(SparseCodes(mask="seed", drop=0.5, seed=7, bits=3), error=None),
+    Case(SparseCodes(mask="bitmap", bits=8), error=0.02),
+    Case(SparseCodes(bits=16), error=1e-3),
     Case(Dense(), error=0.0),
     Case(Dense(value_format="float16"), error=1e-3),
     Case(Exact(), error=0.0),
@@ -232,7 +250,17 @@ def test_rows_and_columns(shape, expected):
         (lambda: NM(keep=4, of=4), "keep"),
         (lambda: NM(of=257), "of"),
         (lambda: NM(bits=1), "bits"),
-        (lambda: Codes(bits=3), "bits"),
+        (lambda: Codebook(levels=3), "levels"),
+        (lambda: Codebook(levels=256), "levels"),
+        (lambda: Codebook(levels=0), "levels"),
+        (lambda: Codes(bits=9), "bits"),
+        (lambda: ColumnPlanes(bits=0), "bits"),
+        (lambda: Patches(shares=(0.5, 0.6)), "sum to 1"),
+        (lambda: Patches(shares=(0.5, float("nan"))), "shares"),
+        (lambda: Patches(widths=(1, 0)), "widths"),
+        (lambda: Patches(size=1), "size"),
+        (lambda: SparseCodes(bits=9), "bits"),
+        (lambda: SparseCodes(rice=17), "rice"),
         (lambda: Codes(group=-1), "group"),
         (lambda: LowRank(rank=0), "rank"),
         (lambda: Sparse(drop=1.0), "drop"),
@@ -297,6 +325,37 @@ def test_dropped_entries_of_factors_are_zero_and_the_others_stay():
     too_many = {**encoded.parts, "kept": kept + 1}
     with pytest.raises(DeltafoldError, match="so many entries"):
         encoded.term.decode(too_many, (40, 60), context)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.03, 0.5, 1.0])
+def test_runs_of_zeros_come_back(share):
+    draw = torch.Generator().manual_seed(1)
+    keep = torch.rand(20_000, generator=draw) < share
+    keep[0] = keep[-1] = share > 0.01
+    delta = torch.where(keep, 1.0 + torch.rand(20_000, generator=draw), 0.0)
+    encoded = SparseCodes(bits=16).encode(delta, Context("w"))
+    found = encoded.term.decode(encoded.parts, (20_000,), Context("w"))
+    assert torch.equal(found != 0, keep)
+    torch.testing.assert_close(found, delta, rtol=1e-3, atol=0)
+
+
+def test_runs_must_fit_the_tensor():
+    delta, context = checks.make_context((4, 8))
+    encoded = SparseCodes().encode(delta, context)
+    wrong = [{"high": torch.zeros(4, dtype=torch.uint8)}]
+    for parts in [{**encoded.parts, **w} for w in wrong]:
+        with pytest.raises(DeltafoldError, match="runs"):
+            encoded.term.decode(parts, (4, 8), context)
+    with pytest.raises(DeltafoldError, match="runs"):
+        encoded.term.decode(encoded.parts, (4, 7), context)
+
+
+def test_classes_must_have_their_number_of_patches():
+    delta, context = checks.make_context((8, 8))
+    encoded = Patches(size=4).encode(delta, context)
+    parts = {**encoded.parts, "classes": torch.zeros(1, dtype=torch.uint8)}
+    with pytest.raises(DeltafoldError, match="number of patches"):
+        encoded.term.decode(parts, (8, 8), context)
 
 
 def test_positions_must_ascend_within_their_block():
