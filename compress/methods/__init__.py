@@ -1,5 +1,6 @@
 """Methods by name, one file each. Importing this package registers them all."""
 
+from deltafold.compress.methods.axis_signs import AxisSigns
 from deltafold.compress.methods.base import (
     METHODS,
     Method,
@@ -21,6 +22,7 @@ from deltafold.compress.methods.svd_act import SvdAct
 
 __all__ = [
     "METHODS",
+    "AxisSigns",
     "BitDelta",
     "Chain",
     "Dare",

@@ -9,9 +9,10 @@ import torch
 
 from deltafold.compress import parse_spec
 from deltafold.compress.evidence import Evidence
+from deltafold.compress.methods.axis_signs import scale_inputs, scale_outputs
 from deltafold.compress.methods.deltazip import prune_and_round
 from deltafold.compress.methods.feedback import code_with_feedback
-from deltafold.compress.terms import NM, Banded, Context
+from deltafold.compress.terms import NM, Banded, ColumnPlanes, Context, Planes
 from deltafold.compress.terms.grids import Grid
 
 N, M = 24, 40
@@ -48,6 +49,7 @@ GAINS = [
     ("int-hessian:bits=2", "int:bits=2", 0.6),
     ("int-hessian:bits=4,group=16", "int:bits=4,group=16", 0.6),
     ("deltazip:bits=4", None, 0.6),
+    ("axis-signs", None, 0.95),
     ("delta-come:bits=6,group=16", None, 0.9),
     ("delta-come:bits=6,group=16,ordered=false", None, 0.9),
 ]
@@ -72,6 +74,41 @@ def test_layers_that_multiply_from_the_other_side_are_turned(spec):
     turned = Context("w", evidence=Evidence(row_moment=moment))
     found = lost(decoded(spec, value.T.contiguous(), turned).T - value, moment)
     assert found == pytest.approx(lost(decoded(spec, value, seeing) - value, moment), rel=0.1)
+
+
+def made_of_signs(axis: int) -> torch.Tensor:
+    """A delta that is signs times a scale for each row (0) or column (1)."""
+    draw = torch.Generator().manual_seed(2)
+    signs = torch.where(torch.rand(N, M, generator=draw) < 0.5, -1.0, 1.0)
+    sizes = torch.rand(N if axis == 0 else M, generator=draw) + 0.1
+    return signs * (sizes.unsqueeze(1) if axis == 0 else sizes)
+
+
+@pytest.mark.parametrize(("axis", "term"), [(0, Planes), (1, ColumnPlanes)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_axis_that_fits_is_found(axis, term, turned):
+    value = made_of_signs(axis)
+    known = {"row_moment": moments(N)} if turned else {"second_moment": moments()}
+    context = Context("w", evidence=Evidence(**known))
+    (encoded,) = parse_spec("axis-signs").encode(value, context)
+    assert isinstance(encoded.term, term)
+    found = encoded.term.decode(encoded.parts, (N, M), Context("w"))
+    torch.testing.assert_close(found, value, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("best", [scale_outputs, scale_inputs])
+def test_scales_are_the_least_squares_optimum(best):
+    value, hessian = delta().double(), moments().double()
+    signs = torch.where(value >= 0, 1.0, -1.0).double()
+    sizes = best(value, signs, hessian)
+    least = None
+    for change in (0.0, 0.01, -0.01):
+        moved = sizes.clone()
+        moved[3] *= 1 + change
+        error = value - signs * (moved.unsqueeze(1) if best is scale_outputs else moved)
+        loss = lost(error, hessian)
+        least = loss if least is None else least
+        assert loss >= least
 
 
 def test_whitening_is_the_best_of_its_rank():

@@ -13,6 +13,8 @@ from deltafold.compress.methods.base import method, spec_of
 from deltafold.compress.terms import Lossless, Sparse
 
 SPECS = [
+    "axis-signs",
+    "axis-signs:damp=0.1",
     "bitdelta",
     "bitdelta:scale=tensor",
     "bitdelta:bits=4,group=128",
