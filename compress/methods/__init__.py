@@ -19,6 +19,7 @@ from deltafold.compress.methods.int_hessian import IntegerHessian
 from deltafold.compress.methods.integer import Integer
 from deltafold.compress.methods.svd import Svd
 from deltafold.compress.methods.svd_act import SvdAct
+from deltafold.compress.methods.svd_widths import SvdWidths
 
 __all__ = [
     "METHODS",
@@ -35,6 +36,7 @@ __all__ = [
     "Method",
     "Svd",
     "SvdAct",
+    "SvdWidths",
     "build",
     "method_class",
     "parse_spec",

@@ -38,6 +38,8 @@ SPECS = [
     "svd:bits=1",
     "svd-act",
     "svd-act:rank=4,damp=0.1",
+    "svd-widths",
+    "svd-widths:bits=2,group=16",
 ]
 every_spec = pytest.mark.parametrize("spec", SPECS)
 
