@@ -184,8 +184,9 @@ class _Run:
         }
 
     def order(self, names: Sequence[str]) -> list[str]:
+        wanted = set(names)
         first = [name for name in names if name not in self._moment_groups]
-        return first + [name for name in self._moment_groups if name in set(names)]
+        return first + [name for name in self._moment_groups if name in wanted]
 
     @torch.no_grad()
     def settle(self, name: str, value: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ print, and U's rounding with the second moments of `S V^T x` stands in for it.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
@@ -65,12 +66,9 @@ class SvdWidths:
         factors = truncated_svd(known.matrix, min(known.matrix.shape))
         widths = self._widths(known, *factors)
         order = widths.argsort(descending=True, stable=True)[: max(int((widths > 0).sum()), 1)]
-        found, counts = widths[order].clamp_min(min(_WIDTHS[1:])).unique(return_counts=True)
-        term = Banded(
-            ranks=tuple(counts.flip(0).tolist()),
-            widths=tuple(found.flip(0).tolist()),
-            group=self.group,
-        )
+        # Even a budget for none buys one vector of the least width.
+        bands = Counter(max(w, _WIDTHS[1]) for w in widths[order].tolist())
+        term = Banded(ranks=tuple(bands.values()), widths=tuple(bands), group=self.group)
         left, singular, right = factors
         chosen = (left[:, order], singular[order], right[order])
         coded = code_bands(known, chosen, term, damp=self.damp, ordered=True)
