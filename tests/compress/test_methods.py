@@ -10,7 +10,7 @@ from deltafold.compress import METHODS, DeltafoldError, Method, parse_spec
 from deltafold.compress.evidence import NEEDS
 from deltafold.compress.methods import BitDelta, Dare, ExactMethod, Integer, LosslessMethod, Svd
 from deltafold.compress.methods.base import method, spec_of
-from deltafold.compress.terms import Lossless, Sparse
+from deltafold.compress.terms import Banded, Lossless, Sparse, SparseCodes
 
 SPECS = [
     "axis-signs",
@@ -19,20 +19,41 @@ SPECS = [
     "bitdelta:scale=tensor",
     "bitdelta:bits=4,group=128",
     "bitdelta:bits=8,scale=row",
+    "bitdelta:bits=2,scale=column",
+    "bitdelta:factor=1.5,group=8",
+    "codebook",
+    "codebook:bits=2,scale=row",
+    "d-qrelo",
+    "d-qrelo:rho=0.25,first=svd",
     "dare",
     "dare:drop=0.5,seed=3,rescale=false",
+    "dct",
+    "dct:size=5,bits=4,share=1.0,match=false",
     "delta-come",
     "delta-come:bits=2,group=16,ordered=false",
     "deltazip",
     "deltazip:bits=2",
     "exact",
+    "impart",
+    "impart:ratio=4.0,beta=0.6,power=0.5,seed=9",
     "int",
     "int:bits=8",
     "int:bits=2,group=16",
+    "int:bits=3",
     "int-hessian",
     "int-hessian:bits=2,group=16",
+    "lloyd",
+    "lloyd:bits=4,scale=row",
     "lossless",
     "lossless:level=9",
+    "nm",
+    "nm:keep=1,of=8,bits=2,group=4",
+    "quantize-and-drop",
+    "quantize-and-drop:bits=2,drop=0.5,gamma=0.7,seed=4",
+    "sparse",
+    "sparse:bits=4,mask=bitmap",
+    "stratified",
+    "stratified:of=5,bits=16,seed=2",
     "svd",
     "svd:rank=4",
     "svd:bits=1",
@@ -40,6 +61,8 @@ SPECS = [
     "svd-act:rank=4,damp=0.1",
     "svd-widths",
     "svd-widths:bits=2,group=16",
+    "topk",
+    "topk:keep=0.01,bits=8",
 ]
 every_spec = pytest.mark.parametrize("spec", SPECS)
 
@@ -64,7 +87,7 @@ def test_the_plan_is_what_is_done(spec, shape):
     encoded = chosen.encode(delta, context)
     assert [type(t) for t in planned] == [type(e.term) for e in encoded]
     for term, (_, parts) in zip(planned, encoded, strict=True):
-        if isinstance(term, Sparse | Lossless):
+        if isinstance(term, Banded | Sparse | SparseCodes | Lossless):
             continue  # how many bytes these take depends on the data
         written = {key: (part.dtype, tuple(part.shape)) for key, part in parts.items()}
         assert written == {k: tuple(s) for k, s in term.parts(shape).items()}
@@ -84,12 +107,26 @@ def test_methods_describe_themselves(spec):
     [
         ("magic", "unknown-codec", "deltafold codecs"),
         ("", "unknown-codec", "deltafold codecs"),
-        ("bitdelta:bits", "bad-recipe", "--codec bitdelta:bits=1,scale=row,group=0"),
+        ("bitdelta:bits", "bad-recipe", "--codec bitdelta:bits=1,scale=row,group=0,"),
         ("bitdelta:size=3", "bad-recipe", "--codec bitdelta:"),
         ("bitdelta:bits=9", "bad-recipe", "--codec bitdelta:"),
         ("bitdelta:bits=four", "bad-recipe", "--codec bitdelta:"),
         ("bitdelta:bits=2.5", "bad-recipe", "--codec bitdelta:"),
-        ("bitdelta:scale=column", "bad-recipe", "--codec bitdelta:"),
+        ("bitdelta:scale=diagonal", "bad-recipe", "--codec bitdelta:"),
+        ("bitdelta:factor=0", "bad-recipe", "--codec bitdelta:"),
+        ("codebook:bits=0", "bad-recipe", "--codec codebook:"),
+        ("d-qrelo:rho=0", "bad-recipe", "--codec d-qrelo:"),
+        ("dct:share=0", "bad-recipe", "--codec dct:"),
+        ("dct:bits=1", "bad-recipe", "--codec dct:"),
+        ("impart:ratio=0.5", "bad-recipe", "--codec impart:"),
+        ("impart:beta=1", "bad-recipe", "--codec impart:"),
+        ("lloyd:bits=9", "bad-recipe", "--codec lloyd:"),
+        ("nm:keep=4", "bad-recipe", "--codec nm:"),
+        ("quantize-and-drop:gamma=0", "bad-recipe", "--codec quantize-and-drop:"),
+        ("quantize-and-drop:drop=1", "bad-recipe", "--codec quantize-and-drop:"),
+        ("sparse:mask=seed", "bad-recipe", "--codec sparse:"),
+        ("stratified:seed=-1", "bad-recipe", "--codec stratified:"),
+        ("topk:keep=0", "bad-recipe", "--codec topk:"),
         ("bitdelta:scale=group", "bad-recipe", "--codec bitdelta:"),
         ("int:bits=9", "bad-recipe", "--codec int:"),
         ("int:group=-4", "bad-recipe", "--codec int:"),
