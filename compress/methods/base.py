@@ -18,7 +18,16 @@ from deltafold.compress.evidence import Need
 from deltafold.compress.spec import Kind, spec_of
 from deltafold.compress.terms import Context, Encoded, Term
 
-__all__ = ["METHODS", "Method", "bits_per_weight", "build", "method", "method_class", "parse_spec", "spec_of"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "bits_per_weight",
+    "build",
+    "method",
+    "method_class",
+    "parse_spec",
+    "spec_of",
+]
 
 
 @runtime_checkable

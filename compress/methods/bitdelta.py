@@ -45,7 +45,9 @@ class BitDelta:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.factor) and self.factor > 0):
-            raise DeltafoldError("bad-recipe", f"bitdelta: factor must be above 0, not {self.factor}")
+            raise DeltafoldError(
+                "bad-recipe", f"bitdelta: factor must be above 0, not {self.factor}"
+            )
         self._term()
 
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:

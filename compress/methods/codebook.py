@@ -1,9 +1,9 @@
 """`codebook` and `lloyd`: a sign and one of a few magnitudes for each weight.
 
-Source: arXiv 2410.13841, section 4.2 (more bits for BitDelta): sorted magnitudes in blocks, each block its
-mean; one bit is BitDelta. Whether the blocks hold equal counts, and over what they are taken, the
-paper leaves open; here they do, over a tensor or a row. Lloyd's levels have less squared error at the
-same size and are not in the paper, hence the other name.
+Source: arXiv 2410.13841, section 4.2 (more bits for BitDelta): sorted magnitudes in blocks, each
+block its mean; one bit is BitDelta. Whether the blocks hold equal counts, and over what they are
+taken, the paper leaves open; here they do, over a tensor or a row. Lloyd's levels have less squared
+error at the same size and are not in the paper, hence the other name.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class CodebookMethod:
     summary: ClassVar[str] = "sign and magnitude block, blocks of equal counts; 1 bit is BitDelta"
     paper: ClassVar[str] = "2410.13841"
     needs: ClassVar[tuple[Need, ...]] = ()
-    applied: ClassVar[str] = "rebuilt at load"
+    applied: ClassVar[str] = "sign planes up to 3 bits, else rebuilt"
 
     bits: int = 3
     scale: Literal["tensor", "row"] = "tensor"
@@ -64,7 +64,7 @@ class Lloyd:
     summary: ClassVar[str] = "sign and magnitude level, levels of least squared error"
     paper: ClassVar[str] = "Lloyd 1982"
     needs: ClassVar[tuple[Need, ...]] = ()
-    applied: ClassVar[str] = "rebuilt at load"
+    applied: ClassVar[str] = "sign planes up to 3 bits, else rebuilt"
 
     bits: int = 3
     scale: Literal["tensor", "row"] = "tensor"

@@ -1,9 +1,10 @@
 """`dct`: cosine patches, the important ones with codes, the others their mean.
 
-After Delta-DCT (arXiv 2503.06676). Patches are ranked by their norm, the first share gets `bits`, and the
-whole is scaled so that its mean magnitude is the delta's. The paper's patch size and shares were not
-to be found; the defaults are those of a third party. Unlike the paper's, a patch's grid has zero among its
-levels and is fitted by squared error instead of reaching from minimum to maximum.
+After Delta-DCT (arXiv 2503.06676). Patches are ranked by their norm, the first share gets `bits`,
+and the whole is scaled so that its mean magnitude is the delta's. The paper's patch size and shares
+were not to be found; the defaults are those of a third party. Unlike the paper's, a patch's grid
+has zero among its levels and is fitted by squared error instead of reaching from minimum to
+maximum.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """`impart`: low rank with entries of the factors dropped, more of them where a singular value is small.
 
-Source: Yang et al., ImPart (arXiv 2504.13237), section 3. Of n ranks the share `1 - beta` is kept. With
-alpha the share of the factors' entries that must go, `gamma = (alpha - beta) / (1 - beta)`; vector k
-drops `(1 - (sigma_k / sigma_1)^C) gamma` of its entries, and the last vectors all of theirs until the
-mean is gamma; what is kept is divided by the share kept. The paper gives alpha and beta for two shapes. Both
-are instances of one rule, with `g = 2 max(N, M) / (N + M)`: `1 - alpha = g / (2 ratio)` and
-`1 - beta(N, M) = g (1 - beta)`. Masks come from a seed and cost no index, as in the paper, but from the
-format's own generator.
+Source: Yang et al., ImPart (arXiv 2504.13237), section 3. Of n ranks the share `1 - beta` is kept.
+With alpha the share of the factors' entries that must go, `gamma = (alpha - beta) / (1 - beta)`;
+vector k drops `(1 - (sigma_k / sigma_1)^C) gamma` of its entries, and the last vectors all of
+theirs until the mean is gamma; what is kept is divided by the share kept. The paper gives alpha and
+beta for two shapes. Both are instances of one rule, with `g = 2 max(N, M) / (N + M)`: `1 - alpha =
+g / (2 ratio)` and `1 - beta(N, M) = g (1 - beta)`. Masks come from a seed and cost no index, as in
+the paper, but from the format's own generator.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class ImPart:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.ratio) and self.ratio >= 1):
-            raise DeltafoldError("bad-recipe", f"impart: ratio must be at least 1, not {self.ratio}")
+            raise DeltafoldError(
+                "bad-recipe", f"impart: ratio must be at least 1, not {self.ratio}"
+            )
         if not (0 <= self.beta < 1 and math.isfinite(self.power) and self.power >= 0):
             raise DeltafoldError("bad-recipe", "impart: beta must be in [0, 1), power not negative")
         self._term(1)
@@ -64,8 +66,9 @@ class ImPart:
         drop = drop[:alive]
         lengths = torch.tensor([[columns], [rows]], dtype=torch.float64)
         kept = (lengths - torch.floor(lengths * drop)).to(torch.int32)
-        rescale = (singular[:alive].sqrt() / (1 - drop)).to(torch.float32).unsqueeze(1)
-        a, b = rescale * right[:alive], rescale * left[:, :alive].T
+        # By the share that is really kept, a whole number of entries, so that the mean is right.
+        rescale = (singular[:alive].sqrt() * lengths / kept).to(torch.float32).unsqueeze(2)
+        a, b = rescale[0] * right[:alive], rescale[1] * left[:, :alive].T
         return [self._term(alive).from_factors(a, b, context, kept)]
 
     def plan(self, shape: tuple[int, ...], dtype: str) -> list[Term]:

@@ -1,10 +1,10 @@
 """`nm` and `stratified`: a fixed number of entries of every block of columns.
 
-`nm`: the largest N of every M, nearest codes. 2:4 is the layout of DeltaZip (arXiv 2312.05215, section 4),
-whose quality comes from error feedback by activations; without it 2 bits lose more than one sign plane
-does. `stratified`: one random entry of every group of G, times G. Its expected delta is the delta and its
-variance that of dropping a share 1 - 1/G at random, but every group has its one: no row is longer than
-another, and a place takes log2 G bits.
+`nm`: the largest N of every M, nearest codes. 2:4 is the layout of DeltaZip (arXiv 2312.05215,
+section 4), whose quality comes from error feedback by activations; without it two sign planes lose
+less at the size of 2 bits. `stratified`: one random entry of every group of G, times G. Its expected
+delta is the delta and its variance that of dropping a share 1 - 1/G at random, but every group has
+its one: no row is longer than another, and a place takes log2 G bits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class NMMethod:
     summary: ClassVar[str] = "the largest N of every M columns (2:4), nearest codes"
     paper: ClassVar[str] = "after 2312.05215"
     needs: ClassVar[tuple[Need, ...]] = ()
-    applied: ClassVar[str] = "sparse on the fly, or rebuilt at load"
+    applied: ClassVar[str] = "sparse below 30 % kept, else rebuilt"
 
     keep: int = 2
     of: int = 4
@@ -74,7 +74,7 @@ class Stratified:
     summary: ClassVar[str] = "one random entry of every G columns, times G"
     paper: ClassVar[str] = "after 2311.03099"
     needs: ClassVar[tuple[Need, ...]] = ()
-    applied: ClassVar[str] = "sparse on the fly, or rebuilt at load"
+    applied: ClassVar[str] = "sparse below 30 % kept, else rebuilt"
 
     of: int = 16
     bits: int = 4

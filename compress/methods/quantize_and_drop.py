@@ -1,11 +1,11 @@
 """`quantize-and-drop`: codes first, then a random drop within each group of equal codes.
 
-After UltraDelta (arXiv 2505.13563) and its released code for vision models: an even grid from the least
-to the largest entry; of the entries of each level the same share dropped; the rest divided by the
-share kept. Dropping within levels keeps each level's share, which a drop over the whole tensor does
-only on average. Two of its steps are left out, hence the name: drop rates that differ between layers by
-their deviation (they take a look at the whole model; give `--set` instead), and a factor that its code
-derives from other tasks (`gamma` is that factor, to be chosen).
+After UltraDelta (arXiv 2505.13563) and its released code for vision models: an even grid from the
+least to the largest entry; of the entries of each level the same share dropped; the rest divided by
+the share kept. Dropping within levels keeps each level's share, which a drop over the whole tensor
+does only on average. Two of its steps are left out, hence the name: drop rates that differ between
+layers by their deviation (they take a look at the whole model; give `--set` instead), and a factor
+that its code derives from other tasks (`gamma` is that factor, to be chosen).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`sparse` and `topk`: what is not zero, or what is largest, with its places.
 
-For deltas that an edit has thinned out (`trim:keep=0.2+sparse`), and for a plain magnitude cut. The mask
-depends on the data, so it is stored: as run lengths, near its entropy, or as a bitmap.
+For deltas that an edit has thinned out (`trim:keep=0.2+sparse`), and for a plain magnitude cut. The
+mask depends on the data, so it is stored: as run lengths, near its entropy, or as a bitmap.
 """
 
 from __future__ import annotations

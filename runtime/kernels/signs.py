@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from deltafold.compress.terms import Codebook, Codes, ColumnPlanes, Planes
-from deltafold.compress.terms import scales
+from deltafold.compress.terms import Codebook, Codes, ColumnPlanes, Planes, scales
 from deltafold.compress.terms.base import Parts
 from deltafold.runtime.kernels.native import signs_library
 

@@ -6,11 +6,12 @@ import pytest
 import term_checks as checks
 import torch
 
-from deltafold.compress import METHODS, DeltafoldError, Method, parse_spec
+from deltafold.compress import METHODS, DeltafoldError, Method, Recipe, parse_spec
+from deltafold.compress.encode import encode_tensor
 from deltafold.compress.evidence import NEEDS
 from deltafold.compress.methods import BitDelta, Dare, ExactMethod, Integer, LosslessMethod, Svd
 from deltafold.compress.methods.base import method, spec_of
-from deltafold.compress.terms import Banded, Lossless, Sparse, SparseCodes
+from deltafold.compress.terms import Banded, Lossless, Rows, Sparse, SparseCodes
 
 SPECS = [
     "axis-signs",
@@ -91,6 +92,39 @@ def test_the_plan_is_what_is_done(spec, shape):
             continue  # how many bytes these take depends on the data
         written = {key: (part.dtype, tuple(part.shape)) for key, part in parts.items()}
         assert written == {k: tuple(s) for k, s in term.parts(shape).items()}
+
+
+@every_spec
+@pytest.mark.parametrize("shape", [(37,), (33, 130), (3, 5, 33), (0, 9)], ids=str)
+def test_no_difference_stays_none_and_every_run_is_the_same(spec, shape):
+    chosen = parse_spec(spec)
+    delta, context = checks.make_context(shape)
+    zero = checks.Context(context.name, context.base, context.base)
+    for term, parts in chosen.encode(torch.zeros(shape), zero):
+        assert bool((term.decode(parts, shape, zero) == 0).all())
+    first, second = (chosen.encode(delta.clone(), context) for _ in range(2))
+    assert [term for term, _ in first] == [term for term, _ in second]
+    for (_, left), (_, right) in zip(first, second, strict=True):
+        assert {k: checks.bits(p) for k, p in left.items()} == {
+            k: checks.bits(p) for k, p in right.items()
+        }
+
+
+@pytest.mark.parametrize("added", [0, 2])
+def test_methods_of_several_terms_keep_them_all_by_rows(added):
+    base = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    variant = torch.cat([base, torch.full((added, 32), 0.5)])
+    variant[3:23] += 0.01 * torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
+    recipe = Recipe(default=parse_spec("d-qrelo:rho=0.5"))
+    encoded, delta = encode_tensor("some.weight", variant, base, recipe)
+    assert [type(e.term) for e in encoded] == [Rows, Rows]
+    context = checks.Context("some.weight", torch.cat([base, torch.zeros(added, 32)]))
+    found = sum(e.term.decode(e.parts, tuple(variant.shape), context) for e in encoded)
+    assert torch.equal(found[40:], delta[40:])
+    rest = delta[3:23]
+    alone = [t.decode(p, (20, 32), context) for t, p in recipe.default.encode(rest, context)]
+    torch.testing.assert_close(found[3:23], alone[0] + alone[1], rtol=0, atol=1e-6)
+    assert (found[3:23] - rest).norm() < 0.5 * rest.norm()
 
 
 @every_spec
