@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import term_checks as checks
 import torch
@@ -70,6 +73,11 @@ every_spec = pytest.mark.parametrize("spec", SPECS)
 
 def test_every_method_has_a_spec():
     assert {spec.partition(":")[0] for spec in SPECS} == set(METHODS)
+
+
+def test_every_method_has_its_row_in_the_docs():
+    page = (Path(__file__).parents[2] / "docs" / "codecs.md").read_text("utf-8")
+    assert set(METHODS) <= set(re.findall(r"^\| `([a-z0-9-]+)` \|", page, re.MULTILINE))
 
 
 @every_spec
