@@ -89,7 +89,8 @@ def inverse_cholesky(hessian: torch.Tensor) -> torch.Tensor:
             fix="use more calibration data, or more damping",
         )
     identity = torch.eye(len(lower), dtype=torch.float64)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    inverse: torch.Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse.flip(0, 1)
 
 
 def sweep(
@@ -108,24 +109,24 @@ def sweep(
     Returns:
         float32 `[N, M]`, the settled values.
     """
-    work, upper = values.to(torch.float32, copy=True), upper.to(torch.float32)
-    columns, diagonal = work.shape[1], upper.diagonal()
+    # Columns lie in memory as rows: each step goes through whole ones.
+    work, upper = values.to(torch.float32).T.contiguous().clone(), upper.to(torch.float32)
+    columns, diagonal = len(work), upper.diagonal()
     assert upper.shape == (columns, columns)
     settle: Settle | None = None
     for start, stop in _blocks(columns, group, block):
-        errors = work.new_zeros(work.shape[0], stop - start)
+        errors = torch.zeros_like(work[start:stop])
         for j in range(start, stop):
             if j % group == 0:
                 last = min(j + group, columns)
-                settle = choose(j, work[:, j:last].clone(), diagonal[j:last])
+                settle = choose(j, work[j:last].T.clone(), diagonal[j:last])
             assert settle is not None
-            settled = settle(j % group, work[:, j].clone())
-            error = (work[:, j] - settled) / diagonal[j]
-            work[:, j] = settled
-            work[:, j + 1 : stop] -= error.unsqueeze(1) * upper[j, j + 1 : stop]
-            errors[:, j - start] = error
-        work[:, stop:] -= errors @ upper[start:stop, stop:]
-    return work
+            settled = settle(j % group, work[j].clone())
+            error = errors[j - start] = (work[j] - settled) / diagonal[j]
+            work[j] = settled
+            work[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
+        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return work.T.contiguous()
 
 
 def _blocks(columns: int, group: int, block: int) -> Iterator[tuple[int, int]]:
