@@ -125,7 +125,7 @@ def test_scales_of_fused_experts_are_refused(tmp_path):
     )
     data = CalibrationSet.from_ids("builtin:test", [[1, 2, 3]])
     variant = tmp_path / "full" / "a"
-    with pytest.raises(DeltafoldError, match="experts.*another layout") as refused:
+    with pytest.raises(DeltafoldError, match=r"experts.*another layout") as refused:
         fit_scales(made.zoo / "a", made.base, variant, tmp_path / "out", data)
     assert refused.value.code == "engine-unsupported"
 
