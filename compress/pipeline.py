@@ -26,7 +26,7 @@ from deltafold.compress.encode import (
     measure,
 )
 from deltafold.compress.errors import DeltafoldError, name_some
-from deltafold.compress.evidence import EvidenceSource, check_needs
+from deltafold.compress.evidence import EvidenceSource, SequentialSource, check_needs
 from deltafold.compress.fingerprint import Digests, TensorDigest, digest_source, fingerprint
 from deltafold.compress.manifest import (
     BASE_TENSORS_NAME,
@@ -45,14 +45,14 @@ from deltafold.compress.progress import OnProgress, Progress, ignore
 from deltafold.compress.quantized import dequantized, quantization_of
 from deltafold.compress.recipe import Recipe
 from deltafold.compress.release import version
-from deltafold.compress.repo import DeltaRepo, payload_key
+from deltafold.compress.repo import DeltaRepo, pad_rows, payload_key
 from deltafold.compress.shards import ShardWriter
 from deltafold.compress.source import open_variant
 from deltafold.compress.spec import spec_of
 from deltafold.compress.staging import Staging
 from deltafold.compress.structure import Structure, compare
 from deltafold.compress.survey import surveyed
-from deltafold.compress.terms import Encoded
+from deltafold.compress.terms import Context, Encoded, is_exact
 from deltafold.compress.verify import check_payload
 
 #: The terms of a tensor that need no encoder, and the float32 delta that they stand for; or None.
@@ -94,6 +94,7 @@ def compress_checkpoint(
     base_quantization: str | None = None,
     command: str = "",
     evidence: EvidenceSource | None = None,
+    quality: Mapping[str, Any] | None = None,
     progress: OnProgress = ignore,
 ) -> PackReport:
     """Pack a fine-tune as a delta against its base.
@@ -110,6 +111,7 @@ def compress_checkpoint(
             is served on such a base alone.
         command: recorded in the manifest and card.
         evidence: of a calibration run, for methods that need one.
+        quality: recorded in the manifest: what was measured, and on what data.
         progress: called after every tensor.
 
     Raises:
@@ -129,6 +131,7 @@ def compress_checkpoint(
         progress,
         evidence=evidence,
         quantization=quantization,
+        quality=quality or {},
     )
     return pack(job, out, overwrite=overwrite)
 
@@ -151,6 +154,7 @@ class Job:
         quantization: of the base that differences are taken to; None for the base as it is.
         delta: float32 differences that the fine-tune's tensors are a rounding of, by name; None where
             a tensor is all that there is.
+        quality: the manifest's `quality`.
     """
 
     source: Checkpoint
@@ -165,6 +169,7 @@ class Job:
     evidence: EvidenceSource | None = None
     quantization: Quantization | None = None
     delta: Callable[[str], torch.Tensor | None] = lambda name: None
+    quality: Mapping[str, Any] = field(default_factory=dict)
 
 
 def pack(job: Job, out: str | Path, *, overwrite: bool = False) -> PackReport:
@@ -245,8 +250,8 @@ class _Run:
         variant_digests = self._hash(target)
         metadata = {"format": FORMAT, "format_version": version_for(job.quantization)}
         writer = ShardWriter(folder, "delta", metadata)
-        names = target.names()
-        for done, name in enumerate(names, 1):
+        names, follower = target.names(), self._follower()
+        for done, name in enumerate(follower.order(names) if follower else names, 1):
             self._tensor(name, base_digests, variant_digests, writer)
             spec = target.spec(name)
             nbytes = math.prod(spec.shape) * dtypes.TORCH[spec.dtype].itemsize
@@ -263,6 +268,11 @@ class _Run:
         write_card(folder, manifest, job.source.reference)
         _write_json(folder / MANIFEST_NAME, manifest.to_json())
         return manifest, self.stats
+
+    def _follower(self) -> SequentialSource | None:
+        source = self.job.evidence
+        wanted = source is not None and "sequential" in source.provides
+        return source if wanted and isinstance(source, SequentialSource) else None
 
     def _hash(self, source: TensorSource) -> dict[str, TensorDigest]:
         total, done = len(source.names()), 0
@@ -289,6 +299,8 @@ class _Run:
             name, value, base, self.recipe, self.job.evidence, known
         )
         check_exact(name, encoded, value, base, variant_digests[name])
+        if follower := self._follower():
+            follower.settle(name, _settled(name, encoded, value, base))
         for index, (_, parts) in enumerate(encoded):
             for key, part in parts.items():
                 writer.add(payload_key(name, index, key), part)
@@ -336,8 +348,8 @@ class _Run:
             created_by=f"deltafold {version()}",
             command=self.job.command,
             recipe=record,
-            tensors=self.entries,
-            unchanged=tuple(self.unchanged),
+            tensors=dict(sorted(self.entries.items())),
+            unchanged=tuple(sorted(self.unchanged)),
             absent=tuple(structure.absent),
             accepted=tuple(accepted),
             files=files,
@@ -348,8 +360,22 @@ class _Run:
                 ratio=delta_bytes / max(variant_bytes, 1),
                 coverage=covered / max(len(variant_digests), 1),
             ),
+            quality=dict(self.job.quality),
         )
         return draft.model_copy(update={"delta_id": draft.content_digest()})
+
+
+def _settled(
+    name: str, encoded: list[Encoded], value: torch.Tensor, base: torch.Tensor | None
+) -> torch.Tensor:
+    """What the compressed model holds in place of a tensor, float32."""
+    if base is None or is_exact(encoded[0].term):
+        return value.to(torch.float32)
+    shape = tuple(value.shape)
+    padded = pad_rows(base, shape)
+    assert padded is not None
+    context = Context(name, padded)
+    return sum((t.decode(p, shape, context) for t, p in encoded), padded.to(torch.float32))
 
 
 def _origin(source: TensorSource, digests: Digests) -> Origin:

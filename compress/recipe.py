@@ -17,6 +17,7 @@ import yaml
 
 from deltafold.compress.edits import Edit, parse_edit
 from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.evidence import NEEDS, Need
 from deltafold.compress.methods import BitDelta, Chain, ExactMethod, LosslessMethod, Method
 from deltafold.compress.methods.base import build, parse_spec, spec_of
 
@@ -52,6 +53,13 @@ class Recipe:
             chosen = LosslessMethod()
         steps = tuple(e for p, e in self.edits if fnmatchcase(name, p)) if floating else ()
         return Chain(steps, chosen) if steps else chosen
+
+    def needs(self) -> tuple[Need, ...]:
+        """All that any of its codecs and edits needs, whatever tensors they are for."""
+        chosen = [self.default, self.vectors, *(m for _, m in self.overrides)]
+        wanted = {n for m in chosen for n in m.needs}
+        wanted |= {n for _, edit in self.edits for n in edit.needs}
+        return tuple(n for n in NEEDS if n in wanted)
 
     def unused(self, names: list[str]) -> list[str]:
         """Patterns that match none of `names`: most likely a typing mistake."""

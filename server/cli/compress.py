@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltafold.server.cli.calibration import CalibrationOptions, calibration_options
 from deltafold.server.cli.command import command_line
 from deltafold.server.cli.output import Output, facts, output_options, quiet_option, size
 
 if TYPE_CHECKING:
     from deltafold.compress import Manifest, Method, PackReport, Recipe
+    from deltafold.compress.calibration import CalibratedEvidence
 
 
 @click.command("compress")
@@ -60,12 +63,30 @@ if TYPE_CHECKING:
     type=click.Choice(["nf4", "int8"]),
     help="With --against dequantized: how the base will be served.",
 )
+@calibration_options
+@click.option(
+    "--fit-scales",
+    is_flag=True,
+    help="Then train the scales until the logits are the fine-tune's; goes with --calibrate.",
+)
+@click.option(
+    "--fit-steps", metavar="N", type=int, default=200, show_default=True, help="Steps of that."
+)
+@click.option(
+    "--fit-lr",
+    metavar="RATE",
+    type=float,
+    default=1e-4,
+    show_default=True,
+    help="Its first rate, in units of the weights.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing delta.")
 @quiet_option
 @output_options
 @click.pass_obj
 def compress(
     output: Output,
+    /,
     base: str,
     variant: str,
     out: str,
@@ -76,18 +97,26 @@ def compress(
     accept: tuple[str, ...],
     against: str,
     base_quantization: str | None,
+    fit_scales: bool,
+    fit_steps: int,
+    fit_lr: float,
     overwrite: bool,
+    **calibration: Any,
 ) -> None:
     """Pack the fine-tune VARIANT as a delta against BASE.
 
     Both are folders with safetensors weights, or hub ids (org/name, org/name@revision). Every tensor
-    is coded, kept exactly, found equal to the base's, or refused. Needs neither data nor a GPU.
+    is coded, kept exactly, found equal to the base's, or refused. Needs no GPU, and no data but for the
+    codecs and edits that `deltafold codecs` marks.
 
     \b
     deltafold compress Llama-3.1-8B ./sql-ft -o zoo/sql
     deltafold compress Llama-3.1-8B ./sql-ft -o zoo/sql \\
         --codec bitdelta:bits=1 --set 'lm_head*=int:bits=8'
     deltafold compress Llama-3.1-8B ./sql-ft -o archive/sql --codec lossless
+    deltafold compress Llama-3.1-8B ./sql-ft -o zoo/sql --codec svd-act --calibrate sql.jsonl
+    deltafold compress Llama-3.1-8B ./sql-ft -o zoo/sql \\
+        --codec bitdelta --calibrate sql.jsonl --fit-scales
     deltafold compress Llama-3.1-8B ./sql-ft -o zoo/sql --against dequantized \\
         --base-quantization nf4
     """
@@ -95,21 +124,55 @@ def compress(
 
     _refuse_half_a_choice(against, base_quantization)
     chosen = read_recipe(codec, sets, recipe, edits)
+    evidence = CalibrationOptions(**calibration).evidence(base, variant, chosen.needs())
+    pack: Callable[..., PackReport] = partial(
+        compress_checkpoint, base_quantization=base_quantization
+    )
+    if fit_scales:
+        pack = _fitting(evidence, fit_steps, fit_lr, base_quantization)
     began = time.monotonic()
     with output.progress() as progress:
-        report = compress_checkpoint(
+        report = pack(
             base,
             variant,
             out,
             recipe=chosen,
             accept=accept,
             overwrite=overwrite,
-            base_quantization=base_quantization,
             command=command_line("compress"),
+            evidence=evidence,
+            quality={"calibration": evidence.record()} if evidence else None,
             progress=progress,
         )
     seconds = time.monotonic() - began
     output.result(pack_data(report, seconds), pack_text(report, seconds))
+
+
+def _fitting(
+    evidence: CalibratedEvidence | None, steps: int, lr: float, base_quantization: str | None
+) -> Callable[..., PackReport]:
+    from deltafold.compress import DeltafoldError
+
+    if base_quantization is not None:
+        raise DeltafoldError(
+            "bad-argument",
+            "--fit-scales runs the base as it is, not a quantised one.",
+            fix="leave --against dequantized out, or --fit-scales",
+        )
+    if evidence is None:
+        raise DeltafoldError(
+            "needs-calibration",
+            "--fit-scales compares models on calibration data, and this run has none.",
+            fix="give a calibration set: --calibrate prompts.jsonl",
+        )
+    from deltafold.compress.calibration import LogitFit, compress_and_fit
+
+    return partial(
+        compress_and_fit,
+        data=evidence.data,
+        fit=LogitFit(steps=steps, lr=lr),
+        device=evidence.device,
+    )
 
 
 def _refuse_half_a_choice(against: str, base_quantization: str | None) -> None:

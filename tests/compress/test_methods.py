@@ -17,6 +17,8 @@ from deltafold.compress.methods.base import method, spec_of
 from deltafold.compress.terms import Banded, Lossless, Rows, Sparse, SparseCodes
 
 SPECS = [
+    "axis-signs",
+    "axis-signs:damp=0.1",
     "bitdelta",
     "bitdelta:scale=tensor",
     "bitdelta:bits=4,group=128",
@@ -31,6 +33,10 @@ SPECS = [
     "dare:drop=0.5,seed=3,rescale=false",
     "dct",
     "dct:size=5,bits=4,share=1.0,match=false",
+    "delta-come",
+    "delta-come:bits=2,group=16,ordered=false",
+    "deltazip",
+    "deltazip:bits=2",
     "exact",
     "impart",
     "impart:ratio=4.0,beta=0.6,power=0.5,seed=9",
@@ -38,6 +44,8 @@ SPECS = [
     "int:bits=8",
     "int:bits=2,group=16",
     "int:bits=3",
+    "int-hessian",
+    "int-hessian:bits=2,group=16",
     "lloyd",
     "lloyd:bits=4,scale=row",
     "lossless",
@@ -53,6 +61,10 @@ SPECS = [
     "svd",
     "svd:rank=4",
     "svd:bits=1",
+    "svd-act",
+    "svd-act:rank=4,damp=0.1",
+    "svd-widths",
+    "svd-widths:bits=2,group=16",
     "topk",
     "topk:keep=0.01,bits=8",
 ]
