@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import nn
 
-from deltafold.compress import Checkpoint, DeltafoldError
+from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
 from deltafold.compress.fingerprint import Digests, digest_source, fingerprint
 from deltafold.compress.lora import cached_lora
 from deltafold.runtime.batch import BatchState, loaded_rows
@@ -21,9 +22,16 @@ from deltafold.runtime.host import Row, Variant
 from deltafold.runtime.kernels.forms import Target
 from deltafold.runtime.layers import unwrap, wrap
 from deltafold.runtime.loading import Handle, LoadedVariant, load_variant
-from deltafold.runtime.residency import Residency
+from deltafold.runtime.misfit import NotAppliableError, misfit
+from deltafold.runtime.rebuilding import rebuild_variant
+from deltafold.runtime.residency import Residency, Resident
 from deltafold.runtime.slots import SlotMap, warm_up_shape
 from deltafold.runtime.zoo import Zoo, ZooEntry
+
+#: Whether variants that cannot be applied get a dense model of their own, or are refused.
+Rebuild: TypeAlias = Literal["auto", "never"]
+
+_log = logging.getLogger(__name__)
 
 
 class Deltas:
@@ -36,6 +44,8 @@ class Deltas:
         name: what the base is served as; it answers to "base" as well.
         max_deltas: most variants in memory; None keeps all that were ever used.
         strict: refuse to start while a delta of the zoo is broken or for another base.
+        rebuild: "auto" gives a variant whose delta cannot be applied a dense model of its own,
+            which `Variant.model` holds; "never" refuses it.
         digests: the base's digests, where they are already known.
 
     Raises:
@@ -51,6 +61,7 @@ class Deltas:
         name: str = "base",
         max_deltas: int | None = None,
         strict: bool = True,
+        rebuild: Rebuild = "never",
         digests: Digests | None = None,
     ) -> None:
         self.base_name = name
@@ -63,6 +74,10 @@ class Deltas:
         self._state = BatchState(parameter.device)
         self._slots = SlotMap(model)
         self._slots.observe(model, _warm_up_inputs(model, parameter.device))
+        if rebuild not in ("auto", "never"):
+            raise DeltafoldError("bad-argument", f"rebuild is 'auto' or 'never', not {rebuild!r}.")
+        self._model, self._rebuild = model, rebuild == "auto"
+        self._misfits: dict[str, NotAppliableError | None] = {}
         self._wrapped: set[str] = set()
         self._wrapping = threading.Lock()
         self._residency = Residency(max_deltas)
@@ -102,12 +117,7 @@ class Deltas:
             return None
         repo = self._zoo.find(name).opened()
 
-        def load() -> LoadedVariant:
-            loaded = load_variant(repo, self._base, self._slots, self._target)
-            self._wrap(loaded)
-            return loaded
-
-        return Handle(name, self._residency.acquire(repo.digest, load))
+        return Handle(name, self._residency.acquire(repo.digest, lambda: self._load(repo)))
 
     def release(self, variant: Variant | None) -> None:
         """Undo one `acquire`."""
@@ -129,6 +139,39 @@ class Deltas:
                 unwrap(self._slots.module(name))
             self._wrapped.clear()
 
+    def _load(self, repo: DeltaRepo) -> Resident:
+        problem = self._misfit(repo)
+        if problem is None:
+            try:
+                loaded = load_variant(repo, self._base, self._slots, self._target, self._config)
+            except NotAppliableError as found:
+                problem = self._misfits[repo.digest] = found
+            else:
+                self._wrap(loaded)
+                return loaded
+        if not self._rebuild:
+            # It is kept, and must not keep alive what its last reader was doing.
+            raise problem.with_traceback(None)
+        _log.info("%s is rebuilt, since it cannot be applied: %s", repo.folder, problem.message)
+        return rebuild_variant(
+            repo, self._base, self._model, self._slots, self._target, problem.tensor
+        )
+
+    def _misfit(self, repo: DeltaRepo) -> NotAppliableError | None:
+        """Why a variant cannot be applied, by loading it or by its manifest; None if it can."""
+        if repo.digest not in self._misfits:
+            self._misfits[repo.digest] = misfit(repo, self._base, self._slots, self._config)
+        return self._misfits[repo.digest]
+
+    def _how(self, problem: NotAppliableError | None) -> Literal["delta", "rebuilt", "refused"]:
+        if problem is None:
+            return "delta"
+        return "rebuilt" if self._rebuild else "refused"
+
+    @property
+    def _config(self) -> Any:
+        return cast(Any, self._model).config
+
     def _wrap(self, loaded: LoadedVariant) -> None:
         with self._wrapping:
             for name, home in loaded.homes.items():
@@ -147,7 +190,9 @@ class Deltas:
         )
 
     def _describe(self, entry: ZooEntry) -> VariantInfo:
-        manifest = entry.opened().manifest
+        repo = entry.opened()
+        manifest = repo.manifest
+        problem = self._misfit(repo)
         resident = manifest.delta_id in self._residency.resident()
         return VariantInfo(
             name=entry.name,
@@ -160,6 +205,8 @@ class Deltas:
             tier=_tier(self._target) if resident else "disk",
             created=entry.stamp[0] // 10**9,
             quality=manifest.quality,
+            applied=self._how(problem),
+            obstacle="" if problem is None else problem.tensor,
         )
 
 

@@ -14,10 +14,16 @@ from typing import Any, Self
 import torch
 
 from deltafold.compress.errors import DeltafoldError
-from deltafold.runtime.embedded.checks import check_prompt, check_sampling, output_limit
+from deltafold.runtime.deltas import Rebuild
+from deltafold.runtime.embedded.checks import (
+    check_prompt,
+    check_sampling,
+    check_scale,
+    output_limit,
+)
 from deltafold.runtime.embedded.gather import gather
 from deltafold.runtime.embedded.job import Job
-from deltafold.runtime.embedded.loop import Loop
+from deltafold.runtime.embedded.lanes import Lanes
 from deltafold.runtime.embedded.opening import open_model
 from deltafold.runtime.embedded.runner import Runner
 from deltafold.runtime.embedded.scheduler import Limits
@@ -62,7 +68,8 @@ class EmbeddedEngine:
         Args:
             model: a causal language model of transformers, already prepared by `host`.
             host: holder of the variants. The engine does not close it.
-            max_batch: most requests that run together.
+            max_batch: most requests that run together on one model. A variant with a dense model of
+                its own has a batch of its own, and the bounds below hold for each.
             max_model_len: most tokens of one request; never more than the model's own context.
             max_batch_tokens: bound of key-value memory, in rows times columns (every row takes as
                 many columns as the longest); None means that nothing but the two above bounds it.
@@ -95,7 +102,7 @@ class EmbeddedEngine:
             whole_prompts=runner.recurrent,
         )
         self._fronts = TextFronts(host.base_name, host.base_folder)
-        self._loop = Loop(runner, self._limits, self._on_end)
+        self._lanes = Lanes(runner, self._limits, self._on_end)
         self._numbers = itertools.count()
         # Guards what follows; the thread sleeps on it.
         self._wake = threading.Condition()
@@ -116,6 +123,7 @@ class EmbeddedEngine:
         served_model_name: str | None = None,
         max_deltas: int | None = None,
         strict: bool = True,
+        rebuild: Rebuild = "auto",
         max_batch: int = 32,
         max_model_len: int | None = None,
         max_batch_tokens: int | None = None,
@@ -131,6 +139,8 @@ class EmbeddedEngine:
             served_model_name: what the base answers to besides "base".
             max_deltas: most variants in memory; None keeps all that were used.
             strict: refuse to start while a delta of the zoo is broken or for another base.
+            rebuild: "auto" serves a variant whose delta cannot be applied by a dense model of its
+                own in memory; "never" refuses it.
             max_batch: see `__init__`, as for what follows.
             max_model_len: see `__init__`.
             max_batch_tokens: see `__init__`.
@@ -147,6 +157,7 @@ class EmbeddedEngine:
             name=served_model_name,
             max_deltas=max_deltas,
             strict=strict,
+            rebuild=rebuild,
         )
         return cls(
             opened.model,
@@ -231,7 +242,13 @@ class EmbeddedEngine:
         front = self._front_of(variant)
         ids = front.encode(request.prompt)
         check_prompt(ids, front.vocabulary or self._base_vocabulary)
-        limit = output_limit(len(ids), request.sampling.max_tokens, self._limits.model_len)
+        runner = None
+        room = self._limits.model_len
+        if variant is not None and variant.model is not None:
+            check_scale(request.sampling, info)
+            runner = Runner(variant.model, None)
+            room = min(room, runner.context)
+        limit = output_limit(len(ids), request.sampling.max_tokens, room)
         digest = info.digest if variant is None else variant.digest
         return Job(
             ticket=Ticket(uuid.uuid4().hex, info.name, digest, tuple(ids)),
@@ -241,6 +258,7 @@ class EmbeddedEngine:
             on_chunk=on_chunk,
             order=next(self._numbers),
             limit=limit,
+            runner=runner,
         )
 
     # Variants and text.
@@ -286,11 +304,11 @@ class EmbeddedEngine:
 
     def stats(self) -> Stats:
         """A snapshot for metrics."""
-        counters = self._loop.counters
+        counters = self._lanes.counters
         with self._wake:
             live = [s for s in self._live.values() if not s.ended]
         # A request that holds key-value memory, or whose prompt is being read, runs.
-        reading = set(map(id, self._loop.reading))
+        reading = set(map(id, self._lanes.reading))
         running = [s for s in live if s.cached or id(s) in reading]
         by_variant = Counter(s.ticket.variant for s in running)
         return Stats(
@@ -302,7 +320,7 @@ class EmbeddedEngine:
             generated_tokens=counters.generated_tokens,
             batch_variants=len({s.ticket.digest for s in running}),
             kv_tokens=sum(s.cached for s in running),
-            kv_capacity=self._limits.tokens,
+            kv_capacity=self._limits.tokens * self._lanes.models,
             running_by_variant=dict(by_variant),
             resident=self._host.resident(),
         )
@@ -333,28 +351,28 @@ class EmbeddedEngine:
     def _run(self) -> None:
         error: Exception | None = None
         try:
-            self._loop.enter_thread()
+            self._lanes.enter_thread()
             while self._collect():
-                self._loop.step()
+                self._lanes.step()
         except Exception as problem:  # a bug of ours: nobody may be left waiting
             _log.exception("the engine's thread stopped")
             error = problem
         with self._wake:
             self._closing = True
         self._take_inbox()
-        self._loop.end_all("error" if error else "cancelled", error)
+        self._lanes.end_all("error" if error else "cancelled", error)
 
     def _collect(self) -> bool:
         """Sleep until there is work; False when the engine is closing."""
         with self._wake:
-            while not (self._closing or self._inbox or self._loop.busy):
+            while not (self._closing or self._inbox or self._lanes.busy):
                 self._wake.wait()
         self._take_inbox()
         return not self._closing
 
     def _take_inbox(self) -> None:
         while self._inbox:
-            self._loop.waiting.add(self._inbox.popleft())
+            self._lanes.add(self._inbox.popleft())
 
     def _on_end(self, job: Job) -> None:
         """Called once per request, before its last chunk."""

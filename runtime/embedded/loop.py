@@ -44,11 +44,17 @@ class Loop:
         running: requests with a row; index = row of the cache.
     """
 
-    def __init__(self, runner: Runner, limits: Limits, on_end: Callable[[Job], None]) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        limits: Limits,
+        on_end: Callable[[Job], None],
+        counters: Counters | None = None,
+    ) -> None:
         """`on_end` is called once per request, before its last chunk goes out."""
         self.waiting = Waiting()
         self.running: list[Job] = []
-        self.counters = Counters()
+        self.counters = counters or Counters()
         self._runner = runner
         self._limits = limits
         self._on_end = on_end

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,8 @@ import torch
 
 from deltafold.compress import Checkpoint, DeltafoldError
 from deltafold.compress.fingerprint import digest_source
-from deltafold.runtime.deltas import Deltas
+from deltafold.runtime.deltas import Deltas, Rebuild
+from deltafold.runtime.quiet import quiet
 
 #: On a CPU, models up to this size in float32 run in float32: most CPUs are no slower at it, and
 #: answers are then exact to the last printed digit.
@@ -39,6 +38,7 @@ def open_model(
     name: str | None = None,
     max_deltas: int | None = None,
     strict: bool = True,
+    rebuild: Rebuild = "auto",
 ) -> Opened:
     """Load a base checkpoint with transformers and wrap it.
 
@@ -51,6 +51,7 @@ def open_model(
         name: what the base is served as; its folder or hub name by default.
         max_deltas: most variants in memory.
         strict: refuse to start while a delta of the zoo is broken.
+        rebuild: see `Deltas`.
 
     Raises:
         DeltafoldError: `not-found`, `not-a-checkpoint`, `bad-argument`, `missing-extra`,
@@ -66,7 +67,7 @@ def open_model(
         ) from error
     checkpoint = Checkpoint.open(base)
     where = _device(device)
-    with _quiet(checkpoint.nbytes() < _WORTH_A_BAR):
+    with quiet(checkpoint.nbytes() < _WORTH_A_BAR):
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder, dtype=_dtype(dtype, checkpoint, where), local_files_only=True
         )
@@ -78,23 +79,10 @@ def open_model(
         name=name or checkpoint.reference.name,
         max_deltas=max_deltas,
         strict=strict,
+        rebuild=rebuild,
         digests=digest_source(checkpoint),
     )
     return Opened(model, deltas)
-
-
-@contextmanager
-def _quiet(quiet: bool) -> Iterator[None]:
-    from transformers.utils import logging
-
-    hide = quiet and logging.is_progress_bar_enabled()
-    if hide:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if hide:
-            logging.enable_progress_bar()
 
 
 def _device(device: str) -> torch.device:

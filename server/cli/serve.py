@@ -68,6 +68,13 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
     help="Check each delta against the base before it serves.",
 )
 @click.option(
+    "--rebuild",
+    type=click.Choice(["auto", "never"]),
+    default="auto",
+    show_default=True,
+    help="Give variants that cannot be applied a dense model of their own, or refuse them.",
+)
+@click.option(
     "--log-level",
     type=click.Choice(["critical", "error", "warning", "info", "debug"]),
     default="info",
