@@ -25,7 +25,8 @@ from deltafold.runtime.loading import Handle, LoadedVariant, load_variant
 from deltafold.runtime.misfit import NotAppliableError, misfit
 from deltafold.runtime.rebuilding import rebuild_variant
 from deltafold.runtime.residency import Residency, Resident
-from deltafold.runtime.slots import SlotMap, warm_up_shape
+from deltafold.runtime.slots import SlotMap
+from deltafold.runtime.warm_up import warm_up_inputs
 from deltafold.runtime.zoo import Zoo, ZooEntry
 
 #: Whether variants that cannot be applied get a dense model of their own, or are refused.
@@ -73,7 +74,7 @@ class Deltas:
         self._target = Target(parameter.device, parameter.dtype)
         self._state = BatchState(parameter.device)
         self._slots = SlotMap(model)
-        self._slots.observe(model, _warm_up_inputs(model, parameter.device))
+        self._slots.observe(model, warm_up_inputs(model))
         if rebuild not in ("auto", "never"):
             raise DeltafoldError("bad-argument", f"rebuild is 'auto' or 'never', not {rebuild!r}.")
         self._model, self._rebuild = model, rebuild == "auto"
@@ -212,17 +213,3 @@ class Deltas:
 
 def _tier(target: Target) -> Any:
     return "host" if target.device.type == "cpu" else "device"
-
-
-def _warm_up_inputs(model: nn.Module, device: torch.device) -> dict[str, Any]:
-    rows, tokens = warm_up_shape()
-    config = cast(Any, model).config
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    if vocabulary is None:
-        raise DeltafoldError(
-            "engine-unsupported",
-            f"{type(model).__name__} has no vocabulary; it is not a text model.",
-        )
-    ids = torch.arange(rows * tokens, device=device).reshape(rows, tokens) % int(vocabulary)
-    # With a cache, so that modules which keep one are seen to do so.
-    return {"input_ids": ids, "use_cache": True}

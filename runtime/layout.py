@@ -1,11 +1,13 @@
 """How a module's arguments and outputs lay out the batch, as a warm-up pass saw it.
 
 Sizes of the warm-up batch are odd ones, so that a first dimension tells what it counts: requests
-(`rows`), requests times tokens (`tokens`), or nothing (`one`: the same for every request).
+(`rows`), requests times something (`tokens`, also patches or windows of images), or nothing (`one`:
+the same for every request).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
@@ -31,7 +33,9 @@ def kind_of(value: Any) -> Tree:
         if not value.dim():
             return "whole"
         first = value.shape[0]
-        kinds: dict[int, Kind] = {1: "one", WARM_ROWS: "rows", WARM_ROWS * WARM_TOKENS: "tokens"}
+        if first > WARM_ROWS and first % WARM_ROWS == 0:
+            return "tokens"
+        kinds: dict[int, Kind] = {1: "one", WARM_ROWS: "rows"}
         return kinds.get(first, "other")
     if isinstance(value, tuple | list):
         return tuple(kind_of(v) for v in value)
@@ -47,15 +51,19 @@ def is_cache(value: Any) -> bool:
     return "Cache" in names or getattr(type(value), "deltafold_cache", False) is True
 
 
-def answer_of(output: Any) -> torch.Tensor:
-    """What a model's output says about each request: logits, or hidden states without a head."""
-    for name in ("logits", "last_hidden_state"):
-        value = getattr(output, name, None)
-        if isinstance(value, torch.Tensor):
-            return value
-    first = output if isinstance(output, torch.Tensor) else output[0]
-    assert isinstance(first, torch.Tensor)
-    return first
+def answers_of(output: Any, place: str = "") -> dict[str, torch.Tensor]:
+    """What a warm-up pass says about each request, by its place in the output: every tensor of
+    real numbers that has requests in front.
+    """
+    if isinstance(output, torch.Tensor):
+        told = output.is_floating_point() and output.dim() > 0 and len(output) == WARM_ROWS
+        return {place: output} if told else {}
+    found: dict[str, torch.Tensor] = {}
+    if isinstance(output, Mapping | tuple | list):
+        named = output.items() if isinstance(output, Mapping) else enumerate(output)
+        for key, value in named:
+            found |= answers_of(value, f"{place}.{key}")
+    return found
 
 
 def leaves(tree: Tree) -> list[Kind]:
@@ -103,6 +111,11 @@ class Layout:
     def cached(self) -> bool:
         """Whether it is given a cache."""
         return "cache" in self.inputs
+
+    @property
+    def guessed(self) -> bool:
+        """Whether a tensor's first dimension is taken for requests since it is a multiple of them."""
+        return "tokens" in self.inputs or "tokens" in leaves(self.output)
 
     @property
     def shared(self) -> bool:

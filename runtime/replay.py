@@ -8,6 +8,7 @@ in question do not decide what goes into the cache; `rehearse` tries that out be
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,10 @@ from torch import nn
 from deltafold.compress import DeltafoldError
 from deltafold.runtime.batch import BatchState
 from deltafold.runtime.layers import unwrap, wrap
-from deltafold.runtime.layout import WARM_ROWS, answer_of, is_cache
+from deltafold.runtime.layout import WARM_ROWS, is_cache
+
+from deltafold.runtime.uses import Answers
+from deltafold.runtime.warm_up import later_inputs
 
 if TYPE_CHECKING:
     from deltafold.runtime.slots import Home
@@ -82,18 +86,23 @@ def recorded(
 
 
 @torch.no_grad()
-def rehearse(model: nn.Module, inputs: dict[str, Any], homes: list[Home]) -> set[str]:
+def rehearse(
+    model: nn.Module, inputs: dict[str, Any], homes: list[Home], answers: Answers
+) -> set[str]:
     """Names of the homes that do not serve a changed parameter as a model that holds it does.
 
-    Reads a prompt and one more token, so that both ways of using a cache are tried.
+    Reads a prompt and one more token, so that both ways of using a cache are tried; models without
+    a cache read the prompt alone.
     """
-    if not homes or _serves(model, inputs, homes):
+    if not homes or _serves(model, inputs, homes, answers):
         return set()
     names = {h.name for h in homes}
-    return {n for n in names if not _serves(model, inputs, [h for h in homes if h.name == n])}
+    return {
+        n for n in names if not _serves(model, inputs, [h for h in homes if h.name == n], answers)
+    }
 
 
-def _serves(model: nn.Module, inputs: dict[str, Any], homes: list[Home]) -> bool:
+def _serves(model: nn.Module, inputs: dict[str, Any], homes: list[Home], answers: Answers) -> bool:
     from deltafold.runtime.loading import LoadedVariant
 
     variant = LoadedVariant("rehearsal", Path())
@@ -104,14 +113,15 @@ def _serves(model: nn.Module, inputs: dict[str, Any], homes: list[Home]) -> bool
         variant.add_vector(home, (moved[key].float() - values[key].float()))
     state = BatchState(next(model.parameters()).device)
     modules = {h.name: h for h in homes}
+    passes = _Passes(model, inputs, answers)
     rows = [(variant if i % 2 else None, 1.0) for i in range(WARM_ROWS)]
     try:
-        plain = _two_passes(model, inputs)
-        expected = _with_values(model, inputs, homes, moved)
+        plain = passes.run()
+        expected = _with_values(passes, homes, moved)
         for name, home in modules.items():
             wrap(name, home.module, state, home.layout)
         with state.running(rows):
-            found = _two_passes(model, inputs)
+            found = passes.run()
     except (DeltafoldError, RuntimeError, AttributeError, TypeError, ValueError, IndexError):
         return False
     finally:
@@ -130,27 +140,29 @@ def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool(((found - expected).abs() <= limit).all())
 
 
-def _two_passes(model: nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor]:
-    first = model(**inputs)
-    cache = {n: getattr(first, n, None) for n in ("past_key_values", "cache_params")}
-    cache = {n: c for n, c in cache.items() if c is not None}
-    if not cache:
-        raise ValueError("the model was given a cache and returns none")
-    second = model(input_ids=inputs["input_ids"][:, :1], use_cache=True, **cache)
-    return [answer_of(first), answer_of(second)]
+@dataclass(frozen=True)
+class _Passes:
+    """A prompt, and one more token where the model has a cache."""
+
+    model: nn.Module
+    inputs: dict[str, Any]
+    answers: Answers
+
+    def run(self) -> list[torch.Tensor]:
+        """What the model says in each pass."""
+        first = self.model(**self.inputs)
+        told, later = self.answers.of(first), later_inputs(self.inputs, first)
+        return told if later is None else [*told, *self.answers.of(self.model(**later))]
 
 
 def _with_values(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    homes: list[Home],
-    values: dict[tuple[str, str], torch.Tensor],
+    passes: _Passes, homes: list[Home], values: dict[tuple[str, str], torch.Tensor]
 ) -> list[torch.Tensor]:
     kept = {key: value.clone() for key, value in ((k, _parameter_of(homes, k)) for k in values)}
     try:
         for key, value in values.items():
             _parameter_of(homes, key).data.copy_(value)
-        return _two_passes(model, inputs)
+        return passes.run()
     finally:
         for key, value in kept.items():
             _parameter_of(homes, key).data.copy_(value)

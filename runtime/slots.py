@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltafold.runtime.layout import WARM_ROWS, WARM_TOKENS, Layout
+from deltafold.runtime.layers import is_embedding, is_linear, is_transposed_linear
+from deltafold.runtime.layout import Layout
 from deltafold.runtime.regions import Region, find_region
 from deltafold.runtime.replay import rehearse
-from deltafold.runtime.uses import Uses, mixing
+from deltafold.runtime.uses import Answers, Uses, mixing
 
 
 @dataclass(frozen=True)
@@ -119,16 +120,17 @@ class SlotMap:
 
         Args:
             model: the model, in eval mode.
-            inputs: keyword arguments of a forward pass over a batch of `warm_up_shape()`.
+            inputs: keyword arguments of a forward pass, as `warm_up_inputs` gives them.
         """
+        answers = Answers.observe(model, inputs)
         self._uses = Uses.watch(model, inputs, self._tied)
         saved = [n for n in model.state_dict() if n in self.slots]
         # A module that is found to mix requests sends its parameters to one around it.
         for _ in range(3):
             found = {h.name: h.module for name in saved for h in self.homes(name)}
-            bad = mixing(model, inputs, found, self._uses.layouts)
-            homes = [h for name in saved for h in self.homes(name) if h.layout.cached]
-            bad |= rehearse(model, inputs, [h for h in homes if h.name not in bad])
+            bad = mixing(model, inputs, found, self._uses.layouts, answers)
+            homes = [h for name in saved for h in self.homes(name) if _is_risky(h)]
+            bad |= rehearse(model, inputs, [h for h in homes if h.name not in bad], answers)
             if not bad:
                 break
             self._bad |= bad
@@ -200,9 +202,10 @@ class _values:  # noqa: N801
             home[attribute] = value
 
 
-def warm_up_shape() -> tuple[int, int]:
-    """Batch rows and tokens of the warm-up pass."""
-    return WARM_ROWS, WARM_TOKENS
+def _is_risky(home: Home) -> bool:
+    """Whether only a rehearsal tells that the home's module can be run again for some requests."""
+    plain = is_linear(home.module) or is_transposed_linear(home.module) or is_embedding(home.module)
+    return not plain and (home.layout.cached or home.layout.guessed)
 
 
 def _inside(name: str, other: str) -> bool:

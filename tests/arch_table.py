@@ -265,13 +265,12 @@ def document() -> str:
 
 def _line(family: Family) -> list[str]:
     from deltafold.runtime.layers import is_embedding, is_linear, is_transposed_linear
-    from deltafold.runtime.slots import SlotMap, warm_up_shape
+    from deltafold.runtime.slots import SlotMap
+    from deltafold.runtime.warm_up import warm_up_inputs
 
     model = family.build()
-    rows, tokens = warm_up_shape()
     slots = SlotMap(model)
-    ids = torch.arange(rows * tokens).reshape(rows, tokens)
-    slots.observe(model, {"input_ids": ids, "use_cache": True})
+    slots.observe(model, warm_up_inputs(model))
     # What is saved can be changed; tables of angles, say, are made anew at every start.
     modules = {h.name: h.module for n in model.state_dict() for h in slots.homes(n)}
     products = {n for n, m in modules.items() if is_linear(m) or is_transposed_linear(m)}
