@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
-import torch
 from torch import nn
 
 from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo

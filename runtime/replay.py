@@ -19,7 +19,6 @@ from deltafold.compress import DeltafoldError
 from deltafold.runtime.batch import BatchState
 from deltafold.runtime.layers import unwrap, wrap
 from deltafold.runtime.layout import WARM_ROWS, is_cache
-
 from deltafold.runtime.uses import Answers
 from deltafold.runtime.warm_up import later_inputs
 

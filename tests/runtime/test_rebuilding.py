@@ -190,8 +190,8 @@ def test_a_model_that_reads_a_weight_itself(tmp_path: Path) -> None:
     """What is untouched is the base's own memory."""
 
     class Direct(transformers.LlamaForCausalLM):  # type: ignore[misc]
-        def forward(self, past_key_values: Any = None, **inputs: Any) -> Any:
-            out = super().forward(past_key_values=past_key_values, **inputs)
+        def forward(self, input_ids: Any = None, past_key_values: Any = None, **more: Any) -> Any:
+            out = super().forward(input_ids, past_key_values=past_key_values, **more)
             out.logits = out.logits * self.model.norm.weight.std()
             return out
 
