@@ -47,7 +47,12 @@ def differing_keys(base: Any, folder: Path) -> list[str]:
         return ["model_type"]
     if type(own) is not type(base):
         return ["model_type"]
-    return sorted(_differences(base.to_dict(), own.to_dict(), type(base)().to_dict()))
+    ours, theirs = base.to_dict(), own.to_dict()
+    try:
+        known = type(base)().to_dict()
+    except (ValueError, TypeError):  # made of others, and empty without them
+        known = {**ours, **theirs}
+    return sorted(_differences(ours, theirs, known))
 
 
 def _differences(
@@ -61,11 +66,15 @@ def _differences(
         # Keys that the configuration's class does not know are left by somebody's training.
         if key not in known or _INERT.fullmatch(key) or mine == other:
             continue
-        if key.endswith("_config") and isinstance(mine, Mapping) and isinstance(other, Mapping):
+        if _is_config(mine) and _is_config(other):
             nested = known[key] if isinstance(known[key], Mapping) else {**mine, **other}
             yield from (f"{key}.{k}" for k in _differences(mine, other, nested))
         else:
             yield key
+
+
+def _is_config(value: Any) -> bool:
+    return isinstance(value, Mapping) and "model_type" in value
 
 
 def _windows(config: Mapping[str, Any]) -> bool:

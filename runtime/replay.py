@@ -45,7 +45,7 @@ class Recorder:
         self.answers: list[tuple[str, Any]] = [] if answers is None else answers
 
     @property  # type: ignore[misc]
-    def __class__(self) -> type:  # noqa: D105
+    def __class__(self) -> type:
         return type(self._cache)
 
     def __getattr__(self, name: str) -> Any:
@@ -103,7 +103,7 @@ class Replay:
         self._cut = cut
 
     @property  # type: ignore[misc]
-    def __class__(self) -> type:  # noqa: D105
+    def __class__(self) -> type:
         return self._kind
 
     def __getattr__(self, name: str) -> Any:
