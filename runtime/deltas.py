@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,9 @@ from deltafold.runtime.zoo import Zoo, ZooEntry
 #: Whether variants that cannot be applied get a dense model of their own, or are refused.
 Rebuild: TypeAlias = Literal["auto", "never"]
 
+#: Names those tensors of a delta that are not the wrapped model's.
+Beside: TypeAlias = Callable[[DeltaRepo], Collection[str]]
+
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +50,10 @@ class Deltas:
         rebuild: "auto" gives a variant whose delta cannot be applied a dense model of its own,
             which `Variant.model` holds; "never" refuses it.
         digests: the base's digests, where they are already known.
+        inputs: keyword arguments of a forward pass like those that will come, and no others will
+            come: parameters that have no say in the answers to them are then free to differ. None
+            makes them up, and takes nothing for granted.
+        beside: names those tensors of a delta that somebody else applies, such as heads.
 
     Raises:
         DeltafoldError: `not-found`; with `strict`, the first broken delta's own error.
@@ -63,6 +70,8 @@ class Deltas:
         strict: bool = True,
         rebuild: Rebuild = "never",
         digests: Digests | None = None,
+        inputs: dict[str, Any] | None = None,
+        beside: Beside | None = None,
     ) -> None:
         self.base_name = name
         self.base_folder = base.folder
@@ -73,9 +82,11 @@ class Deltas:
         self._target = Target(parameter.device, parameter.dtype)
         self._state = BatchState(parameter.device)
         self._slots = SlotMap(model)
-        self._slots.observe(model, warm_up_inputs(model))
         if rebuild not in ("auto", "never"):
             raise DeltafoldError("bad-argument", f"rebuild is 'auto' or 'never', not {rebuild!r}.")
+        given = warm_up_inputs(model) if inputs is None else inputs
+        self._slots.observe(model, given, find_idle=inputs is not None)
+        self._beside = beside
         self._model, self._rebuild = model, rebuild == "auto"
         self._misfits: dict[str, NotAppliableError | None] = {}
         self._wrapped: set[str] = set()
@@ -143,7 +154,10 @@ class Deltas:
         problem = self._misfit(repo)
         if problem is None:
             try:
-                loaded = load_variant(repo, self._base, self._slots, self._target, self._config)
+                beside = self._beside(repo) if self._beside is not None else None
+                loaded = load_variant(
+                    repo, self._base, self._slots, self._target, self._config, beside
+                )
             except NotAppliableError as found:
                 problem = self._misfits[repo.digest] = found
             else:
@@ -160,7 +174,9 @@ class Deltas:
     def _misfit(self, repo: DeltaRepo) -> NotAppliableError | None:
         """Why a variant cannot be applied, by loading it or by its manifest; None if it can."""
         if repo.digest not in self._misfits:
-            self._misfits[repo.digest] = misfit(repo, self._base, self._slots, self._config)
+            self._misfits[repo.digest] = misfit(
+                repo, self._base, self._slots, self._config, whole=self._beside is None
+            )
         return self._misfits[repo.digest]
 
     def _how(self, problem: NotAppliableError | None) -> Literal["delta", "rebuilt", "refused"]:

@@ -153,30 +153,10 @@ class Stats:
 OnChunk: TypeAlias = Callable[[Chunk], None]
 
 
-class Engine(Protocol):
-    """One base model and its variants."""
+class Served(Protocol):
+    """What all engines have: one base model and its variants."""
 
     base_name: str
-
-    def submit(self, request: Request, on_chunk: OnChunk) -> Ticket:
-        """Accept a request; may block while a variant is read from disk.
-
-        `on_chunk` is called from the engine's thread and must not block; it sees the last chunk
-        exactly once, also after `cancel` or an error.
-
-        Raises:
-            DeltafoldError: `variant-not-found`, `context-length`, `bad-argument`, and every code
-                that loading a delta can give.
-        """
-        ...
-
-    def cancel(self, ticket_id: str) -> None:
-        """Stop a request; unknown or finished ids are ignored."""
-        ...
-
-    def generate(self, requests: Sequence[Request]) -> Iterator[Output]:
-        """Run requests together and yield outputs in the requests' order."""
-        ...
 
     def variants(self) -> list[VariantInfo]:
         """The base and every variant of the zoo, sorted by name, the base first."""
@@ -205,4 +185,28 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Finish the running step, fail what is left with `cancelled`, free memory."""
+        ...
+
+
+class Engine(Served, Protocol):
+    """An engine that generates."""
+
+    def submit(self, request: Request, on_chunk: OnChunk) -> Ticket:
+        """Accept a request; may block while a variant is read from disk.
+
+        `on_chunk` is called from the engine's thread and must not block; it sees the last chunk
+        exactly once, also after `cancel` or an error.
+
+        Raises:
+            DeltafoldError: `variant-not-found`, `context-length`, `bad-argument`, and every code
+                that loading a delta can give.
+        """
+        ...
+
+    def cancel(self, ticket_id: str) -> None:
+        """Stop a request; unknown or finished ids are ignored."""
+        ...
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Output]:
+        """Run requests together and yield outputs in the requests' order."""
         ...

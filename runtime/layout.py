@@ -20,7 +20,7 @@ WARM_TOKENS: Final = 3
 #: `whole` is handed on as it is; `other` is a tensor without the batch in front; `cache` is a
 #: cache of transformers, `state` any other object that may remember calls.
 Kind: TypeAlias = Literal["rows", "tokens", "one", "whole", "other", "cache", "state"]
-#: The kind of a value, or of every member of a tuple or list.
+#: The kind of a value, or of every member of a tuple, a list or a mapping.
 Tree: TypeAlias = "Kind | tuple[Tree, ...]"
 
 _BATCHED = ("rows", "tokens", "one")
@@ -39,6 +39,8 @@ def kind_of(value: Any) -> Tree:
         return kinds.get(first, "other")
     if isinstance(value, tuple | list):
         return tuple(kind_of(v) for v in value)
+    if isinstance(value, Mapping):
+        return tuple(kind_of(v) for v in value.values())
     if is_cache(value):
         return "cache"
     return "whole" if isinstance(value, _PLAIN) else "state"

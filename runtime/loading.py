@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -114,7 +115,12 @@ class Handle:
 
 
 def load_variant(
-    repo: DeltaRepo, base: Checkpoint, slots: SlotMap, target: Target, config: Any | None = None
+    repo: DeltaRepo,
+    base: Checkpoint,
+    slots: SlotMap,
+    target: Target,
+    config: Any | None = None,
+    beside: Collection[str] | None = None,
 ) -> LoadedVariant:
     """Read a whole delta and check that all of it can be applied.
 
@@ -124,16 +130,18 @@ def load_variant(
         slots: of the base's model, after a warm-up.
         target: where and in which dtype that model runs.
         config: of that model; see `misfit`.
+        beside: tensors that somebody else applies, if the model has no slot of their name.
 
     Raises:
         NotAppliableError: `coverage` where a tensor has no place in the model;
             `engine-unsupported` where applying it would have no or a wrong effect.
         DeltafoldError: `checksum` and what else reading gives.
     """
-    problem = misfit(repo, base, slots, config)
+    problem = misfit(repo, base, slots, config, whole=beside is None)
     if problem is not None:
         raise problem
-    load = _Load(LoadedVariant(repo.digest, repo.folder), repo, base, slots, target)
+    loaded = LoadedVariant(repo.digest, repo.folder)
+    load = _Load(loaded, repo, base, slots, target, frozenset(beside or ()))
     lost = [tensor for tensor in sorted(repo.manifest.tensors) if not load.tensor(tensor)]
     if lost:
         raise NotAppliableError(
@@ -157,6 +165,7 @@ class _Load:
     base: Checkpoint
     slots: SlotMap
     target: Target
+    beside: frozenset[str]
 
     @cached_property
     def _own(self) -> set[str | None]:
@@ -166,6 +175,9 @@ class _Load:
     def tensor(self, tensor: str) -> bool:
         """Place one coded tensor; False where the model has no place for it."""
         name = self.slots.find(tensor)
+        if name is None and tensor in self.beside:
+            self.loaded.applied.add(tensor)
+            return True
         stored = self.base.tensor(tensor) if tensor in self.base else None
         if stored is not None and (name is None or not self._same(name, stored)):
             region = self.slots.region(tensor, stored, self.base.names())
@@ -199,7 +211,7 @@ class _Load:
             for home in self.slots.homes(tied):
                 reached = True
                 self._place(home, tensor, encoded, basis)
-        assert reached, f"{tensor} has no home, and was not refused"
+        assert reached or self.slots.is_idle(ties), f"{tensor} has no home, and was not refused"
         self.loaded.applied.add(tensor)
         return True
 

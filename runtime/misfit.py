@@ -50,7 +50,12 @@ def not_appliable(
 
 
 def misfit(
-    repo: DeltaRepo, base: Checkpoint, slots: SlotMap, config: Any | None = None
+    repo: DeltaRepo,
+    base: Checkpoint,
+    slots: SlotMap,
+    config: Any | None = None,
+    *,
+    whole: bool = True,
 ) -> NotAppliableError | None:
     """What stands in the way of applying a delta, found without reading it; None for nothing.
 
@@ -59,6 +64,8 @@ def misfit(
         base: the checkpoint that it was packed against.
         slots: of the base's model, after a warm-up.
         config: of that model; None leaves the fine-tune's own out of account.
+        whole: whether the model is all that answers, so that a tensor which the fine-tune dropped
+            must not be in it.
     """
     keys = [] if config is None else differing_keys(config, repo.folder)
     if keys:
@@ -68,11 +75,12 @@ def misfit(
             "its config.json asks for another computation than the base's",
             facts=[("differing", name_some(keys, len(keys)))],
         )
+    own = own_slots(repo, slots)
     for tensor in sorted(repo.manifest.tensors):
-        problem = _of_tensor(repo, base, slots, tensor)
+        problem = _of_tensor(repo, base, slots, tensor, own)
         if problem is not None:
             return problem
-    return _of_absent(repo, slots)
+    return _of_absent(repo, slots) if whole else None
 
 
 def own_slots(repo: DeltaRepo, slots: SlotMap) -> set[str | None]:
@@ -95,7 +103,7 @@ def unreachable(
 
 
 def _of_tensor(
-    repo: DeltaRepo, base: Checkpoint, slots: SlotMap, tensor: str
+    repo: DeltaRepo, base: Checkpoint, slots: SlotMap, tensor: str, own: set[str | None]
 ) -> NotAppliableError | None:
     name = slots.find(tensor)
     if name is None:
@@ -104,11 +112,10 @@ def _of_tensor(
     shape = tuple(base.spec(tensor).shape) if tensor in base else held
     if shape != held:
         return None  # the loader has changed it; its bytes tell what became of it
-    own = own_slots(repo, slots)
     ties = [n for n in slots.tied_to(name) if n == name or n not in own]
     homes = [home for tied in ties for home in slots.homes(tied)]
     if not homes:
-        return unreachable(repo, tensor, slots, ties)
+        return None if slots.is_idle(ties) else unreachable(repo, tensor, slots, ties)
     return next((p for h in homes if (p := _of_shape(repo, tensor, shape, slots, h))), None)
 
 

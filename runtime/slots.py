@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltafold.runtime.idle import idle
 from deltafold.runtime.layers import is_embedding, is_linear, is_transposed_linear
 from deltafold.runtime.layout import Layout
 from deltafold.runtime.regions import Region, find_region
+from deltafold.runtime.renaming import renaming
 from deltafold.runtime.replay import rehearse
 from deltafold.runtime.uses import Answers, Uses, mixing
 
@@ -75,20 +77,27 @@ class SlotMap:
                 self.slots[name] = Slot(name, module, module_name, attribute, value)
                 self._tied.setdefault(id(value), []).append(name)
         self._prefix = str(getattr(model, "base_model_prefix", "") or "")
+        self._rename = renaming(model)
+        self._found: dict[str, str | None] = {}
         self._uses = Uses()
         self._bad: set[str] = set()
         self._captured: set[int] = set()
+        self._idle: set[str] = set()
         self._regions: dict[str, Region | None] = {}
         self.vocabulary = _vocabulary_modules(model)
 
     def find(self, tensor: str) -> str | None:
-        """The slot that a checkpoint's tensor belongs to: its own name, or with the prefix that
-        transformers adds or drops between a bare model and one with a head.
+        """The slot that a checkpoint's tensor belongs to: its own name or the one that the loader
+        gives it, also with the prefix that transformers adds or drops between a bare model and one
+        with a head.
         """
-        candidates = [tensor]
-        if self._prefix:
-            candidates += [f"{self._prefix}.{tensor}", tensor.removeprefix(f"{self._prefix}.")]
-        return next((name for name in candidates if name in self.slots), None)
+        if tensor not in self._found:
+            candidates = [tensor]
+            if self._prefix:
+                candidates += [f"{self._prefix}.{tensor}", tensor.removeprefix(f"{self._prefix}.")]
+            candidates += [self._rename(name) for name in candidates]
+            self._found[tensor] = next((n for n in candidates if n in self.slots), None)
+        return self._found[tensor]
 
     def region(self, tensor: str, value: torch.Tensor, names: Iterable[str]) -> Region | None:
         """The part of a parameter that holds a tensor whose name or layout the model changed.
@@ -115,12 +124,14 @@ class SlotMap:
         return self._tied[id(self.slots[name].tensor)]
 
     @torch.no_grad()
-    def observe(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+    def observe(self, model: nn.Module, inputs: dict[str, Any], *, find_idle: bool = False) -> None:
         """Run warm-up passes: who reads which parameter, and which modules keep requests apart.
 
         Args:
             model: the model, in eval mode.
             inputs: keyword arguments of a forward pass, as `warm_up_inputs` gives them.
+            find_idle: look for parameters that have no say in any answer. Right where requests use
+                no other inputs than these.
         """
         answers = Answers.observe(model, inputs)
         self._uses = Uses.watch(model, inputs, self._tied)
@@ -135,6 +146,16 @@ class SlotMap:
                 break
             self._bad |= bad
         self._captured = self._kept_elsewhere(model, inputs)
+        if find_idle:
+            homeless = {n: self.slots[n].tensor for n in saved if not self._served(n)}
+            self._idle = idle(model, inputs, answers, homeless)
+
+    def is_idle(self, names: Iterable[str]) -> bool:
+        """Whether the parameters of these slots have no say in any answer."""
+        return set(names) <= self._idle
+
+    def _served(self, name: str) -> bool:
+        return any(self.homes(tied) for tied in self.tied_to(name))
 
     def homes(self, name: str) -> list[Home]:
         """The modules to wrap for a slot; empty where a variant's value cannot be brought in.

@@ -6,7 +6,7 @@ decides which module has to run again with a variant's value. Models are watched
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +105,8 @@ def _flat(values: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield value
         elif isinstance(value, tuple | list):
             yield from _flat(value)
+        elif isinstance(value, dict):
+            yield from _flat(value.values())
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ class _Trial:
     def apart(self, modules: dict[str, nn.Module], *, own: bool = False) -> bool:
         """Whether one request's part of the modules' outputs reaches this request alone."""
         try:
-            with _disturbed(modules):
+            with disturbed(modules):
                 found = self.answers.of(self.model(**self.inputs))
         except (RuntimeError, ValueError, IndexError, KeyError):
             return False
@@ -210,7 +212,8 @@ class _Trial:
 
 
 @contextmanager
-def _disturbed(modules: dict[str, nn.Module]) -> Iterator[None]:
+def disturbed(modules: dict[str, nn.Module]) -> Iterator[None]:
+    """Within it, the modules' outputs are changed for one request of the warm-up batch."""
     handles = [m.register_forward_hook(lambda _m, _a, out: _disturb(out)) for m in modules.values()]
     try:
         yield
@@ -222,6 +225,8 @@ def _disturbed(modules: dict[str, nn.Module]) -> Iterator[None]:
 def _disturb(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(_disturb(v) for v in value)
+    if isinstance(value, Mapping):
+        return type(value)(**{key: _disturb(v) for key, v in value.items()})
     kind = kind_of(value)
     if kind not in ("rows", "tokens", "one") or not value.is_floating_point():
         return value

@@ -36,11 +36,12 @@ _FAILURES = (
 
 
 @torch.no_grad()
-def warm_up_inputs(model: nn.Module) -> Inputs:
+def warm_up_inputs(model: nn.Module, *, cached: bool = True) -> Inputs:
     """Keyword arguments of a forward pass over `WARM_ROWS` requests, all of them different.
 
     Args:
         model: of transformers, in eval mode.
+        cached: use the model's cache, if it has one, as generating does.
 
     Returns:
         `input_ids` and `decoder_input_ids` int64 `[WARM_ROWS, WARM_TOKENS]` (longer where images
@@ -51,7 +52,7 @@ def warm_up_inputs(model: nn.Module) -> Inputs:
         DeltafoldError: `engine-unsupported` where the model runs with none of them.
     """
     failure: Exception | None = None
-    for inputs in _candidates(model):
+    for inputs in _candidates(model, cached):
         try:
             model(**inputs)
         except torch.OutOfMemoryError:
@@ -80,14 +81,18 @@ def later_inputs(inputs: Inputs, output: Any) -> Inputs | None:
     return {**kept, own: inputs[own][:, :1], **cache}
 
 
-def _candidates(model: nn.Module) -> Iterator[Inputs]:
+def _candidates(model: nn.Module, cached: bool) -> Iterator[Inputs]:
     """Inputs worth a try, richest first."""
     named = set(inspect.signature(model.forward).parameters)
-    cached = {"use_cache", "past_key_values", "cache_params"} & named or _generates(model)
+    has_cache = bool({"use_cache", "past_key_values", "cache_params"} & named)
     for inputs in _without_cache(model, named):
-        if cached:
+        if not cached:
+            # Decoders keep a cache unless they are told not to.
+            yield {**inputs, "use_cache": False} if "use_cache" in named else inputs
+            continue
+        if has_cache or _generates(model):
             yield {**inputs, "use_cache": True}
-        if not cached or not _generates(model):
+        if not _generates(model):
             yield inputs
 
 

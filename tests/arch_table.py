@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import arch_encoders
 import torch
 import transformers
 
@@ -260,7 +261,8 @@ Everywhere else rows of the base are bit for bit the plain model's.
 
 def document() -> str:
     """The text of `docs/architectures.md`."""
-    return _HEAD + "".join(f"| {' | '.join(_line(f))} |\n" for f in FAMILIES)
+    table = "".join(f"| {' | '.join(_line(f))} |\n" for f in FAMILIES)
+    return _HEAD + table + arch_encoders.document()
 
 
 def _line(family: Family) -> list[str]:

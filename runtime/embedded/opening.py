@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,14 +60,9 @@ def open_model(
         DeltafoldError: `not-found`, `not-a-checkpoint`, `bad-argument`, `missing-extra`,
             `engine-unsupported`, and what is wrong with a delta.
     """
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise DeltafoldError(
-            "missing-extra",
-            "the embedded engine needs transformers.",
-            fix="pip install 'deltafold[hf]'",
-        ) from error
+    need_transformers()
+    from transformers import AutoModelForCausalLM
+
     checkpoint = Checkpoint.open(base)
     where = _device(device)
     with quiet(checkpoint.nbytes() < _WORTH_A_BAR):
@@ -83,6 +81,48 @@ def open_model(
         digests=digest_source(checkpoint),
     )
     return Opened(model, deltas)
+
+
+def load_bare(
+    checkpoint: Checkpoint, cls: Any, *, device: str, dtype: str | torch.dtype | None
+) -> tuple[Any, list[str]]:
+    """Load a checkpoint as a class that may leave its head out, or have more than it.
+
+    Returns:
+        The model, in eval mode, and the names of its tensors that the checkpoint does not bring.
+    """
+    where = _device(device)
+    with quiet(checkpoint.nbytes() < _WORTH_A_BAR), _no_report():
+        model, info = cls.from_pretrained(
+            checkpoint.folder,
+            dtype=_dtype(dtype, checkpoint, where),
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    return model.to(where).eval(), sorted(info["missing_keys"])
+
+
+def need_transformers() -> None:
+    """Raises `missing-extra` where transformers is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        raise DeltafoldError(
+            "missing-extra",
+            "the embedded engine needs transformers.",
+            fix="pip install 'deltafold[hf]'",
+        )
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Without transformers' table of what a checkpoint has too many or too few of."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _device(device: str) -> torch.device:

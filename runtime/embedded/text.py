@@ -78,6 +78,12 @@ class TextFront:
             raise _bad("the prompt is empty")
         return ids
 
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int] | None]:
+        """Token ids of two texts as one input, and of which text each is (None: not told apart)."""
+        found = self._need_tokenizer()(first, second)
+        types = found.get("token_type_ids")
+        return list(found["input_ids"]), None if types is None else list(types)
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out; empty without a tokenizer."""
         return self._decode(token_ids, skip_special=True)
