@@ -14,8 +14,10 @@ FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
 
 #: `{"role": "user", "content": "..."}`, as in the OpenAI API.
 Message: TypeAlias = Mapping[str, Any]
-#: Text, token ids, or chat messages (rendered with the variant's own chat template).
-Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
+#: Text, token ids, or chat messages (rendered with the variant's own chat template). Models that read
+#: images or sounds also take a mapping: `text`, `images` and `audio` for the variant's own processor,
+#: or the model's own inputs as tensors for a batch of one.
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

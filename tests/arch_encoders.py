@@ -150,9 +150,9 @@ _HEAD = """\
 
 ## Models that do not generate
 
-What `PoolingEngine` makes of bare models, written from `tests/arch_encoders.py` and held to the truth by
-`tests/runtime/test_encoder_architectures.py` in the same way: rows of the base are bit for bit the plain
-model's, lossy and lossless rows answer as restored dense models do, texts of different lengths
+What `PoolingEngine` makes of bare models, written from `tests/arch_encoders.py` and held to the truth
+by `tests/runtime/test_encoder_architectures.py` in the same way: rows of the base are bit for bit the
+plain model's, lossy and lossless rows answer as restored dense models do, texts of different lengths
 share a batch. Heads come on top; see [serving.md](serving.md).
 
 *Idle* are tensors that have no say in any answer to such requests, as moving them has shown: the token

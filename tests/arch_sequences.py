@@ -43,6 +43,7 @@ _BART: dict[str, Any] = {
     "eos_token_id": 2,
     "decoder_start_token_id": 2,
     "forced_eos_token_id": None,
+    "init_std": 0.3,
 }
 _TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,

@@ -35,6 +35,16 @@ def check_scale(sampling: Sampling, info: VariantInfo) -> None:
         )
 
 
+def check_whole(sampling: Sampling) -> None:
+    """Raises `bad-argument` for what requests that are written in whole batches cannot have."""
+    if sampling.echo:
+        raise DeltafoldError(
+            "bad-argument",
+            "echo is for models that read and write one text; this one's prompt is not its output.",
+            fix="leave echo out",
+        )
+
+
 def check_prompt(token_ids: Sequence[int], vocabulary: int) -> None:
     """Raises `bad-argument` for ids that the embedding has no row for."""
     wrong = [t for t in token_ids if not 0 <= t < vocabulary]

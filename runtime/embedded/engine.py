@@ -15,13 +15,18 @@ import torch
 
 from deltafold.compress.errors import DeltafoldError
 from deltafold.runtime.deltas import Rebuild
+from deltafold.runtime.embedded.batches import Batches
 from deltafold.runtime.embedded.checks import (
     check_prompt,
     check_sampling,
     check_scale,
+    check_whole,
     output_limit,
 )
+from deltafold.runtime.embedded.delivery import Delivery
+from deltafold.runtime.embedded.drafts import Drafts, output_context
 from deltafold.runtime.embedded.gather import gather
+from deltafold.runtime.embedded.inputs import is_plain
 from deltafold.runtime.embedded.job import Job
 from deltafold.runtime.embedded.lanes import Lanes
 from deltafold.runtime.embedded.opening import open_model
@@ -66,7 +71,9 @@ class EmbeddedEngine:
         """Start the engine; nothing runs until the first request.
 
         Args:
-            model: a causal language model of transformers, already prepared by `host`.
+            model: a model of transformers that generates, already prepared by `host`. Requests of
+                models with an encoder, and all that bring images or sounds, are written in whole
+                batches (see `batches`); others join and leave the running batch at every token.
             host: holder of the variants. The engine does not close it.
             max_batch: most requests that run together on one model. A variant with a dense model of
                 its own has a batch of its own, and the bounds below hold for each.
@@ -89,20 +96,25 @@ class EmbeddedEngine:
         ):
             if value is not None and value < 1:
                 raise DeltafoldError("bad-argument", f"{name} must be 1 or more, not {value}.")
-        runner = Runner(model, host)
-        length = min(x for x in (runner.context, max_model_len, max_batch_tokens) if x)
+        # Encoders answer once and for a whole batch, so nobody can join it later.
+        runner = None if model.config.is_encoder_decoder else Runner(model, host)
+        context = output_context(model) if runner is None else runner.context
+        length = min(x for x in (context, max_model_len, max_batch_tokens) if x)
         self.base_name = host.base_name
-        self._host = host
-        self._base_vocabulary = runner.vocabulary
+        self._host, self._model = host, model
+        self._base_vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
         self._limits = Limits(
             rows=max_batch,
             tokens=max_batch_tokens or max_batch * length,
             model_len=length,
             chunk=prefill_chunk,
-            whole_prompts=runner.recurrent,
+            whole_prompts=runner is not None and runner.recurrent,
         )
         self._fronts = TextFronts(host.base_name, host.base_folder)
-        self._lanes = Lanes(runner, self._limits, self._on_end)
+        self._drafts = Drafts(model, host.base_folder)
+        delivery = Delivery(self._on_end)
+        batches = Batches(model, host, max_batch, delivery)
+        self._lanes = Lanes(runner, self._limits, delivery, batches)
         self._numbers = itertools.count()
         # Guards what follows; the thread sleeps on it.
         self._wake = threading.Condition()
@@ -239,26 +251,33 @@ class EmbeddedEngine:
     def _accept(
         self, request: Request, on_chunk: OnChunk, info: VariantInfo, variant: Variant | None
     ) -> Job:
-        front = self._front_of(variant)
-        ids = front.encode(request.prompt)
+        front, sampling = self._front_of(variant), request.sampling
+        own = None if variant is None else variant.model
+        if own is not None:
+            check_scale(sampling, info)
+        writing, runner, room = None, None, self._limits.model_len
+        if self._lanes.by_token and is_plain(request.prompt):
+            ids = front.encode(request.prompt)
+            runner = None if own is None else Runner(own, None)
+            room = room if runner is None else min(room, runner.context)
+            limit = output_limit(len(ids), sampling.max_tokens, room)
+        else:
+            check_whole(sampling)
+            writing = self._drafts.make(request.prompt, front, variant)
+            ids = list(writing.brought.ids)
+            limit = self._drafts.limit(writing, sampling.max_tokens, room)
         check_prompt(ids, front.vocabulary or self._base_vocabulary)
-        runner = None
-        room = self._limits.model_len
-        if variant is not None and variant.model is not None:
-            check_scale(request.sampling, info)
-            runner = Runner(variant.model, None)
-            room = min(room, runner.context)
-        limit = output_limit(len(ids), request.sampling.max_tokens, room)
         digest = info.digest if variant is None else variant.digest
         return Job(
             ticket=Ticket(uuid.uuid4().hex, info.name, digest, tuple(ids)),
-            sampling=request.sampling,
+            sampling=sampling,
             variant=variant,
             front=front,
             on_chunk=on_chunk,
             order=next(self._numbers),
             limit=limit,
             runner=runner,
+            writing=writing,
         )
 
     # Variants and text.
@@ -351,9 +370,11 @@ class EmbeddedEngine:
     def _run(self) -> None:
         error: Exception | None = None
         try:
-            self._lanes.enter_thread()
+            # The current device belongs to a thread, and kernels start on the current one.
+            if self._model.device.type == "cuda":
+                torch.cuda.set_device(self._model.device)
             while self._collect():
-                self._lanes.step()
+                self._lanes.step(lambda: self._closing)
         except Exception as problem:  # a bug of ours: nobody may be left waiting
             _log.exception("the engine's thread stopped")
             error = problem

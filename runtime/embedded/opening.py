@@ -61,12 +61,10 @@ def open_model(
             `engine-unsupported`, and what is wrong with a delta.
     """
     need_transformers()
-    from transformers import AutoModelForCausalLM
-
     checkpoint = Checkpoint.open(base)
     where = _device(device)
     with quiet(checkpoint.nbytes() < _WORTH_A_BAR):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = _generating_class(checkpoint.folder).from_pretrained(
             checkpoint.folder, dtype=_dtype(dtype, checkpoint, where), local_files_only=True
         )
     model = model.to(where).eval()
@@ -100,6 +98,23 @@ def load_bare(
             output_loading_info=True,
         )
     return model.to(where).eval(), sorted(info["missing_keys"])
+
+
+def _generating_class(folder: Path) -> Any:
+    """What to load a checkpoint as: decoders by the automatic class, models that read something else
+    first by the class that they were saved as.
+    """
+    import transformers as hf
+
+    config = hf.AutoConfig.from_pretrained(folder, local_files_only=True)
+    pairs = getattr(config, "is_encoder_decoder", False)
+    if not pairs and not any(hasattr(config, n) for n in ("vision_config", "audio_config")):
+        return hf.AutoModelForCausalLM
+    for name in getattr(config, "architectures", None) or ():
+        cls = getattr(hf, name, None)
+        if cls is not None and issubclass(cls, hf.GenerationMixin):
+            return cls
+    return hf.AutoModelForSeq2SeqLM if pairs else hf.AutoModelForCausalLM
 
 
 def need_transformers() -> None:

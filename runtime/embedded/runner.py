@@ -15,8 +15,15 @@ from deltafold.runtime.host import DeltaHost, Row
 
 #: Used where a configuration does not say how long a context the model knows.
 _UNSTATED_CONTEXT: Final = 2048
+_CONTEXTS: Final = ("max_position_embeddings", "seq_length")
 #: What models call the memory that they are given; the latter where it holds states alone.
 _CACHES: Final = ("past_key_values", "cache_params")
+
+
+def stated_context(config: Any, names: Sequence[str]) -> int | None:
+    """The first context length that a configuration states under one of some names, in tokens."""
+    found = (getattr(config, name, None) for name in names)
+    return next((int(length) for length in found if length), None)
 
 
 class Runner:
@@ -56,11 +63,7 @@ class Runner:
     @property
     def context(self) -> int:
         """The longest sequence that the model's configuration allows, in tokens."""
-        config = self._model.config.get_text_config()
-        stated = getattr(config, "max_position_embeddings", None) or getattr(
-            config, "seq_length", None
-        )
-        return int(stated or _UNSTATED_CONTEXT)
+        return stated_context(self._model.config.get_text_config(), _CONTEXTS) or _UNSTATED_CONTEXT
 
     def new_cache(self, columns: int) -> BatchCache:
         """An empty cache with room for this many columns."""

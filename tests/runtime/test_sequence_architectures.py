@@ -9,6 +9,7 @@ import arch_sequences
 import pytest
 import torch
 from arch_sequences import Sequence
+from transformers import GenerationMixin
 
 from deltafold.compress import (
     Checkpoint,
@@ -19,6 +20,8 @@ from deltafold.compress import (
 )
 from deltafold.compress.fingerprint import digest_source
 from deltafold.runtime.deltas import Deltas
+from deltafold.runtime.embedded import EmbeddedEngine
+from deltafold.runtime.engine import Request, Sampling
 from deltafold.runtime.host import Row
 
 LOSSY = Recipe(
@@ -108,3 +111,42 @@ def test_every_tensor_is_applied(family: Sequence, tmp_path: Path) -> None:
         for row in (i for i, n in enumerate(NAMES) if n == name):
             assert (got[row].log_softmax(-1) - dense[row]).abs().max() < 1e-4, name
             assert (alone[row].log_softmax(-1) - dense[row]).abs().max() > 1e-3, name
+
+
+def alone(request: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A request as its model takes it: a batch of one. Patches of an image are a list already."""
+    listed = "image_grid_thw" in request
+    return {n: v if listed and n == "pixel_values" else v.unsqueeze(0) for n, v in request.items()}
+
+
+def greedy(model: Any, inputs: dict[str, torch.Tensor], new: int) -> list[int]:
+    """What transformers writes for one request."""
+    settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings |= {"forced_eos_token_id": None, "max_length": None}
+    model.generation_config.eos_token_id = None
+    if "input_ids" in inputs:
+        inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+    out = GenerationMixin.generate(model, **inputs, **settings)
+    return out[0, -new:].tolist()
+
+
+@pytest.mark.parametrize("family", arch_sequences.SEQUENCES, ids=lambda f: f.name)
+def test_the_engine_writes_as_dense_models_do(family: Sequence, tmp_path: Path) -> None:
+    """Texts of several lengths, all in one batch."""
+    fine_tune(family, tmp_path)
+    pack(family, tmp_path)
+    noise = torch.Generator().manual_seed(5)
+    model = plain(family, tmp_path / "base")
+    deltas = Deltas(model, Checkpoint.open(tmp_path / "base"), tmp_path / "zoo")
+    inputs = [alone(family.request(length, noise)) for length in (5, 9, 3, 7)]
+    sampling = Sampling(max_tokens=6, ignore_eos=True)
+    requests = [Request(n, i, sampling) for n, i in zip(NAMES, inputs, strict=True)]
+    with EmbeddedEngine(model, deltas) as engine:
+        outputs = list(engine.generate(requests))
+        assert engine.stats().steps == 6, "one batch for all"
+    answers = set()
+    for name, given, output in zip(NAMES, inputs, outputs, strict=True):
+        expected = greedy(plain(family, tmp_path / name), given, 6)
+        assert list(output.token_ids) == expected, name
+        answers.add(output.token_ids)
+    assert len(answers) > 1
