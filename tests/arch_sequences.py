@@ -223,7 +223,7 @@ SEQUENCES = [
         "MarianMTModel",
         "text",
         _bart("Marian", decoder_start_token_id=1),
-        still=("final_logits_bias", "embed_positions.weight"),
+        still=("final_logits_bias",),
     ),
     Sequence(
         "Whisper",
@@ -231,7 +231,6 @@ SEQUENCES = [
         "sound",
         _whisper,
         shape=(8, 32),
-        still=("encoder.embed_positions.weight",),
     ),
     Sequence(
         "VisionEncoderDecoder", "VisionEncoderDecoderModel", "image", _pair, shape=(3, 16, 16)
@@ -301,6 +300,18 @@ SEQUENCES = [
         tokens=4,
     ),
 ]
+
+
+def greedy(model: Any, inputs: dict[str, torch.Tensor], new: int) -> list[int]:
+    """What transformers writes for one request."""
+    settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings |= {"forced_eos_token_id": None, "max_length": None}
+    model.generation_config.eos_token_id = None
+    if "input_ids" in inputs:
+        inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+    out = transformers.GenerationMixin.generate(model, **inputs, **settings)
+    return out[0, -new:].tolist()
+
 
 HEAD = """\
 | writes from | family | products | tables | run again for a variant's rows | not moved by training |

@@ -9,6 +9,7 @@ own variant, sampling, seed, end tokens and length, and gets its tokens as they 
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -52,6 +53,8 @@ _OWN = {
     "cache_implementation": None,
     "use_cache": True,
 }
+#: Keys by which two generation configurations may differ and still mean the same here.
+_SAYS_NOTHING = ("transformers_version", "_from_model_config", "bos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class Writing:
     @cached_property
     def kind(self) -> tuple[object, ...]:
         """Requests of one kind fit into one batch."""
-        return id(self.model), self.config.to_json_string(use_diff=False), self.brought.shapes
+        settings = {n: v for n, v in self.config.to_dict().items() if n not in _SAYS_NOTHING}
+        return id(self.model), json.dumps(settings, sort_keys=True, default=str), self.brought.shapes
 
 
 def generation_config(model: Any, folder: Path) -> GenerationConfig:

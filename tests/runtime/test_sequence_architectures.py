@@ -8,8 +8,7 @@ from typing import Any
 import arch_sequences
 import pytest
 import torch
-from arch_sequences import Sequence
-from transformers import GenerationMixin
+from arch_sequences import Sequence, greedy
 
 from deltafold.compress import (
     Checkpoint,
@@ -117,17 +116,6 @@ def alone(request: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A request as its model takes it: a batch of one. Patches of an image are a list already."""
     listed = "image_grid_thw" in request
     return {n: v if listed and n == "pixel_values" else v.unsqueeze(0) for n, v in request.items()}
-
-
-def greedy(model: Any, inputs: dict[str, torch.Tensor], new: int) -> list[int]:
-    """What transformers writes for one request."""
-    settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    settings |= {"forced_eos_token_id": None, "max_length": None}
-    model.generation_config.eos_token_id = None
-    if "input_ids" in inputs:
-        inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
-    out = GenerationMixin.generate(model, **inputs, **settings)
-    return out[0, -new:].tolist()
 
 
 @pytest.mark.parametrize("family", arch_sequences.SEQUENCES, ids=lambda f: f.name)
