@@ -69,12 +69,15 @@ class Processors:
             return self._known[digest]
 
     def _load(self, name: str, folder: Path) -> Any:
-        from transformers import AutoProcessor
+        from transformers import AutoProcessor, PreTrainedTokenizerBase
 
         problems = []
         for place in (folder, self._base_folder):
             try:
-                return AutoProcessor.from_pretrained(place, local_files_only=True)
+                made = AutoProcessor.from_pretrained(place, local_files_only=True)
+                if not isinstance(made, PreTrainedTokenizerBase):
+                    return made
+                problems.append("it has a tokenizer alone")
             except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
                 problems.append(str(error).strip().splitlines()[0])
         raise DeltafoldError(
