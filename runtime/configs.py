@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 #: Keys that record where a model comes from, how it is trained, or what its tokenizer does. Sizes of
 #: vocabularies and ties are seen in the tensors themselves.
@@ -73,7 +73,7 @@ def _differences(
             yield key
 
 
-def _is_config(value: Any) -> bool:
+def _is_config(value: Any) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(value, Mapping) and "model_type" in value
 
 

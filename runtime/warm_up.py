@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -206,7 +206,7 @@ def _with_placeholders(
     if token < 0 or features is None:
         return None
     try:
-        found = features(**signal)
+        found = cast(Any, features)(**signal)
     except torch.OutOfMemoryError:
         raise
     except _FAILURES:

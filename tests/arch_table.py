@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import arch_encoders
+import arch_sequences
 import torch
 import transformers
+from arch_homes import homes_of
 
 # Threads of a pool cost more than they bring on matrices this small.
 torch.set_num_threads(1)
@@ -262,29 +264,17 @@ Everywhere else rows of the base are bit for bit the plain model's.
 def document() -> str:
     """The text of `docs/architectures.md`."""
     table = "".join(f"| {' | '.join(_line(f))} |\n" for f in FAMILIES)
-    return _HEAD + table + arch_encoders.document()
+    return _HEAD + table + arch_sequences.document() + arch_encoders.document()
 
 
 def _line(family: Family) -> list[str]:
-    from deltafold.runtime.layers import is_embedding, is_linear, is_transposed_linear
-    from deltafold.runtime.slots import SlotMap
-    from deltafold.runtime.warm_up import warm_up_inputs
-
     model = family.build()
-    slots = SlotMap(model)
-    slots.observe(model, warm_up_inputs(model))
-    # What is saved can be changed; tables of angles, say, are made anew at every start.
-    modules = {h.name: h.module for n in model.state_dict() for h in slots.homes(n)}
-    products = {n for n, m in modules.items() if is_linear(m) or is_transposed_linear(m)}
-    tables = {n for n, m in modules.items() if is_embedding(m)}
-    again = sorted({type(m).__name__ for n, m in modules.items() if n not in products | tables})
     served = (
         f"rebuilt: `{family.rebuilt}` decides what is remembered" if family.rebuilt else "applied"
     )
     tied = bool(model.config.get_text_config().tie_word_embeddings)
     flags = ["yes" if flag else "" for flag in (tied, family.experts)]
-    names = ", ".join(f"`{n}`" for n in again)
-    return [family.name, *flags, str(len(products)), str(len(tables)), names, served]
+    return [family.name, *flags, *homes_of(model), served]
 
 
 if __name__ == "__main__":

@@ -75,7 +75,11 @@ class Writing:
     def kind(self) -> tuple[object, ...]:
         """Requests of one kind fit into one batch."""
         settings = {n: v for n, v in self.config.to_dict().items() if n not in _SAYS_NOTHING}
-        return id(self.model), json.dumps(settings, sort_keys=True, default=str), self.brought.shapes
+        return (
+            id(self.model),
+            json.dumps(settings, sort_keys=True, default=str),
+            self.brought.shapes,
+        )
 
 
 def generation_config(model: Any, folder: Path) -> GenerationConfig:

@@ -170,7 +170,8 @@ def _own_class(model: Any) -> type | None:
     named = getattr(body.get("past_key_values"), "annotation", None)
     for kind in (named, *typing.get_args(named)):
         if isinstance(kind, type) and issubclass(kind, Cache) and kind.__module__ != hf.__name__:
-            return type(f"Batch{kind.__name__}", (BatchCache, kind), {"__init__": kind.__init__})
+            begin = kind.__dict__["__init__"]
+            return type(f"Batch{kind.__name__}", (BatchCache, kind), {"__init__": begin})
     return None
 
 

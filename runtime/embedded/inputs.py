@@ -120,7 +120,8 @@ def bring(prompt: Prompt, front: TextFront, processor: Any) -> Brought:
     if is_plain(prompt):
         ids = front.encode(prompt)
         return Brought({"input_ids": torch.tensor([ids])}, tuple(ids))
-    made = _processed(prompt, processor) if not _is_ready(prompt) else dict(prompt)  # type: ignore[call-overload]
+    ready = isinstance(prompt, Mapping) and not set(prompt) & set(_RAW)
+    made = prompt if ready and isinstance(prompt, Mapping) else _processed(prompt, processor)
     tensors = {str(n): v for n, v in made.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         raise _bad(f"none of its inputs is a tensor: {', '.join(map(str, made)) or 'it is empty'}")
@@ -129,10 +130,6 @@ def bring(prompt: Prompt, front: TextFront, processor: Any) -> Brought:
         raise _bad(f"input_ids must be [1, tokens], not {list(ids_of.shape)}")
     ids = [] if ids_of is None else ids_of[0].tolist()
     return Brought(tensors, tuple(ids))
-
-
-def _is_ready(prompt: Prompt) -> bool:
-    return isinstance(prompt, Mapping) and not set(prompt) & set(_RAW)
 
 
 def _processed(prompt: Prompt, processor: Any) -> Mapping[str, Any]:

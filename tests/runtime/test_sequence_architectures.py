@@ -8,7 +8,7 @@ from typing import Any
 import arch_sequences
 import pytest
 import torch
-from arch_sequences import Sequence, greedy
+from arch_sequences import Sequence, greedy_with_logprobs
 
 from deltafold.compress import (
     Checkpoint,
@@ -127,14 +127,16 @@ def test_the_engine_writes_as_dense_models_do(family: Sequence, tmp_path: Path) 
     model = plain(family, tmp_path / "base")
     deltas = Deltas(model, Checkpoint.open(tmp_path / "base"), tmp_path / "zoo")
     inputs = [alone(family.request(length, noise)) for length in (5, 9, 3, 7)]
-    sampling = Sampling(max_tokens=6, ignore_eos=True)
+    sampling = Sampling(max_tokens=6, ignore_eos=True, logprobs=0)
     requests = [Request(n, i, sampling) for n, i in zip(NAMES, inputs, strict=True)]
     with EmbeddedEngine(model, deltas) as engine:
         outputs = list(engine.generate(requests))
         assert engine.stats().steps == 6, "one batch for all"
     answers = set()
     for name, given, output in zip(NAMES, inputs, outputs, strict=True):
-        expected = greedy(plain(family, tmp_path / name), given, 6)
+        expected, certain = greedy_with_logprobs(plain(family, tmp_path / name), given, 6)
         assert list(output.token_ids) == expected, name
+        told = torch.tensor([t.logprob for t in output.logprobs])
+        assert (told - certain).abs().max() < 1e-4, name
         answers.add(output.token_ids)
     assert len(answers) > 1
