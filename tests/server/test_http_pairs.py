@@ -41,14 +41,16 @@ def test_completions_are_the_dense_models(
 ) -> None:
     texts = set()
     for name in ("base", "sign", "exact", "more"):
-        whole = client.completions.create(model=name, prompt="hello", max_tokens=8)
+        whole = client.completions.create(model=name, prompt="hello", max_tokens=8, temperature=0)
         ids = engine.encode(name, "hello")
         inputs = {"input_ids": torch.tensor([ids])}
         tokens = arch_sequences.greedy(pairs.plain(made / name), inputs, 8)
         assert whole.choices[0].text == engine.decode(name, tokens)
         assert whole.usage is not None
         assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(ids), 8)
-        stream = client.completions.create(model=name, prompt="hello", max_tokens=8, stream=True)
+        stream = client.completions.create(
+            model=name, prompt="hello", max_tokens=8, temperature=0, stream=True
+        )
         pieces = [event.choices[0].text for event in stream if event.choices]
         assert "".join(pieces) == whole.choices[0].text
         texts.add(whole.choices[0].text)
