@@ -1,8 +1,8 @@
 """How a module's arguments and outputs lay out the batch, as a warm-up pass saw it.
 
 Sizes of the warm-up batch are odd ones, so that a first dimension tells what it counts: requests
-(`rows`), requests times something (`tokens`, also patches or windows of images), or nothing (`one`:
-the same for every request).
+(`rows`), requests times tokens (`tokens`) or times something else (`parts`: windows of images, say), or
+nothing (`one`: the same for every request).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ WARM_TOKENS: Final = 3
 
 #: `whole` is handed on as it is; `other` is a tensor without the batch in front; `cache` is a
 #: cache of transformers, `state` any other object that may remember calls.
-Kind: TypeAlias = Literal["rows", "tokens", "one", "whole", "other", "cache", "state"]
+Kind: TypeAlias = Literal["rows", "tokens", "parts", "one", "whole", "other", "cache", "state"]
 #: The kind of a value, or of every member of a tuple, a list or a mapping.
 Tree: TypeAlias = "Kind | tuple[Tree, ...]"
 
-_BATCHED = ("rows", "tokens", "one")
+_BATCHED = ("rows", "tokens", "parts", "one")
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
@@ -33,10 +33,8 @@ def kind_of(value: Any) -> Tree:
         if not value.dim():
             return "whole"
         first = value.shape[0]
-        if first > WARM_ROWS and first % WARM_ROWS == 0:
-            return "tokens"
-        kinds: dict[int, Kind] = {1: "one", WARM_ROWS: "rows"}
-        return kinds.get(first, "other")
+        kinds: dict[int, Kind] = {1: "one", WARM_ROWS: "rows", WARM_ROWS * WARM_TOKENS: "tokens"}
+        return kinds.get(first, "parts" if first and first % WARM_ROWS == 0 else "other")
     if isinstance(value, tuple | list):
         return tuple(kind_of(v) for v in value)
     if isinstance(value, Mapping):
@@ -117,7 +115,7 @@ class Layout:
     @property
     def guessed(self) -> bool:
         """Whether a tensor's first dimension is taken for requests since it is a multiple of them."""
-        return "tokens" in self.inputs or "tokens" in leaves(self.output)
+        return "parts" in self.inputs or "parts" in leaves(self.output)
 
     @property
     def shared(self) -> bool:

@@ -83,7 +83,12 @@ class Pooler(Served, Protocol):
         ...
 
     def embed(
-        self, requests: Sequence[PoolRequest], *, pooling: Any = "auto", normalize: bool = True
+        self,
+        requests: Sequence[PoolRequest],
+        *,
+        pooling: Any = "auto",
+        normalize: bool = True,
+        dimensions: int | None = None,
     ) -> list[Vector]:
         """Vectors in the requests' order."""
         ...

@@ -22,6 +22,9 @@ from deltafold.runtime.renaming import renaming
 from deltafold.runtime.replay import rehearse
 from deltafold.runtime.uses import Answers, Uses, mixing
 
+#: Largest parameter that is moved to see whether its module can be run again for some requests.
+_REHEARSED_BELOW = 2**22
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -57,6 +60,13 @@ class Home:
     module: nn.Module
     path: str
     layout: Layout
+
+    @property
+    def size(self) -> int:
+        """Elements of the parameter."""
+        *inner, attribute = self.path.split(".")
+        value: torch.Tensor = getattr(self.module.get_submodule(".".join(inner)), attribute)
+        return value.numel()
 
     @property
     def own(self) -> bool:
@@ -225,8 +235,11 @@ class _values:  # noqa: N801
 
 def _is_risky(home: Home) -> bool:
     """Whether only a rehearsal tells that the home's module can be run again for some requests."""
+    if home.layout.cached:
+        return True
     plain = is_linear(home.module) or is_transposed_linear(home.module) or is_embedding(home.module)
-    return not plain and (home.layout.cached or home.layout.guessed)
+    # A rehearsal holds the parameter three times over, which experts may be too large for.
+    return home.layout.guessed and not plain and home.size <= _REHEARSED_BELOW
 
 
 def _inside(name: str, other: str) -> bool:

@@ -228,7 +228,7 @@ def _disturb(value: Any) -> Any:
     if isinstance(value, Mapping):
         return type(value)(**{key: _disturb(v) for key, v in value.items()})
     kind = kind_of(value)
-    if kind not in ("rows", "tokens", "one") or not value.is_floating_point():
+    if kind not in ("rows", "tokens", "parts", "one") or not value.is_floating_point():
         return value
     out = value.expand(WARM_ROWS, *value.shape[1:]).clone() if kind == "one" else value.clone()
     each = len(out) // WARM_ROWS

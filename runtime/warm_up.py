@@ -202,7 +202,7 @@ def _with_placeholders(
 ) -> Inputs | None:
     """Text with as many image tokens as the model makes of one image."""
     token = _image_token(_config(model))
-    features = getattr(model, "get_image_features", None)
+    features: Any = getattr(model, "get_image_features", None)
     if token < 0 or features is None:
         return None
     try:
@@ -251,7 +251,8 @@ def _vocabulary(model: nn.Module) -> int | None:
 
 
 def _generates(model: nn.Module) -> bool:
-    return hasattr(model, "can_generate") and bool(model.can_generate())
+    can: Any = getattr(model, "can_generate", None)
+    return can is not None and bool(can())
 
 
 def _main_input(model: nn.Module) -> str:

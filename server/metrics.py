@@ -1,14 +1,14 @@
 """Prometheus metrics: one registry per application, so that two apps in one process never collide.
 
 Two sources: what the server sees of each request (`Watch`), and `Engine.stats()`, read at scrape
-time. A *request* here is one generation: `n=3` counts three.
+time. A *request* here is one generation, text or picture: `n=3` counts three.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
@@ -101,6 +101,14 @@ class Metrics:
     def count_reply(self, route: str, status: int) -> None:
         """Count one HTTP reply; status 0 stands for a client that left."""
         self.replies.labels(route, str(status)).inc()
+
+    def count_pooled(self, variant: str, tokens: Sequence[int], seconds: float) -> None:
+        """Count requests that gave labels or vectors, by their tokens."""
+        label = self.label(variant)
+        self.requests.labels(label, "stop").inc(len(tokens))
+        self.prompt_tokens.labels(label).inc(sum(tokens))
+        for _ in tokens:
+            self.request_seconds.labels(label).observe(seconds)
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""

@@ -43,11 +43,13 @@ class Encoder:
         name: of its bare class without "Model".
         config: its configuration's arguments.
         refused: why the engine refuses it (part of the error's text); empty where it is served.
+        why: the same for people to read.
     """
 
     name: str
     config: dict[str, Any] = field(default_factory=lambda: _TEXT)
     refused: str = ""
+    why: str = ""
 
     @property
     def cls(self) -> Any:
@@ -119,7 +121,38 @@ ENCODERS = [
             "d_inner": 48,
         },
     ),
+    Encoder("Esm", {**_TEXT, "pad_token_id": 1}),
+    Encoder("FNet"),
+    Encoder(
+        "T5Encoder",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+        },
+    ),
+    Encoder(
+        "Bart",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 32,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "max_position_embeddings": 64,
+        },
+    ),
     Encoder("Llama", {**_TEXT, "num_key_value_heads": 2}),
+    Encoder(
+        "Mamba",
+        {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    ),
     Encoder("ViT", _PICTURE),
     Encoder("DeiT", _PICTURE),
     Encoder("Dinov2", _PICTURE),
@@ -136,6 +169,30 @@ ENCODERS = [
         },
     ),
     Encoder("ConvNext", {**_STAGES, "image_size": 32, "num_stages": 2}),
+    Encoder("ConvNextV2", {**_STAGES, "image_size": 32, "num_stages": 2}),
+    Encoder(
+        "PoolFormer",
+        {
+            "hidden_sizes": [16, 16],
+            "depths": [1, 1],
+            "num_encoder_blocks": 2,
+            "patch_sizes": [7, 3],
+            "strides": [4, 2],
+            "padding": [2, 1],
+        },
+    ),
+    Encoder(
+        "Levit",
+        {
+            "image_size": 32,
+            "hidden_sizes": [16, 16, 16],
+            "num_attention_heads": [2, 2, 2],
+            "depths": [1, 1, 1],
+            "key_dim": [8, 8, 8],
+            "mlp_ratio": [2, 2, 2],
+            "attention_ratio": [2, 2, 2],
+        },
+    ),
     Encoder("ResNet", {**_STAGES, "embedding_size": 16, "layer_type": "basic"}),
     Encoder("CLIP", _pair({"projection_dim": 16}, projection_dim=16)),
     Encoder("Siglip", _pair({"projection_size": 32})),
@@ -143,7 +200,9 @@ ENCODERS = [
         "XLNet",
         {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
         refused="layer_1.bias",
+        why="tokens are in front, not requests",
     ),
+    Encoder("NomicBert", refused="Wqkv.weight", why="the loader splits it in three"),
 ]
 
 _HEAD = """\
@@ -152,11 +211,12 @@ _HEAD = """\
 
 What `PoolingEngine` makes of bare models, written from `tests/arch_encoders.py` and held to the truth
 by `tests/runtime/test_encoder_architectures.py` in the same way: rows of the base are bit for bit the
-plain model's, lossy and lossless rows answer as restored dense models do, texts of different lengths
-share a batch. Heads come on top; see [serving.md](serving.md).
+plain model's, lossy and lossless rows answer as restored dense models do, and texts of different
+lengths share a batch. Heads come on top; see [serving.md](serving.md).
 
 *Idle* are tensors that have no say in any answer to such requests, as moving them has shown: the token
 for masked patches in training, the scale between texts and images. A variant may bring other ones.
+Nothing is remembered here, so state space models are served too.
 
 | architecture | reads | products | tables | run again for a variant's rows | idle | served |
 |---|---|---|---|---|---|---|
@@ -182,9 +242,7 @@ def _line(family: Encoder) -> list[str]:
     tables = {n for n, m in modules.items() if is_embedding(m)}
     again = sorted({type(m).__name__ for n, m in modules.items() if n not in products | tables})
     idle = sorted({n.rpartition(".")[2] for n in saved if slots.is_idle([n])})
-    served = (
-        f"refused: `{family.refused}` does not keep requests apart" if family.refused else "yes"
-    )
+    served = f"refused: `{family.refused}`, {family.why}" if family.refused else "yes"
     reads = {"text": "texts", "image": "images"}
     return [
         family.name,

@@ -134,6 +134,11 @@ class Head:
         return output
 
     @property
+    def folder(self) -> Path:
+        """Whose head it is."""
+        return self._plan.folder
+
+    @property
     def nbytes(self) -> int:
         """Memory held, in bytes."""
         return sum(p.numel() * p.element_size() for p in self._plan.model.parameters())
@@ -193,6 +198,11 @@ class Heads:
         manifest = repo.manifest
         head = {n for n in manifest.tensors if plan.rename(n) in plan.own}
         return frozenset(head | {n for n in manifest.absent if plan.bare(n) in lost})
+
+    def resident(self) -> dict[str, int]:
+        """Bytes in memory by name of the folder that a head was loaded from."""
+        with self._lock:
+            return {head.folder.name: head.nbytes for head in self._heads.values()}
 
     def without(self, digest: str, folder: Path | None) -> frozenset[str]:
         """The trunk's tensors for which a variant (None: the base) has no value of its own."""
@@ -272,7 +282,7 @@ class Heads:
         for name in (*manifest.tensors, *manifest.unchanged):
             brought |= known.get(bare(name), frozenset())
         gone = {bare(n) for n in manifest.absent} & set(known)
-        return (gone | self._trunk.lacking) - brought
+        return (self._trunk.lacking | gone) - brought
 
 
 def _bare(name: str, prefix: str) -> str:

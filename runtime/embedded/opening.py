@@ -81,6 +81,15 @@ def open_model(
     return Opened(model, deltas)
 
 
+def generates(base: str | Path) -> bool:
+    """Whether a base was saved as a model that generates text; True where it does not say."""
+    need_transformers()
+    from deltafold.runtime.embedded.heads import named_class
+
+    _, cls = named_class(Checkpoint.open(base).folder)
+    return cls is None or bool(cls.can_generate())
+
+
 def load_bare(
     checkpoint: Checkpoint, cls: Any, *, device: str, dtype: str | torch.dtype | None
 ) -> tuple[Any, list[str]]:

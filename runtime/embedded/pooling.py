@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +19,13 @@ from deltafold.runtime.embedded.images import ImageFronts, is_picture
 from deltafold.runtime.embedded.opening import load_bare, need_transformers
 from deltafold.runtime.embedded.text import TextFront, TextFronts
 from deltafold.runtime.embedded.trunk import Encoder, trunk_class, zero_missing
-from deltafold.runtime.embedded.vectors import POOLINGS, Pooling, chosen, vector_of
+from deltafold.runtime.embedded.vectors import (
+    POOLINGS,
+    Pooling,
+    check_dimensions,
+    chosen,
+    vector_of,
+)
 from deltafold.runtime.engine import Prompt, Stats, VariantInfo
 from deltafold.runtime.host import Variant
 from deltafold.runtime.idle import dispensable
@@ -42,14 +49,20 @@ class PoolingEngine:
         heads: Heads,
         *,
         max_batch: int = 32,
+        max_model_len: int | None = None,
         max_batch_tokens: int = 16384,
     ) -> None:
         """Start the engine; see `open`."""
-        for name, value in (("max_batch", max_batch), ("max_batch_tokens", max_batch_tokens)):
-            if value < 1:
+        for name, value in (
+            ("max_batch", max_batch),
+            ("max_model_len", max_model_len),
+            ("max_batch_tokens", max_batch_tokens),
+        ):
+            if value is not None and value < 1:
                 raise DeltafoldError("bad-argument", f"{name} must be 1 or more, not {value}.")
         self.base_name = deltas.base_name
         self._encoder, self._deltas, self._heads = encoder, deltas, heads
+        self._max_tokens = min(encoder.max_tokens, max_model_len or encoder.max_tokens)
         self._fronts = TextFronts(deltas.base_name, deltas.base_folder)
         self._pictures = ImageFronts(deltas.base_folder)
         self._batcher = Batcher(encoder, deltas, max_batch, max_batch_tokens)
@@ -66,6 +79,7 @@ class PoolingEngine:
         max_deltas: int | None = None,
         strict: bool = True,
         max_batch: int = 32,
+        max_model_len: int | None = None,
         max_batch_tokens: int = 16384,
     ) -> Self:
         """Load a base checkpoint without its head, wrap it, and start an engine.
@@ -79,6 +93,7 @@ class PoolingEngine:
             max_deltas: most variants in memory; None keeps all that were used.
             strict: refuse to start while a delta of the zoo is broken or for another base.
             max_batch: most requests in one forward pass.
+            max_model_len: most tokens of a text; never more than the model's own.
             max_batch_tokens: most places in one, in rows times the longest text.
 
         Raises:
@@ -104,7 +119,14 @@ class PoolingEngine:
             inputs=encoder.inputs,
             beside=heads.beside,
         )
-        return cls(encoder, deltas, heads, max_batch=max_batch, max_batch_tokens=max_batch_tokens)
+        return cls(
+            encoder,
+            deltas,
+            heads,
+            max_batch=max_batch,
+            max_model_len=max_model_len,
+            max_batch_tokens=max_batch_tokens,
+        )
 
     # Requests.
 
@@ -132,6 +154,7 @@ class PoolingEngine:
         *,
         pooling: Pooling = "auto",
         normalize: bool = True,
+        dimensions: int | None = None,
     ) -> list[Vector]:
         """Vectors in the requests' order.
 
@@ -140,6 +163,8 @@ class PoolingEngine:
             pooling: `mean` of a text's tokens, the first (`cls`) or `last` one's state, the model's
                 own `pooler`; see `vectors`.
             normalize: give vectors of length 1.
+            dimensions: keep the first ones alone. For models that say they were trained for it
+                (`is_matryoshka`, `matryoshka_dimensions` in `config.json`).
 
         Raises:
             DeltafoldError: as `classify`.
@@ -157,7 +182,13 @@ class PoolingEngine:
                     f"{task.variant} brings no pooler of its own.",
                     fix="ask for pooling cls, mean or last",
                 )
-            return Vector(*task.origin, vector=vector_of(output, kind, normalize=normalize))
+            found = vector_of(output, kind)
+            if dimensions not in (None, len(found)):
+                check_dimensions(dimensions, len(found), self._folder(task.holder))
+                found = found[:dimensions].clone()
+            if normalize:
+                found = torch.nn.functional.normalize(found, dim=0)
+            return Vector(*task.origin, vector=found)
 
         return self._all(requests, lambda _: None, finish)
 
@@ -173,11 +204,13 @@ class PoolingEngine:
 
     def encode(self, variant: str, prompt: Prompt) -> list[int]:
         """Token ids by the variant's own tokenizer."""
-        return self._with_front(variant, lambda front: front.encode(prompt))
+        ids: list[int] = self._with_front(variant, lambda front: front.encode(prompt))
+        return ids
 
     def decode(self, variant: str, token_ids: Sequence[int]) -> str:
         """Text by the variant's own tokenizer, special tokens left out."""
-        return self._with_front(variant, lambda front: front.decode(token_ids))
+        text: str = self._with_front(variant, lambda front: front.decode(token_ids))
+        return text
 
     @property
     def pictures(self) -> bool:
@@ -187,11 +220,13 @@ class PoolingEngine:
     @property
     def max_model_len(self) -> int:
         """Most tokens of a text; 0 where only pictures are read."""
-        return self._encoder.max_tokens
+        return self._max_tokens
 
     def stats(self) -> Stats:
         """A snapshot for metrics; nothing is generated and no keys and values are kept."""
-        return self._batcher.stats(self._deltas.resident())
+        sizes = Counter(self._deltas.resident())
+        sizes.update(self._heads.resident())
+        return self._batcher.stats(dict(sizes))
 
     def close(self) -> None:
         """Finish the running batch, fail what waits with `busy`, give the modules their forwards."""
@@ -246,6 +281,9 @@ class PoolingEngine:
         except BaseException:
             self._deltas.release(holder)
             raise
+
+    def _folder(self, holder: Variant | None) -> Path:
+        return self._deltas.base_folder if holder is None else holder.folder
 
     def _head(self, holder: Variant | None) -> Head:
         if holder is None:

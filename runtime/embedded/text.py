@@ -259,7 +259,7 @@ def _content_key(folder: Path) -> str:
 def _eos(folder: Path) -> frozenset[int]:
     """End tokens by the generation config, or else by the model's config."""
     for name in ("generation_config.json", "config.json"):
-        config = _read_json(folder / name)
+        config = read_json(folder / name)
         value = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
         if value is not None:
             return frozenset(int(v) for v in (value if isinstance(value, list) else [value]))
@@ -267,12 +267,13 @@ def _eos(folder: Path) -> frozenset[int]:
 
 
 def _vocabulary(folder: Path) -> int | None:
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     value = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     return None if value is None else int(value)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty where there is none."""
     if not path.is_file():
         return {}
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 import torch
 
 from deltafold.compress.errors import DeltafoldError
+from deltafold.runtime.embedded.text import read_json
 
 #: `auto` is the model's own features where it has some, the mean for other texts, and the first
 #: place (convolutional models: the pooled map) for other images.
@@ -26,14 +28,13 @@ def chosen(pooling: Pooling, output: Any, way: str, *, dual: bool) -> Pooling:
     return "cls" if _states(output).dim() == 3 else "pooler"
 
 
-def vector_of(output: Any, pooling: Pooling, *, normalize: bool) -> torch.Tensor:
+def vector_of(output: Any, pooling: Pooling) -> torch.Tensor:
     """float32 `[D]` on the CPU.
 
     Args:
         output: of a bare model for one request without padding: `last_hidden_state` `[1, T, D]` or
             `[1, D, H, W]`, perhaps `pooler_output` `[1, D]`; or a tensor of features `[1, D]`.
         pooling: not `auto`.
-        normalize: divide by the Euclidean norm.
 
     Raises:
         DeltafoldError: `bad-argument` where the model has nothing of the kind.
@@ -47,9 +48,27 @@ def vector_of(output: Any, pooling: Pooling, *, normalize: bool) -> torch.Tensor
         found = pooled[0]
     else:
         found = _place(_states(output)[0], pooling)
-    vector = found.flatten().to("cpu", torch.float32)
     # A copy, so that the batch is not kept alive by one of its rows.
-    return torch.nn.functional.normalize(vector, dim=0) if normalize else vector.clone()
+    return found.flatten().to("cpu", torch.float32).clone()
+
+
+def check_dimensions(wanted: int | None, known: int, folder: Path) -> None:
+    """Refuse to cut vectors of a model that was not trained for it.
+
+    Raises:
+        DeltafoldError: `bad-argument`.
+    """
+    assert wanted is not None
+    config = read_json(folder / "config.json")
+    listed = config.get("matryoshka_dimensions")
+    meant = wanted in listed if isinstance(listed, list) else config.get("is_matryoshka") is True
+    if not meant or not 1 <= wanted < known:
+        raise DeltafoldError(
+            "bad-argument",
+            "the model's vectors cannot be cut to the dimensions asked for.",
+            facts=[("asked", wanted), ("dimensions", listed or known)],
+            fix="leave dimensions out",
+        )
 
 
 def _place(states: torch.Tensor, pooling: Pooling) -> torch.Tensor:

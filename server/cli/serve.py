@@ -18,7 +18,7 @@ from deltafold.compress.errors import DeltafoldError
 from deltafold.server.addresses import is_loopback
 
 if TYPE_CHECKING:
-    from deltafold.runtime.engine import Engine
+    from deltafold.runtime.engine import Served
 
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _SHOWN_VARIANTS = 12
@@ -58,6 +58,13 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
     show_default=True,
     help="Where the model runs.",
 )
+@click.option(
+    "--runner",
+    type=click.Choice(["auto", "generate", "pooling"]),
+    default="auto",
+    show_default=True,
+    help="What the model is for: text, or labels and vectors; auto asks the base.",
+)
 @click.option("--max-model-len", type=click.IntRange(1), help="Most tokens of prompt and output.")
 @click.option("--max-batch", type=click.IntRange(1), help="Most requests that run together.")
 @click.option("--max-deltas", type=click.IntRange(1), help="Most variants kept in memory.")
@@ -89,31 +96,41 @@ def serve(
     api_keys: tuple[str, ...],
     served_model_name: str | None,
     log_level: str,
+    runner: str,
     **engine_options: Any,
 ) -> None:
     """Serve BASE and every delta of a zoo over HTTP.
 
-    The server listens at once and answers 503 until the base is loaded. Without --api-key it can
-    be reached from this machine only.
+    Models that generate answer chats and completions, others give labels and vectors. The server
+    listens at once and answers 503 until the base is loaded. Without --api-key it can be reached
+    from this machine only.
     """
     require_serve_extra()
     refuse_open_bind(host, api_keys)
     logging.basicConfig(level=log_level.upper(), stream=sys.stderr, format=_LOG_FORMAT)
     given = {name: value for name, value in engine_options.items() if value is not None}
 
-    def open_engine() -> Engine:
-        from deltafold.runtime import EmbeddedEngine
+    def open_engine() -> Served:
+        from deltafold.runtime import EmbeddedEngine, PoolingEngine
 
-        engine: Engine = EmbeddedEngine.open(
-            base, zoo=zoo, served_model_name=served_model_name, **given
-        )
+        text = _generates(base) if runner == "auto" else runner == "generate"
+        kind: Any = EmbeddedEngine if text else PoolingEngine
+        if not text:
+            given.pop("rebuild")  # heads share one trunk; there is nothing to choose
+        engine: Served = kind.open(base, zoo=zoo, served_model_name=served_model_name, **given)
         return engine
 
     _run(open_engine, host, port, api_keys, served_model_name)
 
 
+def _generates(base: str) -> bool:
+    from deltafold.runtime.embedded.opening import generates
+
+    return generates(base)
+
+
 def _run(
-    open_engine: Callable[[], Engine],
+    open_engine: Callable[[], Served],
     host: str,
     port: int,
     api_keys: Sequence[str],
@@ -124,7 +141,7 @@ def _run(
 
     listener = bind(host, port)  # before the base is read: a taken port should fail at once
     url = url_of(listener)
-    promise: Future[Engine] = Future()
+    promise: Future[Served] = Future()
     server = make_server(
         create_app(promise, api_keys=api_keys, served_model_name=served_model_name)
     )
@@ -149,14 +166,19 @@ def _run(
     click.echo("deltafold stopped", err=True)
 
 
-def ready_text(url: str, engine: Engine, has_key: bool) -> str:
+def ready_text(url: str, engine: Served, has_key: bool) -> str:
     """What the terminal shows once requests can be answered."""
     names = [info.name for info in engine.variants() if info.parent is not None]
     shown = ", ".join(names[:_SHOWN_VARIANTS])
     if len(names) > _SHOWN_VARIANTS:
         shown += f", ... ({len(names) - _SHOWN_VARIANTS} more: GET /v1/models)"
     key = ' -H "Authorization: Bearer $DELTAFOLD_API_KEY"' if has_key else ""
-    body = f'{{"model": "{names[0] if names else "base"}", "prompt": "Hello", "max_tokens": 32}}'
+    model = names[0] if names else "base"
+    route, body = "/v1/completions", f'{{"model": "{model}", "prompt": "Hello", "max_tokens": 32}}'
+    chat = [f"    deltafold chat --url {url}"]
+    if not hasattr(engine, "submit"):
+        given = "Hello" if engine.max_model_len else "data:image/png;base64,..."
+        route, body, chat = "/v1/embeddings", f'{{"model": "{model}", "input": "{given}"}}', []
     return "\n".join(
         [
             "",
@@ -164,9 +186,9 @@ def ready_text(url: str, engine: Engine, has_key: bool) -> str:
             f"  base      {engine.base_name}",
             f"  variants  {shown or 'none: the zoo is empty'}",
             "  try it",
-            f"    curl {url}/v1/completions{key} \\",
+            f"    curl {url}{route}{key} \\",
             f"      -H 'content-type: application/json' -d '{body}'",
-            f"    deltafold chat --url {url}",
+            *chat,
             "  stop      Ctrl-C",
             "",
         ]

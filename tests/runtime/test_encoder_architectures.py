@@ -99,7 +99,7 @@ def test_every_tensor_is_served_or_the_variant_refused(
     if family.refused:
         with pytest.raises(DeltafoldError, match=family.refused) as caught:
             deltas.acquire("exact")
-        assert caught.value.code == "engine-unsupported"
+        assert caught.value.code in ("engine-unsupported", "coverage")
         return
     rows = [Row(deltas.acquire(name)) for name in NAMES]
     dense = {name: plain(family, tmp_path / name) for name in set(NAMES)}
