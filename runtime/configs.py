@@ -6,6 +6,7 @@ shared model computes something else with the very same tensors.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,32 +28,44 @@ _CONTEXT: Final = ("max_position_embeddings", "seq_length", "n_positions", "n_ct
 _WINDOW: Final = ("use_sliding_window", "sliding_window", "max_window_layers")
 
 
-def differing_keys(base: Any, folder: Path) -> list[str]:
+def differing_keys(base: Path, folder: Path) -> list[str]:
     """Keys of a fine-tune's `config.json` by which its model computes otherwise than its base's.
 
     Args:
-        base: the base model's configuration, of transformers.
-        folder: with the fine-tune's `config.json`; without one it has its base's.
+        base: folder with the base's `config.json`; one that transformers does not know tells nothing.
+        folder: with the fine-tune's; without one it has its base's.
 
     Returns:
         Sorted keys, nested ones with dots; `model_type` alone where it is another kind of model.
     """
     if not (folder / "config.json").is_file():
         return []
+    ours, theirs = _read(base), _read(folder)
+    if ours is None:
+        return []
+    if type(ours) is not type(theirs):
+        return ["model_type"]
+    mine, other = _plain(ours), _plain(theirs)
+    try:
+        known = _plain(type(ours)())
+    except (ValueError, TypeError):  # made of others, and empty without them
+        known = {**mine, **other}
+    return sorted(_differences(mine, other, known))
+
+
+def _read(folder: Path) -> Any | None:
     from transformers import AutoConfig
 
     try:
-        own = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, OSError):
-        return ["model_type"]
-    if type(own) is not type(base):
-        return ["model_type"]
-    ours, theirs = base.to_dict(), own.to_dict()
-    try:
-        known = type(base)().to_dict()
-    except (ValueError, TypeError):  # made of others, and empty without them
-        known = {**ours, **theirs}
-    return sorted(_differences(ours, theirs, known))
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, KeyError, TypeError, OSError):
+        return None
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """As in a file, where a tuple is a list."""
+    found: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=str))
+    return found
 
 
 def _differences(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
@@ -156,7 +156,7 @@ class Deltas:
             try:
                 beside = self._beside(repo) if self._beside is not None else None
                 loaded = load_variant(
-                    repo, self._base, self._slots, self._target, self._config, beside
+                    repo, self._base, self._slots, self._target, self.base_folder, beside
                 )
             except NotAppliableError as found:
                 problem = self._misfits[repo.digest] = found
@@ -175,7 +175,7 @@ class Deltas:
         """Why a variant cannot be applied, by loading it or by its manifest; None if it can."""
         if repo.digest not in self._misfits:
             self._misfits[repo.digest] = misfit(
-                repo, self._base, self._slots, self._config, whole=self._beside is None
+                repo, self._base, self._slots, self.base_folder, whole=self._beside is None
             )
         return self._misfits[repo.digest]
 
@@ -183,10 +183,6 @@ class Deltas:
         if problem is None:
             return "delta"
         return "rebuilt" if self._rebuild else "refused"
-
-    @property
-    def _config(self) -> Any:
-        return cast(Any, self._model).config
 
     def _wrap(self, loaded: LoadedVariant) -> None:
         with self._wrapping:

@@ -119,7 +119,7 @@ def load_variant(
     base: Checkpoint,
     slots: SlotMap,
     target: Target,
-    config: Any | None = None,
+    base_config: Path | None = None,
     beside: Collection[str] | None = None,
 ) -> LoadedVariant:
     """Read a whole delta and check that all of it can be applied.
@@ -129,7 +129,7 @@ def load_variant(
         base: its base's checkpoint.
         slots: of the base's model, after a warm-up.
         target: where and in which dtype that model runs.
-        config: of that model; see `misfit`.
+        base_config: see `misfit`.
         beside: tensors that somebody else applies, if the model has no slot of their name.
 
     Raises:
@@ -137,7 +137,7 @@ def load_variant(
             `engine-unsupported` where applying it would have no or a wrong effect.
         DeltafoldError: `checksum` and what else reading gives.
     """
-    problem = misfit(repo, base, slots, config, whole=beside is None)
+    problem = misfit(repo, base, slots, base_config, whole=beside is None)
     if problem is not None:
         raise problem
     loaded = LoadedVariant(repo.digest, repo.folder)

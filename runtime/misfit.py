@@ -7,7 +7,7 @@ base's values tell (where a loader has put a fused tensor) is found out by loadi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
 from deltafold.compress.errors import name_some
@@ -53,7 +53,7 @@ def misfit(
     repo: DeltaRepo,
     base: Checkpoint,
     slots: SlotMap,
-    config: Any | None = None,
+    base_config: Path | None = None,
     *,
     whole: bool = True,
 ) -> NotAppliableError | None:
@@ -63,11 +63,11 @@ def misfit(
         repo: the delta.
         base: the checkpoint that it was packed against.
         slots: of the base's model, after a warm-up.
-        config: of that model; None leaves the fine-tune's own out of account.
+        base_config: folder of its `config.json`; None leaves the fine-tune's out of account.
         whole: whether the model is all that answers, so that a tensor which the fine-tune dropped
             must not be in it.
     """
-    keys = [] if config is None else differing_keys(config, repo.folder)
+    keys = [] if base_config is None else differing_keys(base_config, repo.folder)
     if keys:
         return not_appliable(
             repo,
