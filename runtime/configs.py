@@ -53,7 +53,8 @@ def differing_keys(base: Path, folder: Path) -> list[str]:
     return sorted(_differences(mine, other, known))
 
 
-def _read(folder: Path) -> Any | None:
+def _read(folder: Path) -> Any:
+    """A configuration; None where transformers cannot read it."""
     from transformers import AutoConfig
 
     try:
