@@ -58,7 +58,7 @@ def restore_checkpoint(
     with Staging(Path(out), overwrite=overwrite, inputs=inputs) as staging:
         writer = ShardWriter(staging.folder, "model", {"format": "pt"}, max_bytes=4 * 2**30)
         for done, name in enumerate(names, 1):
-            tensor, checked = _tensor(repo, source, name, dtype)
+            tensor, checked = restored_tensor(repo, source, name, dtype)
             exact += checked
             writer.add(name, tensor)
             size = math.prod(tensor.shape) * tensor.element_size()
@@ -71,9 +71,20 @@ def restore_checkpoint(
     return RestoreReport(Path(out), len(names), exact, writer.total_bytes)
 
 
-def _tensor(
+def restored_tensor(
     repo: DeltaRepo, source: Checkpoint, name: str, dtype: torch.dtype | None
 ) -> tuple[torch.Tensor, bool]:
+    """One tensor of the fine-tune, and whether it is known to be so bit for bit.
+
+    Args:
+        repo: the delta.
+        source: its base.
+        name: one of the fine-tune's tensors.
+        dtype: what floating-point tensors are rounded to; None for their own.
+
+    Raises:
+        DeltafoldError: `checksum`, or `not-lossless` where exactly stored bytes came back different.
+    """
     base = repo.base_tensor(source, name)
     if name not in repo.manifest.tensors:
         assert base is not None

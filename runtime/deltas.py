@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
@@ -21,16 +22,23 @@ from deltafold.runtime.host import Row, Variant
 from deltafold.runtime.kernels.forms import Target
 from deltafold.runtime.layers import unwrap, wrap
 from deltafold.runtime.loading import Handle, LoadedVariant, load_variant
+from deltafold.runtime.misfit import NotAppliableError, misfit
 from deltafold.runtime.mixtures import Mixture, is_mixture, parse_mixture
 from deltafold.runtime.quantized import quantization_in
 from deltafold.runtime.quantizing import check_readers
-from deltafold.runtime.residency import Residency
+from deltafold.runtime.rebuilding import rebuild_variant
+from deltafold.runtime.residency import Residency, Resident
 from deltafold.runtime.slots import SlotMap
 from deltafold.runtime.warm_up import warm_up_inputs
 from deltafold.runtime.zoo import Zoo, ZooEntry
 
+#: Whether variants that cannot be applied get a dense model of their own, or are refused.
+Rebuild: TypeAlias = Literal["auto", "never"]
+
 #: Names those tensors of a delta that are not the wrapped model's.
 Beside: TypeAlias = Callable[[DeltaRepo], Collection[str]]
+
+_log = logging.getLogger(__name__)
 
 
 class Deltas:
@@ -43,6 +51,8 @@ class Deltas:
         name: what the base is served as; it answers to "base" as well.
         max_deltas: most variants in memory; None keeps all that were ever used.
         strict: refuse to start while a delta of the zoo is broken or for another base.
+        rebuild: "auto" gives a variant whose delta cannot be applied a dense model of its own,
+            which `Variant.model` holds; "never" refuses it.
         digests: the base's digests, where they are already known.
         inputs: keyword arguments of a forward pass like those that will come, and no others will
             come: parameters that have no say in the answers to them are then free to differ. None
@@ -62,6 +72,7 @@ class Deltas:
         name: str = "base",
         max_deltas: int | None = None,
         strict: bool = True,
+        rebuild: Rebuild = "never",
         digests: Digests | None = None,
         inputs: dict[str, Any] | None = None,
         beside: Beside | None = None,
@@ -75,11 +86,15 @@ class Deltas:
         self._target = Target(parameter.device, parameter.dtype)
         self._state = BatchState(parameter.device)
         self._slots = SlotMap(model)
+        if rebuild not in ("auto", "never"):
+            raise DeltafoldError("bad-argument", f"rebuild is 'auto' or 'never', not {rebuild!r}.")
         given = warm_up_inputs(model) if inputs is None else inputs
         self._slots.observe(model, given, find_idle=inputs is not None)
         self._beside = beside
         self._quantization = quantization_in(model)
         check_readers(self._slots)
+        self._model, self._rebuild = model, rebuild == "auto"
+        self._misfits: dict[str, NotAppliableError | None] = {}
         self._wrapped: set[str] = set()
         self._wrapping = threading.Lock()
         self._residency = Residency(max_deltas)
@@ -131,7 +146,7 @@ class Deltas:
         mixture = self._mixture(name)
         if mixture is not None:
             return self._acquire_mixture(name, mixture)
-        return Handle(name, self._load(self._zoo.find(name).opened()))
+        return Handle(name, self._seated(self._zoo.find(name).opened()))
 
     def release(self, variant: Variant | None) -> None:
         """Undo one `acquire`."""
@@ -162,14 +177,9 @@ class Deltas:
                 unwrap(self._slots.module(name))
             self._wrapped.clear()
 
-    def _load(self, repo: DeltaRepo) -> LoadedVariant:
-        def load() -> LoadedVariant:
-            beside = self._beside(repo) if self._beside is not None else ()
-            loaded = load_variant(repo, self._base, self._slots, self._target, beside)
-            self._wrap(loaded)
-            return loaded
-
-        return self._residency.acquire(repo.digest, load)
+    def _seated(self, repo: DeltaRepo) -> Resident:
+        """A variant in memory, to be released later."""
+        return self._residency.acquire(repo.digest, lambda: self._load(repo))
 
     def _mixture(self, name: str) -> Mixture | None:
         """A mixture, unless a folder of the zoo has that very name."""
@@ -186,14 +196,32 @@ class Deltas:
                 )
         entries = [self._zoo.find(name) for name, _ in mixture.components]
         self._blends.check([entry.opened() for entry in entries])
+        for entry in entries:
+            self._refuse_rebuilt(entry.opened())
         return entries
+
+    def _refuse_rebuilt(self, repo: DeltaRepo) -> None:
+        problem = self._misfit(repo)
+        if problem is not None:
+            raise DeltafoldError(
+                "engine-unsupported",
+                f"{repo.folder.name} cannot be part of a mixture: it has a model of its own.",
+                facts=[("because of", problem.tensor)],
+                fix="merge it with the others: deltafold merge",
+            )
 
     def _acquire_mixture(self, name: str, mixture: Mixture) -> Handle:
         repos = [entry.opened() for entry in self._entries(mixture)]
         held: list[LoadedVariant] = []
         try:
             for repo in repos:
-                held.append(self._load(repo))
+                seated = self._seated(repo)
+                if not isinstance(seated, LoadedVariant):
+                    # Only loading it told that it cannot be applied.
+                    self._residency.release(seated.digest)
+                    self._refuse_rebuilt(repo)
+                assert isinstance(seated, LoadedVariant)
+                held.append(seated)
             weights = [weight for _, weight in mixture.components]
             digest, folder = mixture.digest([v.digest for v in held]), repos[0].folder
             parts = list(zip(held, weights, strict=True))
@@ -203,6 +231,40 @@ class Deltas:
                 self._residency.release(variant.digest)
             raise
         return Handle(name, mixed, tuple(v.digest for v in held))
+
+    def _load(self, repo: DeltaRepo) -> Resident:
+        problem = self._misfit(repo)
+        if problem is None:
+            try:
+                beside = self._beside(repo) if self._beside is not None else None
+                loaded = load_variant(
+                    repo, self._base, self._slots, self._target, self.base_folder, beside
+                )
+            except NotAppliableError as found:
+                problem = self._misfits[repo.digest] = found
+            else:
+                self._wrap(loaded)
+                return loaded
+        if not self._rebuild:
+            # It is kept, and must not keep alive what its last reader was doing.
+            raise problem.with_traceback(None)
+        _log.info("%s is rebuilt, since it cannot be applied: %s", repo.folder, problem.message)
+        return rebuild_variant(
+            repo, self._base, self._model, self._slots, self._target, problem.tensor
+        )
+
+    def _misfit(self, repo: DeltaRepo) -> NotAppliableError | None:
+        """Why a variant cannot be applied, by loading it or by its manifest; None if it can."""
+        if repo.digest not in self._misfits:
+            self._misfits[repo.digest] = misfit(
+                repo, self._base, self._slots, self.base_folder, whole=self._beside is None
+            )
+        return self._misfits[repo.digest]
+
+    def _how(self, problem: NotAppliableError | None) -> Literal["delta", "rebuilt", "refused"]:
+        if problem is None:
+            return "delta"
+        return "rebuilt" if self._rebuild else "refused"
 
     def _wrap(self, loaded: LoadedVariant) -> None:
         with self._wrapping:
@@ -236,7 +298,9 @@ class Deltas:
         )
 
     def _describe(self, entry: ZooEntry) -> VariantInfo:
-        manifest = entry.opened().manifest
+        repo = entry.opened()
+        manifest = repo.manifest
+        problem = self._misfit(repo)
         resident = manifest.delta_id in self._residency.resident()
         return VariantInfo(
             name=entry.name,
@@ -249,6 +313,8 @@ class Deltas:
             tier=_tier(self._target) if resident else "disk",
             created=entry.stamp[0] // 10**9,
             quality=manifest.quality,
+            applied=self._how(problem),
+            obstacle="" if problem is None else problem.tensor,
         )
 
 

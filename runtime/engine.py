@@ -14,8 +14,10 @@ FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
 
 #: `{"role": "user", "content": "..."}`, as in the OpenAI API.
 Message: TypeAlias = Mapping[str, Any]
-#: Text, token ids, or chat messages (rendered with the variant's own chat template).
-Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
+#: Text, token ids, or chat messages (rendered with the variant's own chat template). Models that read
+#: images or sounds also take a mapping: `text`, `images` and `audio` for the variant's own processor,
+#: or the model's own inputs as tensors for a batch of one.
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,14 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class VariantInfo:
-    """A served model as `/v1/models` lists it. The base has `parent` None and digest = its own."""
+    """A served model as `/v1/models` lists it. The base has `parent` None and digest = its own.
+
+    Attributes:
+        applied: "delta" where the variant's rows run on the shared model, "rebuilt" where it has a
+            dense model of its own, "refused" where it would need one and may not. None for the base.
+        obstacle: what keeps its delta from being applied: a tensor, or the keys of `config.json` that
+            differ from the base's; empty otherwise.
+    """
 
     name: str
     digest: str
@@ -129,6 +138,8 @@ class VariantInfo:
     tier: Literal["disk", "host", "device"] = "disk"
     created: int = 0
     quality: Mapping[str, Any] = field(default_factory=dict)
+    applied: Literal["delta", "rebuilt", "refused"] | None = None
+    obstacle: str = ""
 
 
 @dataclass(frozen=True, slots=True)

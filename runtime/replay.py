@@ -7,6 +7,7 @@ in question do not decide what goes into the cache; `rehearse` tries that out be
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +27,36 @@ if TYPE_CHECKING:
     from deltafold.runtime.slots import Home
 
 
+#: What a plain answer may be: it says something of the cache and cannot be changed through it.
+_PLAIN = (type(None), bool, int, float, str)
+
+
 class Recorder:
-    """Stands in for a cache and writes down what its methods return."""
+    """Stands in for a cache and writes down what its methods return.
+
+    A cache of two caches (what the decoder said, and what it was told) hands out two of these, which
+    write to the same list. To `isinstance` it is the cache that it stands for.
+    """
 
     deltafold_cache = True
 
-    def __init__(self, cache: Any) -> None:
+    def __init__(self, cache: Any, answers: list[tuple[str, Any]] | None = None) -> None:
         self._cache = cache
-        self.answers: list[tuple[str, Any]] = []
+        self.answers: list[tuple[str, Any]] = [] if answers is None else answers
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._cache)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._cache, name)
+        if is_cache(value):
+            inner = Recorder(value, self.answers)
+            self.answers.append((name, inner))
+            return inner
         if not callable(value):
+            if _is_plain(value):
+                self.answers.append((name, _Plain(copy.copy(value))))
             return value
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -47,6 +66,19 @@ class Recorder:
             return answer
 
         return call
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """The value of an attribute, not of a call."""
+
+    value: Any
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(v, _PLAIN) for v in value.values())
+    return isinstance(value, _PLAIN)
 
 
 def _copy(answer: Any) -> Any:
@@ -60,14 +92,28 @@ class Replay:
 
     deltafold_cache = True
 
-    def __init__(self, recorder: Recorder, cut: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self._left = list(recorder.answers)
+    def __init__(
+        self,
+        recorder: Recorder,
+        cut: Callable[[torch.Tensor], torch.Tensor],
+        left: list[tuple[str, Any]] | None = None,
+    ) -> None:
+        self._kind = recorder.__class__
+        self._left = list(recorder.answers) if left is None else left
         self._cut = cut
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return self._kind
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not self._left or self._left[0][0] != name:
             raise AttributeError(f"{name} was not asked the first time")
         _, answer = self._left.pop(0)
+        if isinstance(answer, _Plain):
+            return copy.copy(answer.value)
+        if isinstance(answer, Recorder):
+            return Replay(answer, self._cut, self._left)
         return lambda *args, **kwargs: self._of(answer)
 
     def _of(self, answer: Any) -> Any:

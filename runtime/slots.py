@@ -99,7 +99,7 @@ class SlotMap:
         self._captured: set[int] = set()
         self._idle: set[str] = set()
         self._regions: dict[str, Region | None] = {}
-        self.vocabulary = _vocabulary_modules(model)
+        self.vocabulary = _vocabulary_modules(model, self.slots.values())
 
     def find(self, tensor: str) -> str | None:
         """The slot that a checkpoint's tensor belongs to: its own name or the one that the loader
@@ -256,9 +256,9 @@ def _inside(name: str, other: str) -> bool:
     return name.startswith(f"{other}.")
 
 
-def _vocabulary_modules(model: nn.Module) -> set[int]:
-    """`id` of the modules that read and write tokens."""
-    found = set()
+def _vocabulary_modules(model: nn.Module, slots: Iterable[Slot]) -> set[int]:
+    """`id` of the modules that read and write tokens, those with a tied table included."""
+    found, tables = set(), set()
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
             module = getattr(model, getter)()
@@ -266,7 +266,8 @@ def _vocabulary_modules(model: nn.Module) -> set[int]:
             continue
         if isinstance(module, nn.Module):
             found.add(id(module))
-    return found
+            tables.add(id(getattr(module, "weight", None)))
+    return found | {id(slot.module) for slot in slots if id(slot.tensor) in tables}
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

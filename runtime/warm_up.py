@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -100,7 +100,7 @@ def _without_cache(model: nn.Module, named: set[str]) -> Iterator[Inputs]:
     text, signals = _text(model, named), list(_signals(model, named))
     for signal in signals:
         if "input_ids" in text and not _is_pair(model, named):
-            placed = _with_placeholders(model, text, signal)
+            placed = _with_placeholders(model, text, signal, named)
             if placed is not None:
                 yield placed
         else:
@@ -136,8 +136,12 @@ def _text(model: nn.Module, named: set[str]) -> Inputs:
 def _signals(model: nn.Module, named: set[str]) -> Iterator[Inputs]:
     """Images and sounds, by the shapes that the configuration allows."""
     config = _config(model)
-    if "pixel_values" in named:
-        vision = getattr(config, "vision_config", None) or config
+    if "flattened_patches" in named:
+        yield {"flattened_patches": _numbered_patches(model)}
+    if "image_grid_thw" in named:
+        yield from _patches(model)
+    elif "pixel_values" in named:
+        vision = _vision(config)
         for height, width in _sides(vision):
             channels = int(getattr(vision, "num_channels", None) or 3)
             yield {"pixel_values": _waves(model, (WARM_ROWS, channels, height, width))}
@@ -154,6 +158,35 @@ def _signals(model: nn.Module, named: set[str]) -> Iterator[Inputs]:
         yield {"input_values": _waves(model, (WARM_ROWS, _SAMPLES))}
 
 
+def _vision(config: Any) -> Any:
+    """The part of a configuration that speaks of images."""
+    encoder = getattr(config, "encoder", None)
+    return getattr(config, "vision_config", None) or (
+        encoder if hasattr(encoder, "image_size") else config
+    )
+
+
+def _patches(model: nn.Module) -> Iterator[Inputs]:
+    """Images that come as one list of patches, with each image's size in patches."""
+    vision = _vision(_config(model))
+    names = ("temporal_patch_size", "patch_size", "spatial_merge_size")
+    depth, side, merged = (int(getattr(vision, n, None) or 1) for n in names)
+    channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", None) or 3
+    grid = torch.tensor([[1, 2 * merged, 2 * merged]] * WARM_ROWS, device=_device(model))
+    shape = (WARM_ROWS * 4 * merged**2, int(channels) * depth * side**2)
+    yield {"pixel_values": _waves(model, shape), "image_grid_thw": grid}
+
+
+def _numbered_patches(model: nn.Module) -> torch.Tensor:
+    """Patches that bring their row and column, counted from 1, in front."""
+    vision = _vision(_config(model))
+    width = int(getattr(vision, "patch_embed_hidden_size", None) or 768)
+    values = _waves(model, (WARM_ROWS, 4, 2 + width))
+    places = torch.tensor([[1, 1], [1, 2], [2, 1], [2, 2]], device=values.device)
+    values[:, :, :2] = places.to(values.dtype)
+    return values
+
+
 def _sides(config: Any) -> Iterator[tuple[int, int]]:
     size = getattr(config, "image_size", None)
     if isinstance(size, int):
@@ -164,14 +197,16 @@ def _sides(config: Any) -> Iterator[tuple[int, int]]:
         yield side, side
 
 
-def _with_placeholders(model: nn.Module, text: Inputs, signal: Inputs) -> Inputs | None:
+def _with_placeholders(
+    model: nn.Module, text: Inputs, signal: Inputs, named: set[str]
+) -> Inputs | None:
     """Text with as many image tokens as the model makes of one image."""
     token = _image_token(_config(model))
     features: Any = getattr(model, "get_image_features", None)
     if token < 0 or features is None:
         return None
     try:
-        found = features(**signal)
+        found = cast(Any, features)(**signal)
     except torch.OutOfMemoryError:
         raise
     except _FAILURES:
@@ -179,7 +214,12 @@ def _with_placeholders(model: nn.Module, text: Inputs, signal: Inputs) -> Inputs
     count = _rows_of(getattr(found, "pooler_output", found)) // WARM_ROWS
     ids = text["input_ids"]
     images = ids.new_full((WARM_ROWS, count), token)
-    return {**text, "input_ids": torch.cat([ids[:, :-1], images, ids[:, -1:]], dim=1), **signal}
+    ids = torch.cat([ids[:, :-1], images, ids[:, -1:]], dim=1)
+    placed = {**text, "input_ids": ids, **signal}
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in named:
+            placed[name] = (ids == token).long()
+    return placed
 
 
 def _rows_of(value: Any) -> int:

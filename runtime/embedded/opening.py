@@ -14,8 +14,9 @@ import torch
 
 from deltafold.compress import Checkpoint, DeltafoldError
 from deltafold.compress.fingerprint import digest_source
-from deltafold.runtime.deltas import Deltas
+from deltafold.runtime.deltas import Deltas, Rebuild
 from deltafold.runtime.quantizing import check_quantization, quantize_base
+from deltafold.runtime.quiet import quiet
 
 #: On a CPU, models up to this size in float32 run in float32: most CPUs are no slower at it, and
 #: answers are then exact to the last printed digit.
@@ -42,6 +43,7 @@ def open_model(
     max_deltas: int | None = None,
     strict: bool = True,
     base_quantization: str | None = None,
+    rebuild: Rebuild = "auto",
 ) -> Opened:
     """Load a base checkpoint with transformers and wrap it.
 
@@ -55,20 +57,19 @@ def open_model(
         max_deltas: most variants in memory.
         strict: refuse to start while a delta of the zoo is broken.
         base_quantization: `nf4` or `int8`: keep the weights of linear layers so; see `quantizing`.
+        rebuild: see `Deltas`.
 
     Raises:
         DeltafoldError: `not-found`, `not-a-checkpoint`, `bad-argument`, `missing-extra`,
             `engine-unsupported`, and what is wrong with a delta.
     """
     need_transformers()
-    from transformers import AutoModelForCausalLM
-
     checkpoint = Checkpoint.open(base)
     where = _device(device)
     if base_quantization is not None:
         check_quantization(checkpoint, base_quantization)
-    with _quiet(checkpoint.nbytes() < _WORTH_A_BAR):
-        model = AutoModelForCausalLM.from_pretrained(
+    with quiet(checkpoint.nbytes() < _WORTH_A_BAR):
+        model = _generating_class(checkpoint.folder).from_pretrained(
             checkpoint.folder, dtype=_dtype(dtype, checkpoint, where), local_files_only=True
         )
     if base_quantization is not None:
@@ -81,6 +82,7 @@ def open_model(
         name=name or checkpoint.reference.name,
         max_deltas=max_deltas,
         strict=strict,
+        rebuild=rebuild,
         digests=digest_source(checkpoint),
     )
     return Opened(model, deltas)
@@ -104,7 +106,7 @@ def load_bare(
         The model, in eval mode, and the names of its tensors that the checkpoint does not bring.
     """
     where = _device(device)
-    with _quiet(checkpoint.nbytes() < _WORTH_A_BAR), _no_report():
+    with quiet(checkpoint.nbytes() < _WORTH_A_BAR), _no_report():
         model, info = cls.from_pretrained(
             checkpoint.folder,
             dtype=_dtype(dtype, checkpoint, where),
@@ -112,6 +114,23 @@ def load_bare(
             output_loading_info=True,
         )
     return model.to(where).eval(), sorted(info["missing_keys"])
+
+
+def _generating_class(folder: Path) -> Any:
+    """What to load a checkpoint as: decoders by the automatic class, models that read something else
+    first by the class that they were saved as.
+    """
+    import transformers as hf
+
+    config = hf.AutoConfig.from_pretrained(folder, local_files_only=True)
+    pairs = getattr(config, "is_encoder_decoder", False)
+    if not pairs and not any(hasattr(config, n) for n in ("vision_config", "audio_config")):
+        return hf.AutoModelForCausalLM
+    for name in getattr(config, "architectures", None) or ():
+        cls = getattr(hf, name, None)
+        if cls is not None and issubclass(cls, hf.GenerationMixin):
+            return cls
+    return hf.AutoModelForSeq2SeqLM if pairs else hf.AutoModelForCausalLM
 
 
 def need_transformers() -> None:
@@ -135,20 +154,6 @@ def _no_report() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
-
-
-@contextmanager
-def _quiet(quiet: bool) -> Iterator[None]:
-    from transformers.utils import logging
-
-    hide = quiet and logging.is_progress_bar_enabled()
-    if hide:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if hide:
-            logging.enable_progress_bar()
 
 
 def _device(device: str) -> torch.device:

@@ -59,6 +59,11 @@ class TextFront:
         self._pieces: dict[int, str] = {}
         self._anchor: tuple[list[int], str] | None = None
 
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """Tokens with which a tokenizer for transcripts opens them (language, task)."""
+        return tuple(getattr(self._tokenizer, "prefix_tokens", None) or ())
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt.
 

@@ -80,6 +80,13 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
     help="Check each delta against the base before it serves.",
 )
 @click.option(
+    "--rebuild",
+    type=click.Choice(["auto", "never"]),
+    default="auto",
+    show_default=True,
+    help="Give variants that cannot be applied a dense model of their own, or refuse them.",
+)
+@click.option(
     "--log-level",
     type=click.Choice(["critical", "error", "warning", "info", "debug"]),
     default="info",
@@ -119,6 +126,8 @@ def serve(
                 fix="leave --base-quantization out",
             )
         kind: Any = EmbeddedEngine if text else PoolingEngine
+        if not text:
+            given.pop("rebuild")  # heads share one trunk; there is nothing to choose
         engine: Served = kind.open(base, zoo=zoo, served_model_name=served_model_name, **given)
         return engine
 

@@ -186,6 +186,6 @@ def test_a_life(served, number):
     assert "Traceback" not in errors
     assert output.splitlines() == [
         "options [('device', 'auto'), ('dtype', 'auto'), ('max_batch', 4),"
-        " ('served_model_name', None), ('strict', False), ('zoo', 'zoo/')]",
+        " ('rebuild', 'auto'), ('served_model_name', None), ('strict', False), ('zoo', 'zoo/')]",
         "engine closed",
     ]
