@@ -6,13 +6,14 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
 from deltafold.compress import dtypes
+from deltafold.compress.budget.plan import Plan, Planner
 from deltafold.compress.card import write_card, write_tensor_table
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
 from deltafold.compress.companions import check_tokenizer, copy_files, named
@@ -56,11 +57,12 @@ Given: TypeAlias = Callable[[str], tuple[list[Encoded], torch.Tensor] | None]
 
 @dataclass(frozen=True)
 class PackReport:
-    """The outcome of a packing run; sizes in bytes."""
+    """The outcome of a packing run; sizes in bytes. `plan` is there where the recipe had a budget."""
 
     out: Path
     manifest: Manifest
     stats: dict[str, TensorStats] = field(default_factory=dict)
+    plan: Plan | None = None
 
     @property
     def ratio(self) -> float:
@@ -106,22 +108,44 @@ def compress_checkpoint(
     Raises:
         DeltafoldError: whatever is wrong, before anything stands under `out`.
     """
+    job = open_job(base, variant, recipe, accept, command, evidence, progress)
+    return pack(job, out, overwrite=overwrite)
+
+
+def plan_checkpoint(
+    base: str | Path,
+    variant: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    accept: Collection[str] = (),
+    evidence: EvidenceSource | None = None,
+    progress: OnProgress = ignore,
+) -> Plan:
+    """What `compress_checkpoint` would write, without writing it; arguments and errors are the same."""
+    return plan_job(open_job(base, variant, recipe, accept, "", evidence, progress))
+
+
+def open_job(
+    base: str | Path,
+    variant: str | Path,
+    recipe: Recipe | None,
+    accept: Collection[str],
+    command: str,
+    evidence: EvidenceSource | None,
+    progress: OnProgress,
+) -> Job:
+    """Open a base and a fine-tune, and collect the small files of the delta."""
     source = Checkpoint.open(base)
     target = open_variant(variant, source)
-    companions = named(target.reference.folder)
-    return pack(
-        Job(
-            source,
-            target,
-            companions,
-            recipe or Recipe(),
-            frozenset(accept),
-            command,
-            progress,
-            evidence=evidence,
-        ),
-        out,
-        overwrite=overwrite,
+    return Job(
+        source,
+        target,
+        named(target.reference.folder),
+        recipe or Recipe(),
+        frozenset(accept),
+        command,
+        progress,
+        evidence=evidence,
     )
 
 
@@ -166,11 +190,40 @@ def pack(job: Job, out: str | Path, *, overwrite: bool = False) -> PackReport:
     tokenizer = check_tokenizer(*inputs, accepted="tokenizer" in job.accept)
     run.check_patterns()
     run.check_needs()
+    plan: Plan | None = None
     with Staging(Path(out), overwrite=overwrite, inputs=inputs) as staging:
+        if job.recipe.budget is not None:
+            plan = plan_job(job)
+            run = _Run(replace(job, recipe=plan.recipe))
         manifest, stats = run.write(structure, staging.folder, tokenizer)
         check_payload(DeltaRepo.open(staging.folder), job.progress)
         staging.publish()
-    return PackReport(Path(out), manifest, stats)
+    return PackReport(Path(out), manifest, stats, plan)
+
+
+def plan_job(job: Job) -> Plan:
+    """What `pack` would write: the codec of every tensor, and the delta's size to the byte.
+
+    Raises:
+        DeltafoldError: whatever would stop `pack` before its first byte.
+    """
+    compare(job.source, job.target, job.accept)
+    run = _Run(job)
+    run.check_patterns()
+    run.check_needs()
+    budget = job.recipe.budget
+    planner = Planner.measure(
+        job.source,
+        job.target,
+        job.companions,
+        job.recipe,
+        budget,
+        evidence=job.evidence,
+        progress=job.progress,
+    )
+    if budget is None:
+        return planner.as_given()
+    return planner.plan(planner.within(budget.target_bytes(planner.variant_bytes)))
 
 
 @dataclass
