@@ -14,10 +14,13 @@ import torch
 
 from deltafold.compress.errors import DeltafoldError
 
-#: `activations`: second moments of the layers' inputs; `gradients`: of the loss, at the fine-tune;
-#: `logits`: forward passes of whole models; `labels`: examples with answers; `reference`: a third
-#: checkpoint (an aligned or an unaligned model).
+#: `activations`: second moments of the layers' inputs, and some inputs; `gradients`: of the loss, at
+#: the fine-tune; `logits`: forward passes of whole models; `labels`: examples with answers;
+#: `reference`: a third checkpoint (an aligned or an unaligned model).
 Need: TypeAlias = Literal["activations", "gradients", "logits", "labels", "reference"]
+#: What a third checkpoint is: a model with safety training, one without, or whatever an edit makes of
+#: a `shift`.
+Role: TypeAlias = Literal["aligned", "unaligned", "shift"]
 NEEDS: Final[tuple[Need, ...]] = ("activations", "gradients", "logits", "labels", "reference")
 
 
@@ -27,16 +30,22 @@ class Evidence:
 
     Attributes:
         second_moment: float32 `[M, M]`, the mean over tokens of `x x^T` of the inputs of the layer
-            that multiplies by this tensor; None where no such layer was seen.
+            that multiplies by this tensor; None where no such layer was seen. M are the columns of
+            the tensor: the layer computes `x W^T`.
         gradient: float32 of the tensor's shape, the mean gradient of the loss at the fine-tune.
         fisher: float32 of the tensor's shape, the mean squared gradient over examples.
-        references: the same tensor of other checkpoints, by role (`aligned`, `unaligned`).
+        references: the same tensor of other checkpoints, by role (`aligned`, `unaligned`, `shift`).
+        inputs: float32 `[n, M]`, inputs of that layer at a few tokens, at the fine-tune.
+        row_moment: float32 `[N, N]`, the second moments where the layer computes `x W` (transformers'
+            Conv1D) and inputs meet the tensor's rows; then `second_moment` and `inputs` are None.
     """
 
     second_moment: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
     fisher: torch.Tensor | None = None
     references: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    inputs: torch.Tensor | None = None
+    row_moment: torch.Tensor | None = None
 
     def rows(self, index: torch.Tensor) -> Evidence:
         """The same of some rows of the tensor; the inputs of a layer are those of all its rows."""
@@ -45,6 +54,7 @@ class Evidence:
             gradient=None if self.gradient is None else self.gradient[index],
             fisher=None if self.fisher is None else self.fisher[index],
             references={role: tensor[index] for role, tensor in self.references.items()},
+            inputs=self.inputs,
         )
 
 

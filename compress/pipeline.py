@@ -14,6 +14,8 @@ import torch
 
 from deltafold.compress import dtypes
 from deltafold.compress.budget.plan import Plan, Planner
+from deltafold.compress.budget.probe import Judge, Probe
+from deltafold.compress.budget.run import check_kl, planned
 from deltafold.compress.card import write_card, write_tensor_table
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
 from deltafold.compress.companions import check_tokenizer, copy_files, named
@@ -40,6 +42,7 @@ from deltafold.compress.manifest import (
     is_evidence,
 )
 from deltafold.compress.progress import OnProgress, Progress, ignore
+from deltafold.compress.quality import figures, record_quality
 from deltafold.compress.recipe import Recipe
 from deltafold.compress.release import version
 from deltafold.compress.repo import DeltaRepo, payload_key
@@ -90,6 +93,8 @@ def compress_checkpoint(
     overwrite: bool = False,
     command: str = "",
     evidence: EvidenceSource | None = None,
+    quality: Mapping[str, Any] | None = None,
+    judge: Judge | None = None,
     progress: OnProgress = ignore,
 ) -> PackReport:
     """Pack a fine-tune as a delta against its base.
@@ -103,12 +108,24 @@ def compress_checkpoint(
         overwrite: replace an existing `out`.
         command: recorded in the manifest and card.
         evidence: of a calibration run, for methods that need one.
+        quality: recorded in the manifest: what was measured, and on what data.
+        judge: measures KL to the fine-tune; a recipe with a budget of KL needs one. What it finds of
+            the packed delta is recorded in the manifest as well.
         progress: called after every tensor.
 
     Raises:
         DeltafoldError: whatever is wrong, before anything stands under `out`.
     """
-    job = open_job(base, variant, recipe, accept, command, evidence, progress)
+    job = replace(
+        _opened(base, variant),
+        recipe=recipe or Recipe(),
+        accept=frozenset(accept),
+        command=command,
+        progress=progress,
+        evidence=evidence,
+        quality=quality or {},
+        judge=judge,
+    )
     return pack(job, out, overwrite=overwrite)
 
 
@@ -119,34 +136,29 @@ def plan_checkpoint(
     recipe: Recipe | None = None,
     accept: Collection[str] = (),
     evidence: EvidenceSource | None = None,
+    judge: Judge | None = None,
     progress: OnProgress = ignore,
 ) -> Plan:
-    """What `compress_checkpoint` would write, without writing it; arguments and errors are the same."""
-    return plan_job(open_job(base, variant, recipe, accept, "", evidence, progress))
+    """What `compress_checkpoint` would write, without writing it; arguments and errors are the same.
+
+    With a judge the KL of some points of the frontier is measured too.
+    """
+    job = replace(
+        _opened(base, variant),
+        recipe=recipe or Recipe(),
+        accept=frozenset(accept),
+        progress=progress,
+        evidence=evidence,
+        judge=judge,
+    )
+    return plan_job(job, sketch=True)
 
 
-def open_job(
-    base: str | Path,
-    variant: str | Path,
-    recipe: Recipe | None,
-    accept: Collection[str],
-    command: str,
-    evidence: EvidenceSource | None,
-    progress: OnProgress,
-) -> Job:
-    """Open a base and a fine-tune, and collect the small files of the delta."""
+def _opened(base: str | Path, variant: str | Path) -> Job:
+    """Base, fine-tune and the small files of the delta; everything else at its default."""
     source = Checkpoint.open(base)
     target = open_variant(variant, source)
-    return Job(
-        source,
-        target,
-        named(target.reference.folder),
-        recipe or Recipe(),
-        frozenset(accept),
-        command,
-        progress,
-        evidence=evidence,
-    )
+    return Job(source, target, named(target.reference.folder), Recipe())
 
 
 @dataclass(frozen=True)
@@ -164,6 +176,8 @@ class Job:
         given: terms that the fine-tune brings itself; the recipe has no say there.
         record: the manifest's `recipe`; that of `recipe` if None.
         evidence: of a calibration run; None without one.
+        quality: the manifest's `quality`, what the judge finds left out.
+        judge: measures the packed delta; None without calibration data.
     """
 
     source: Checkpoint
@@ -176,6 +190,8 @@ class Job:
     given: Given = lambda name: None
     record: Mapping[str, Any] | None = None
     evidence: EvidenceSource | None = None
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    judge: Judge | None = None
 
 
 def pack(job: Job, out: str | Path, *, overwrite: bool = False) -> PackReport:
@@ -196,13 +212,36 @@ def pack(job: Job, out: str | Path, *, overwrite: bool = False) -> PackReport:
             plan = plan_job(job)
             run = _Run(replace(job, recipe=plan.recipe))
         manifest, stats = run.write(structure, staging.folder, tokenizer)
-        check_payload(DeltaRepo.open(staging.folder), job.progress)
+        repo = DeltaRepo.open(staging.folder)
+        check_payload(repo, job.progress)
+        if job.judge is not None:
+            manifest = record_quality(staging.folder, judged(job, repo))
         staging.publish()
     return PackReport(Path(out), manifest, stats, plan)
 
 
-def plan_job(job: Job) -> Plan:
+def judged(job: Job, repo: DeltaRepo) -> dict[str, Any]:
+    """Figures of a packed delta, read back, for `record_quality`.
+
+    Raises:
+        DeltafoldError: `bad-argument` where it has more KL than its budget allows.
+    """
+    from deltafold.compress.calibration import decoded_tensors
+
+    assert job.judge is not None
+    found = job.judge.measure(decoded_tensors(job.source, repo))
+    budget = job.recipe.budget
+    if budget is not None and budget.max_kl:
+        check_kl(found.kl, budget.max_kl)
+    return figures(found, job.judge.record())
+
+
+def plan_job(job: Job, *, sketch: bool = False) -> Plan:
     """What `pack` would write: the codec of every tensor, and the delta's size to the byte.
+
+    Args:
+        job: what is packed.
+        sketch: measure some points of the frontier too, where there is a judge.
 
     Raises:
         DeltafoldError: whatever would stop `pack` before its first byte.
@@ -221,9 +260,10 @@ def plan_job(job: Job) -> Plan:
         evidence=job.evidence,
         progress=job.progress,
     )
-    if budget is None:
-        return planner.as_given()
-    return planner.plan(planner.within(budget.target_bytes(planner.variant_bytes)))
+    probe = None
+    if job.judge is not None:
+        probe = Probe(job.source, job.target, planner.recipe_of, job.judge, job.evidence).kl
+    return planned(planner, probe, sketch=sketch)
 
 
 @dataclass
@@ -347,6 +387,7 @@ class _Run:
                 ratio=delta_bytes / max(variant_bytes, 1),
                 coverage=covered / max(len(variant_digests), 1),
             ),
+            quality=dict(self.job.quality),
         )
         return draft.model_copy(update={"delta_id": draft.content_digest()})
 

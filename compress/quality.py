@@ -13,12 +13,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from deltafold.compress.budget.probe import Measured
 from deltafold.compress.card import card_text
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.manifest import MANIFEST_NAME, FileEntry, Manifest, parse_manifest
 
 QUALITY_NAME: Final = "report/quality.json"
 _CARD: Final = "README.md"
+
+
+def figures(found: Measured, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures under the names that manifests use, with what they were measured on."""
+    names = {"kl": "kl_mean", "agreement": "top1_agreement"}
+    return {**{names.get(k, k): v for k, v in found.to_json().items()}, "data": dict(data)}
 
 
 def record_quality(folder: Path, quality: Mapping[str, Any]) -> Manifest:

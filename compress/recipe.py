@@ -18,6 +18,7 @@ import yaml
 from deltafold.compress.budget.goal import Budget
 from deltafold.compress.edits import Edit, parse_edit
 from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.evidence import NEEDS, Need
 from deltafold.compress.methods import BitDelta, Chain, ExactMethod, LosslessMethod, Method
 from deltafold.compress.methods.base import build, parse_spec, spec_of
 
@@ -62,6 +63,14 @@ class Recipe:
     def overrides_for(self, name: str) -> bool:
         """Whether an override names this tensor's codec."""
         return any(fnmatchcase(name, pattern) for pattern, _ in self.overrides)
+
+    def needs(self) -> tuple[Need, ...]:
+        """All that any of its codecs and edits needs, whatever tensors they are for."""
+        chosen = [self.default, self.vectors, *(m for _, m in self.overrides)]
+        chosen += self.budget.candidates if self.budget else ()
+        wanted = {n for m in chosen for n in m.needs}
+        wanted |= {n for _, edit in self.edits for n in edit.needs}
+        return tuple(n for n in NEEDS if n in wanted)
 
     def unused(self, names: list[str]) -> list[str]:
         """Patterns that match none of `names`: most likely a typing mistake."""

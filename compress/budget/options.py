@@ -95,7 +95,7 @@ class Trial:
         for done, name in enumerate(names, 1):
             value = self.target.tensor(name)
             base = self.source.tensor(name) if name in in_base else None
-            if not _same(value, base):
+            if not same(value, base):
                 yield self._tensor(name, value, base)
             size = value.numel() * value.element_size()
             self.progress(Progress("plan", name, done, len(names), size))
@@ -205,7 +205,8 @@ def _part_bytes(part: Part) -> int:
     return head + math.prod(part.shape) * part.dtype.itemsize
 
 
-def _same(value: torch.Tensor, base: torch.Tensor | None) -> bool:
+def same(value: torch.Tensor, base: torch.Tensor | None) -> bool:
+    """Whether a fine-tune's tensor is the base's, bit for bit."""
     if base is None or base.dtype != value.dtype or base.shape != value.shape:
         return False
     return bool(torch.equal(dtypes.raw_bytes(value), dtypes.raw_bytes(base)))

@@ -156,12 +156,13 @@ class Planner:
         Raises:
             DeltafoldError: `bad-argument` where nothing fits, with the least that is possible.
         """
-        room = target - self.fixed_bytes
+        start = self.frontier.points[0]
+        room = target - self.nbytes(self.frontier.start) + start.cost
         while True:
             choice = self.frontier.within(room)
             if choice is None:
                 raise self._too_small(target)
-            # Costs are close guesses of what the header adds; the exact size decides.
+            # Costs guess what the header adds, closely; the exact size decides.
             over = self.nbytes(choice) - target
             if over <= 0:
                 return choice
@@ -181,10 +182,6 @@ class Planner:
             frontier=self._around(chosen, measured),
             kl=chosen.kl,
         )
-
-    def as_given(self) -> Plan:
-        """The plan of the user's own recipe; every tensor has one option."""
-        return self.plan(self.frontier.at(0))
 
     def recipe_of(self, choice: Choice) -> Recipe:
         """An ordinary recipe: the commonest codec as default, the others by tensor."""
@@ -220,12 +217,15 @@ class Planner:
     ) -> tuple[FrontierPoint, ...]:
         """A dozen points of the frontier, evenly by step, those with a measured KL, and the choice."""
         points = self.frontier.points
+        if len(points) == 1:
+            return (chosen,)
         stride = max((len(points) - 1) / max(most - 1, 1), 1.0)
         steps = sorted({min(round(i * stride), len(points) - 1) for i in range(most)})
         found = {}
-        for step in steps:
+        for step in range(len(points)) if kl else steps:
             nbytes = self.nbytes(self.frontier.at(step))
-            found[nbytes] = FrontierPoint(nbytes, points[step].error, kl.get(nbytes))
+            if step in steps or nbytes in kl:
+                found[nbytes] = FrontierPoint(nbytes, points[step].error, kl.get(nbytes))
         return tuple(sorted({**found, chosen.nbytes: chosen}.values(), key=lambda p: p.nbytes))
 
     def _too_small(self, target: int) -> DeltafoldError:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from deltafold.compress.budget.allocate import Choice
+from deltafold.compress.budget.options import same
 from deltafold.compress.checkpoint import TensorSource
 from deltafold.compress.encode import encode_tensor
 from deltafold.compress.evidence import EvidenceSource
@@ -40,6 +43,30 @@ class Judge(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Probe:
+    """Measures choices without writing them.
+
+    Attributes:
+        source: the base.
+        target: the fine-tune.
+        recipe_of: the recipe of a choice.
+        judge: runs the model.
+        evidence: for codecs that need some.
+    """
+
+    source: TensorSource
+    target: TensorSource
+    recipe_of: Callable[[Choice], Recipe]
+    judge: Judge
+    evidence: EvidenceSource | None = None
+
+    def kl(self, choice: Choice) -> float:
+        """KL of a choice to the fine-tune, in nats a token."""
+        recipe = self.recipe_of(choice)
+        return self.judge.measure(rebuilt(self.source, self.target, recipe, self.evidence)).kl
+
+
 def rebuilt(
     source: TensorSource,
     target: TensorSource,
@@ -67,6 +94,8 @@ def _tensor(
     recipe: Recipe,
     evidence: EvidenceSource | None,
 ) -> torch.Tensor:
+    if same(value, base):
+        return value
     encoded, _ = encode_tensor(name, value, base, recipe, evidence)
     if len(encoded) == 1 and is_exact(encoded[0].term):
         return value

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltafold.server.cli.calibration import CalibrationOptions, calibration_options
 from deltafold.server.cli.output import Output, facts, output_options, quiet_option, size
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     help="Let a difference in structure through: new-tensors, missing-tensors, resized or "
     "tokenizer; repeat it for several.",
 )
+@calibration_options
 @click.option("--overwrite", is_flag=True, help="Replace an existing delta.")
 @quiet_option
 @output_options
@@ -64,21 +66,27 @@ def compress(
     recipe: str | None,
     accept: tuple[str, ...],
     overwrite: bool,
+    **calibration: Any,
 ) -> None:
     """Pack the fine-tune VARIANT as a delta against BASE.
 
     Both are folders with safetensors weights, or hub ids (org/name, org/name@revision). Every tensor
-    is coded, kept exactly, found equal to the base's, or refused. Needs neither data nor a GPU.
+    is coded, kept exactly, found equal to the base's, or refused. Needs no GPU, and no data but for the
+    codecs and edits that `deltafold codecs` marks.
 
     \b
     deltafold compress Llama-3.1-8B ./sql-ft -o zoo/sql
     deltafold compress Llama-3.1-8B ./sql-ft -o zoo/sql \\
         --codec bitdelta:bits=1 --set 'lm_head*=int:bits=8'
     deltafold compress Llama-3.1-8B ./sql-ft -o archive/sql --codec lossless
+    deltafold compress Llama-3.1-8B ./sql-ft -o zoo/sql --codec svd-act --calibrate sql.jsonl
     """
     from deltafold.compress import compress_checkpoint
 
     chosen = read_recipe(codec, sets, recipe, edits)
+    options = CalibrationOptions(**calibration)
+    evidence = options.evidence(base, variant, chosen.needs())
+    words = _command(base, variant, out, codec, sets, edits, recipe, accept, options)
     began = time.monotonic()
     with output.progress() as progress:
         report = compress_checkpoint(
@@ -88,7 +96,9 @@ def compress(
             recipe=chosen,
             accept=accept,
             overwrite=overwrite,
-            command=_command(base, variant, out, codec, sets, edits, recipe, accept),
+            command=words,
+            evidence=evidence,
+            quality={"calibration": evidence.record()} if evidence else None,
             progress=progress,
         )
     seconds = time.monotonic() - began
@@ -143,6 +153,7 @@ def _command(
     edits: Sequence[str],
     recipe: str | None,
     accept: Sequence[str],
+    calibration: CalibrationOptions,
 ) -> str:
     """The command as the model card shows it; of a folder on this machine only the name."""
     words = ["deltafold", "compress", public(base), public(variant), "-o", Path(out).name]
@@ -151,6 +162,7 @@ def _command(
     words += [word for text in sets for word in ("--set", text)]
     words += [word for text in edits for word in ("--edit", text)]
     words += [word for text in accept for word in ("--accept", text)]
+    words += calibration.words(public)
     return shlex.join(words)
 
 

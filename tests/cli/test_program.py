@@ -23,7 +23,8 @@ from deltafold.server.cli.output import size, table
 ROOT = Path(__file__).parents[2]
 #: The surface. A change here is a change that users see: change it on purpose, and `docs/cli.md` too.
 SURFACE = {
-    "compress": "-o --out --codec --set --edit --recipe --accept --overwrite --quiet --json --debug",
+    "compress": "-o --out --codec --set --edit --recipe --accept --calibrate --calibrate-rows "
+    "--calibrate-length --reference --device --overwrite --quiet --json --debug",
     "import-lora": "-o --out --accept --overwrite --quiet --json --debug",
     "inspect": "--tensors --json --debug",
     "verify": "--base --full --quiet --json --debug",

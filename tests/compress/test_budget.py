@@ -107,14 +107,14 @@ def budgeted(size: str, **options) -> Recipe:
     return Recipe(budget=Budget(target_size=size, **options))
 
 
-@pytest.mark.parametrize("size", ["14%", "20%", "55%", "20000", "18KiB"])
+@pytest.mark.parametrize("size", ["25%", "40%", "70%", "15000", "9KiB"])
 def test_the_size_is_met_and_was_known_before(pair, size):
     planned = plan_checkpoint(pair.base, pair.variant, recipe=budgeted(size))
     assert not pair.out.exists()
     repo = pack(pair, budgeted(size))
     totals = repo.manifest.totals
     assert totals.delta_bytes == planned.nbytes <= Budget(size).target_bytes(totals.variant_bytes)
-    assert totals.delta_bytes > 0.9 * Budget(size).target_bytes(totals.variant_bytes)
+    assert totals.delta_bytes > 0.85 * Budget(size).target_bytes(totals.variant_bytes)
     assert repo.manifest.recipe == planned.recipe.to_json()
     # The manifest's recipe is an ordinary one, and makes the same delta.
     again = pack(replace(pair, root=pair.root / "again"), Recipe.from_mapping(repo.manifest.recipe))
@@ -130,7 +130,7 @@ def test_planned_sizes_hold_without_a_budget_too(pair):
 
 
 def test_what_the_user_fixed_stays_fixed(pair):
-    recipe = replace(budgeted("20%"), overrides=(("lm_head*", parse_spec("int:bits=8")),))
+    recipe = replace(budgeted("40%"), overrides=(("lm_head*", parse_spec("int:bits=8")),))
     repo = pack(pair, recipe)
     assert repo.manifest.recipe["tensors"]["lm_head*"] == "int:bits=8"
     assert repo.terms("lm_head.weight")[0].bits == 8

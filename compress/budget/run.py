@@ -1,0 +1,77 @@
+"""From what was tried to a plan that meets its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from deltafold.compress.budget.allocate import Choice
+from deltafold.compress.budget.plan import Plan, Planner
+from deltafold.compress.budget.search import smallest_within
+from deltafold.compress.errors import DeltafoldError
+
+#: Points of the frontier whose KL a sketch measures.
+_SKETCHED: Final = 5
+
+
+def planned(
+    planner: Planner, kl_of: Callable[[Choice], float] | None, *, sketch: bool = False
+) -> Plan:
+    """The plan for the planner's budget, or for its recipe alone.
+
+    Args:
+        planner: what was tried.
+        kl_of: measures a choice; None without calibration data.
+        sketch: measure some points of the frontier as well.
+
+    Raises:
+        DeltafoldError: `needs-calibration` for a KL without `kl_of`; `bad-argument` where no choice
+            meets the budget.
+    """
+    budget, frontier = planner.budget, planner.frontier
+    measured: dict[int, float] = {}
+
+    def kl_at(steps: int) -> float:
+        choice = frontier.at(steps)
+        assert kl_of is not None
+        return measured.setdefault(planner.nbytes(choice), kl_of(choice))
+
+    if budget is not None and budget.max_kl:
+        if kl_of is None:
+            raise DeltafoldError(
+                "needs-calibration",
+                "a budget of KL needs data to measure it on.",
+                facts=[("max_kl", budget.max_kl)],
+                fix="give a calibration set: --calibrate prompts.jsonl",
+            )
+        found = smallest_within(frontier.points, budget.max_kl, kl_at)
+        if found.steps is None:
+            raise too_much(min(found.kl.values()), budget.max_kl)
+        choice = frontier.at(found.steps)
+    elif budget is not None:
+        choice = planner.within(budget.target_bytes(planner.variant_bytes))
+    else:
+        choice = frontier.at(0)
+    if kl_of is not None and sketch:
+        measured.setdefault(planner.nbytes(choice), kl_of(choice))
+        last = len(frontier.points) - 1
+        for steps in {round(i * last / (_SKETCHED - 1)) for i in range(_SKETCHED)}:
+            if planner.nbytes(frontier.at(steps)) not in measured:
+                kl_at(steps)
+    return planner.plan(choice, kl=measured)
+
+
+def too_much(found: float, most: float) -> DeltafoldError:
+    """The error for a KL above the budget's."""
+    return DeltafoldError(
+        "bad-argument",
+        f"no choice of codecs has a KL of {most:g} or less.",
+        facts=[("least found", f"{found:.3g} nats a token")],
+        fix="a larger --max-kl, or candidates that keep more: --candidates lossless",
+    )
+
+
+def check_kl(found: float, most: float) -> None:
+    """Raises `bad-argument` where a packed delta, read back, has more KL than was asked for."""
+    if not found <= most:
+        raise too_much(found, most)
