@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from deltafold.compress.calibration import CalibratedEvidence
+    from deltafold.compress.calibration import CalibratedEvidence, CalibratedJudge
     from deltafold.compress.evidence import Need
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -120,6 +120,13 @@ class CalibrationOptions:
             role, model = _reference(text)
             words += ["--reference", f"{role}={public(model)}"]
         return words
+
+
+def judge_of(evidence: CalibratedEvidence | None, device: str) -> CalibratedJudge | None:
+    """What measures packed deltas on the calibration data; None without any."""
+    from deltafold.compress.calibration import CalibratedJudge
+
+    return None if evidence is None else CalibratedJudge(evidence, device)
 
 
 def _reference(text: str) -> tuple[str, str]:

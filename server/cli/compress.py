@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltafold.server.cli.calibration import CalibrationOptions, calibration_options
+from deltafold.server.cli.budget import (
+    BudgetOptions,
+    budget_options,
+    dry_text,
+    plan_text,
+    wanted_evidence,
+)
+from deltafold.server.cli.calibration import (
+    CalibrationOptions,
+    calibration_options,
+    judge_of,
+)
 from deltafold.server.cli.output import Output, facts, output_options, quiet_option, size
 
 if TYPE_CHECKING:
@@ -50,6 +61,7 @@ if TYPE_CHECKING:
     help="Let a difference in structure through: new-tensors, missing-tensors, resized or "
     "tokenizer; repeat it for several.",
 )
+@budget_options
 @calibration_options
 @click.option("--overwrite", is_flag=True, help="Replace an existing delta.")
 @quiet_option
@@ -66,7 +78,8 @@ def compress(
     recipe: str | None,
     accept: tuple[str, ...],
     overwrite: bool,
-    **calibration: Any,
+    dry_run: bool,
+    **more: Any,
 ) -> None:
     """Pack the fine-tune VARIANT as a delta against BASE.
 
@@ -80,13 +93,29 @@ def compress(
         --codec bitdelta:bits=1 --set 'lm_head*=int:bits=8'
     deltafold compress Llama-3.1-8B ./sql-ft -o archive/sql --codec lossless
     deltafold compress Llama-3.1-8B ./sql-ft -o zoo/sql --codec svd-act --calibrate sql.jsonl
+    deltafold compress Llama-3.1-8B ./sql-ft -o zoo/sql --target-size 10%
     """
-    from deltafold.compress import compress_checkpoint
+    from deltafold.compress import compress_checkpoint, plan_checkpoint
 
-    chosen = read_recipe(codec, sets, recipe, edits)
-    options = CalibrationOptions(**calibration)
-    evidence = options.evidence(base, variant, chosen.needs())
-    words = _command(base, variant, out, codec, sets, edits, recipe, accept, options)
+    budget = BudgetOptions.take(more)
+    chosen = budget.applied(read_recipe(codec, sets, recipe, edits), codec)
+    options = CalibrationOptions(**more)
+    evidence = options.evidence(base, variant, wanted_evidence(chosen))
+    judge = judge_of(evidence, options.device)
+    if dry_run:
+        with output.progress() as progress:
+            plan = plan_checkpoint(
+                base,
+                variant,
+                recipe=chosen,
+                accept=accept,
+                evidence=evidence,
+                judge=judge,
+                progress=progress,
+            )
+        output.result(plan.to_json(), dry_text(plan))
+        return
+    words = _command(base, variant, out, codec, sets, edits, recipe, accept, options, budget)
     began = time.monotonic()
     with output.progress() as progress:
         report = compress_checkpoint(
@@ -99,6 +128,7 @@ def compress(
             command=words,
             evidence=evidence,
             quality={"calibration": evidence.record()} if evidence else None,
+            judge=judge,
             progress=progress,
         )
     seconds = time.monotonic() - began
@@ -154,6 +184,7 @@ def _command(
     recipe: str | None,
     accept: Sequence[str],
     calibration: CalibrationOptions,
+    budget: BudgetOptions,
 ) -> str:
     """The command as the model card shows it; of a folder on this machine only the name."""
     words = ["deltafold", "compress", public(base), public(variant), "-o", Path(out).name]
@@ -162,6 +193,7 @@ def _command(
     words += [word for text in sets for word in ("--set", text)]
     words += [word for text in edits for word in ("--edit", text)]
     words += [word for text in accept for word in ("--accept", text)]
+    words += budget.words()
     words += calibration.words(public)
     return shlex.join(words)
 
@@ -192,6 +224,8 @@ def pack_data(report: PackReport, seconds: float) -> dict[str, Any]:
         "accepted": list(manifest.accepted),
         "recipe": manifest.recipe,
         "base": manifest.base.model_dump(),
+        "plan": report.plan.to_json() if report.plan else None,
+        "quality": manifest.quality,
         "worst": [{"tensor": name, "rel_error": error} for name, error in report.worst()],
         "seconds": round(seconds, 3),
         "peak_memory_bytes": peak_memory(),
@@ -217,7 +251,12 @@ def pack_text(report: PackReport, seconds: float) -> str:
         lines.append(("largest error", f"{worst[0][1]:.3f} of its delta, {worst[0][0]}"))
     elif manifest.tensors:
         lines.append(("largest error", "0: every tensor comes back bit for bit"))
+    if "kl_mean" in manifest.quality:
+        figures = manifest.quality
+        agreed = f"{figures['top1_agreement']:.2%} same likeliest token"
+        lines.append(("KL", f"{figures['kl_mean']:.4g} nats a token; {agreed}"))
     if manifest.accepted:
         lines.append(("accepted", ", ".join(manifest.accepted)))
     lines.append(("took", f"{seconds:.1f} s, peak memory {peak_memory_text()}"))
-    return f"{report.out}: written and verified\n{facts(lines)}"
+    text = f"{report.out}: written and verified\n{facts(lines)}"
+    return text if report.plan is None else f"{text}\n\nplan\n{plan_text(report.plan)}"
