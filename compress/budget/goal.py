@@ -45,7 +45,23 @@ _UNITS: Final = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
-_SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(%|[A-Za-z]*)")
+_SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)")
+
+
+def parse_size(text: str, flag: str) -> int:
+    """`500MiB`, `1.5GB` or bytes as a number of bytes; raises `bad-argument` naming the flag."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[2].upper() not in _UNITS:
+        raise DeltafoldError("bad-argument", f"{text!r} is no size.", fix=f"{flag} 500MiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def parse_number(text: str, where: str) -> float:
+    """A number above 0 out of a larger text."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[2]:
+        raise DeltafoldError("bad-argument", f"{where!r} is no size.", fix="--target-size 10%")
+    return float(match[1])
 
 
 @dataclass(frozen=True)
@@ -78,16 +94,10 @@ class Budget:
 
     def target_bytes(self, variant_bytes: int) -> int:
         """The target size in bytes. Raises `bad-argument` where it cannot be read."""
-        match = _SIZE.fullmatch(self.target_size.strip())
-        unit = match[2].upper() if match else "?"
-        if match is None or (unit != "%" and unit not in _UNITS):
-            raise DeltafoldError(
-                "bad-argument",
-                f"{self.target_size!r} is no size.",
-                fix="--target-size 10%, of the fine-tune's bytes, or 500MiB, or bytes",
-            )
-        factor = variant_bytes / 100 if unit == "%" else _UNITS[unit]
-        return int(float(match[1]) * factor)
+        share = self.target_size.strip().removesuffix("%")
+        if share == self.target_size.strip():
+            return parse_size(self.target_size, "--target-size 10%, or")
+        return int(parse_number(share, self.target_size) * variant_bytes / 100)
 
     def codecs(self, shape: tuple[int, ...]) -> tuple[Method, ...]:
         """The candidates for a tensor of this shape."""

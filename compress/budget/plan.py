@@ -13,6 +13,7 @@ from typing import Any
 from deltafold.compress.budget.allocate import Choice, Frontier, total
 from deltafold.compress.budget.goal import Budget
 from deltafold.compress.budget.options import TensorTrial, Trial, Tried
+from deltafold.compress.budget.survey import prepared
 from deltafold.compress.budget.size import companion_bytes, payload_bytes
 from deltafold.compress.checkpoint import Spec, TensorSource
 from deltafold.compress.dtypes import TORCH
@@ -125,7 +126,7 @@ class Planner:
             DeltafoldError: `needs-calibration` for a candidate that needs what is not there, and
                 whatever the codecs of tensors outside the budget raise.
         """
-        trial = Trial(source, target, recipe, budget, evidence, progress)
+        trial = Trial(source, target, prepared(recipe, source, target), budget, evidence, progress)
         weighted = evidence is not None and "gradients" in evidence.provides
         return cls(
             recipe,

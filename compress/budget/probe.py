@@ -10,6 +10,7 @@ import torch
 
 from deltafold.compress.budget.allocate import Choice
 from deltafold.compress.budget.options import same
+from deltafold.compress.budget.survey import prepared
 from deltafold.compress.checkpoint import TensorSource
 from deltafold.compress.encode import encode_tensor
 from deltafold.compress.evidence import EvidenceSource
@@ -75,6 +76,7 @@ def rebuilt(
 ) -> dict[str, torch.Tensor]:
     """Every tensor as a delta packed by `recipe` would give it: float32, others as they are."""
     in_base = set(source.names())
+    recipe = prepared(recipe, source, target)
     return {
         name: _tensor(
             name,
