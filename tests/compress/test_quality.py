@@ -153,7 +153,7 @@ def test_on_a_trained_fine_tune_it_beats_one_codec_for_all(tmp_path):
     base, tuned = demo / "base", demo / "zoo" / "reverse"
     lines = [
         json.dumps({"prompt": prompt_of(word), "completion": apply("reverse", word)})
-        for word in held_out_words(32)
+        for word in held_out_words(24)
     ]
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(lines))
@@ -169,7 +169,8 @@ def test_on_a_trained_fine_tune_it_beats_one_codec_for_all(tmp_path):
 
     alike = Recipe(default=parse_spec("bitdelta:bits=1,group=64"))
     size = plan_checkpoint(base, tuned, recipe=alike).nbytes
-    asked = Recipe(budget=Budget(str(size)))
+    few = ("bitdelta:bits=1", "bitdelta:bits=1,group=64", "int:bits=4,group=64", "svd:bits=0.5")
+    asked = Recipe(budget=Budget(str(size), candidates=tuple(map(parse_spec, few))))
     blind = plan_checkpoint(base, tuned, recipe=asked)
     seeing = plan_checkpoint(base, tuned, recipe=asked, evidence=evidence)
     found = [kl(r, size) for r in (alike, blind.recipe, seeing.recipe)]
