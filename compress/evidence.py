@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import torch
 
@@ -17,11 +17,12 @@ from deltafold.compress.errors import DeltafoldError
 #: `activations`: second moments of the layers' inputs, and some inputs; `gradients`: of the loss, at
 #: the fine-tune; `logits`: forward passes of whole models; `labels`: examples with answers;
 #: `reference`: a third checkpoint (an aligned or an unaligned model).
-Need: TypeAlias = Literal["activations", "gradients", "logits", "labels", "reference"]
+#: `sequential`: activations of layers that stand behind others as compressed.
+Need: TypeAlias = Literal["activations", "gradients", "logits", "labels", "reference", "sequential"]
 #: What a third checkpoint is: a model with safety training, one without, or whatever an edit makes of
 #: a `shift`.
 Role: TypeAlias = Literal["aligned", "unaligned", "shift"]
-NEEDS: Final[tuple[Need, ...]] = ("activations", "gradients", "logits", "labels", "reference")
+NEEDS: Final[tuple[Need, ...]] = get_args(Need)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,19 @@ class EvidenceSource(Protocol):
 
     def of(self, name: str) -> Evidence:
         """What is known of one tensor."""
+        ...
+
+
+@runtime_checkable
+class SequentialSource(EvidenceSource, Protocol):
+    """A source of evidence that is `sequential`: it is told what becomes of every tensor."""
+
+    def order(self, names: Sequence[str]) -> list[str]:
+        """The order in which tensors must be compressed: as the model runs."""
+        ...
+
+    def settle(self, name: str, value: torch.Tensor) -> None:
+        """Take note of a compressed tensor: base plus decoded difference, float32."""
         ...
 
 

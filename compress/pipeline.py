@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 import torch
 
 from deltafold.compress import dtypes
-from deltafold.compress.budget.plan import Plan, Planner
-from deltafold.compress.budget.probe import Judge, Probe
-from deltafold.compress.budget.run import check_kl, planned
+from deltafold.compress.budget.plan import Plan
+from deltafold.compress.budget.probe import Judge
+from deltafold.compress.budget.run import judged, plan_of
 from deltafold.compress.card import write_card, write_tensor_table
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
 from deltafold.compress.companions import check_tokenizer, copy_files, named
@@ -27,7 +27,7 @@ from deltafold.compress.encode import (
     measure,
 )
 from deltafold.compress.errors import DeltafoldError, name_some
-from deltafold.compress.evidence import EvidenceSource, check_needs
+from deltafold.compress.evidence import EvidenceSource, SequentialSource, check_needs
 from deltafold.compress.fingerprint import Digests, TensorDigest, digest_source, fingerprint
 from deltafold.compress.manifest import (
     BASE_TENSORS_NAME,
@@ -42,16 +42,16 @@ from deltafold.compress.manifest import (
     is_evidence,
 )
 from deltafold.compress.progress import OnProgress, Progress, ignore
-from deltafold.compress.quality import figures, record_quality
+from deltafold.compress.quality import record_quality
 from deltafold.compress.recipe import Recipe
 from deltafold.compress.release import version
-from deltafold.compress.repo import DeltaRepo, payload_key
+from deltafold.compress.repo import DeltaRepo, pad_rows, payload_key
 from deltafold.compress.shards import ShardWriter
 from deltafold.compress.source import open_variant
 from deltafold.compress.spec import spec_of
 from deltafold.compress.staging import Staging
 from deltafold.compress.structure import Structure, compare
-from deltafold.compress.terms import Encoded
+from deltafold.compress.terms import Context, Encoded, is_exact
 from deltafold.compress.verify import check_payload
 
 #: The terms of a tensor that need no encoder, and the float32 delta that they stand for; or None.
@@ -151,7 +151,11 @@ def plan_checkpoint(
         evidence=evidence,
         judge=judge,
     )
-    return plan_job(job, sketch=True)
+    compare(job.source, job.target, job.accept)
+    run = _Run(job)
+    run.check_patterns()
+    run.check_needs()
+    return plan_of(job, sketch=True)
 
 
 def _opened(base: str | Path, variant: str | Path) -> Job:
@@ -209,7 +213,7 @@ def pack(job: Job, out: str | Path, *, overwrite: bool = False) -> PackReport:
     plan: Plan | None = None
     with Staging(Path(out), overwrite=overwrite, inputs=inputs) as staging:
         if job.recipe.budget is not None:
-            plan = plan_job(job)
+            plan = plan_of(job)
             run = _Run(replace(job, recipe=plan.recipe))
         manifest, stats = run.write(structure, staging.folder, tokenizer)
         repo = DeltaRepo.open(staging.folder)
@@ -218,52 +222,6 @@ def pack(job: Job, out: str | Path, *, overwrite: bool = False) -> PackReport:
             manifest = record_quality(staging.folder, judged(job, repo))
         staging.publish()
     return PackReport(Path(out), manifest, stats, plan)
-
-
-def judged(job: Job, repo: DeltaRepo) -> dict[str, Any]:
-    """Figures of a packed delta, read back, for `record_quality`.
-
-    Raises:
-        DeltafoldError: `bad-argument` where it has more KL than its budget allows.
-    """
-    from deltafold.compress.calibration import decoded_tensors
-
-    assert job.judge is not None
-    found = job.judge.measure(decoded_tensors(job.source, repo))
-    budget = job.recipe.budget
-    if budget is not None and budget.max_kl:
-        check_kl(found.kl, budget.max_kl)
-    return figures(found, job.judge.record())
-
-
-def plan_job(job: Job, *, sketch: bool = False) -> Plan:
-    """What `pack` would write: the codec of every tensor, and the delta's size to the byte.
-
-    Args:
-        job: what is packed.
-        sketch: measure some points of the frontier too, where there is a judge.
-
-    Raises:
-        DeltafoldError: whatever would stop `pack` before its first byte.
-    """
-    compare(job.source, job.target, job.accept)
-    run = _Run(job)
-    run.check_patterns()
-    run.check_needs()
-    budget = job.recipe.budget
-    planner = Planner.measure(
-        job.source,
-        job.target,
-        job.companions,
-        job.recipe,
-        budget,
-        evidence=job.evidence,
-        progress=job.progress,
-    )
-    probe = None
-    if job.judge is not None:
-        probe = Probe(job.source, job.target, planner.recipe_of, job.judge, job.evidence).kl
-    return planned(planner, probe, sketch=sketch)
 
 
 @dataclass
@@ -301,8 +259,8 @@ class _Run:
         base_digests = self._hash(job.source)
         variant_digests = self._hash(target)
         writer = ShardWriter(folder, "delta", {"format": FORMAT, "format_version": FORMAT_VERSION})
-        names = target.names()
-        for done, name in enumerate(names, 1):
+        names, follower = target.names(), self._follower()
+        for done, name in enumerate(follower.order(names) if follower else names, 1):
             self._tensor(name, base_digests, variant_digests, writer)
             spec = target.spec(name)
             nbytes = math.prod(spec.shape) * dtypes.TORCH[spec.dtype].itemsize
@@ -319,6 +277,11 @@ class _Run:
         write_card(folder, manifest, job.source.reference)
         _write_json(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
         return manifest, self.stats
+
+    def _follower(self) -> SequentialSource | None:
+        source = self.job.evidence
+        wanted = source is not None and "sequential" in source.provides
+        return source if wanted and isinstance(source, SequentialSource) else None
 
     def _hash(self, source: TensorSource) -> dict[str, TensorDigest]:
         total, done = len(source.names()), 0
@@ -344,6 +307,8 @@ class _Run:
             name, value, base, self.job.recipe, self.job.evidence
         )
         check_exact(name, encoded, value, base, variant_digests[name])
+        if follower := self._follower():
+            follower.settle(name, _settled(name, encoded, value, base))
         for index, (_, parts) in enumerate(encoded):
             for key, part in parts.items():
                 writer.add(payload_key(name, index, key), part)
@@ -375,8 +340,8 @@ class _Run:
             created_by=f"deltafold {version()}",
             command=self.job.command,
             recipe=record,
-            tensors=self.entries,
-            unchanged=tuple(self.unchanged),
+            tensors=dict(sorted(self.entries.items())),
+            unchanged=tuple(sorted(self.unchanged)),
             absent=tuple(structure.absent),
             accepted=tuple(accepted),
             files=files,
@@ -390,6 +355,19 @@ class _Run:
             quality=dict(self.job.quality),
         )
         return draft.model_copy(update={"delta_id": draft.content_digest()})
+
+
+def _settled(
+    name: str, encoded: list[Encoded], value: torch.Tensor, base: torch.Tensor | None
+) -> torch.Tensor:
+    """What the compressed model holds in place of a tensor, float32."""
+    if base is None or is_exact(encoded[0].term):
+        return value.to(torch.float32)
+    shape = tuple(value.shape)
+    padded = pad_rows(base, shape)
+    assert padded is not None
+    context = Context(name, padded)
+    return sum((t.decode(p, shape, context) for t, p in encoded), padded.to(torch.float32))
 
 
 def _origin(source: TensorSource, digests: Digests) -> Origin:

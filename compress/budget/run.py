@@ -3,15 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from deltafold.compress.budget.allocate import Choice
 from deltafold.compress.budget.plan import Plan, Planner
+from deltafold.compress.budget.probe import Probe
 from deltafold.compress.budget.search import smallest_within
 from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.quality import figures
+from deltafold.compress.repo import DeltaRepo
+
+if TYPE_CHECKING:
+    from deltafold.compress.pipeline import Job
 
 #: Points of the frontier whose KL a sketch measures.
 _SKETCHED: Final = 5
+
+
+def plan_of(job: Job, *, sketch: bool = False) -> Plan:
+    """What packing would write: the codec of every tensor, and the delta's size to the byte.
+
+    Args:
+        job: what is packed; its structure and needs were checked.
+        sketch: measure some points of the frontier too, where there is a judge.
+
+    Raises:
+        DeltafoldError: `bad-argument` where nothing meets the budget, `needs-calibration` where one of
+            KL has no judge; whatever codecs raise.
+    """
+    planner = Planner.measure(
+        job.source,
+        job.target,
+        job.companions,
+        job.recipe,
+        job.recipe.budget,
+        evidence=job.evidence,
+        progress=job.progress,
+    )
+    probe = None
+    if job.judge is not None:
+        probe = Probe(job.source, job.target, planner.recipe_of, job.judge, job.evidence).kl
+    return planned(planner, probe, sketch=sketch)
+
+
+def judged(job: Job, repo: DeltaRepo) -> dict[str, Any]:
+    """Figures of a packed delta, read back, for `record_quality`.
+
+    Raises:
+        DeltafoldError: `bad-argument` where it has more KL than its budget allows.
+    """
+    from deltafold.compress.calibration import decoded_tensors
+
+    assert job.judge is not None
+    found = job.judge.measure(decoded_tensors(job.source, repo))
+    budget = job.recipe.budget
+    if budget is not None and budget.max_kl and not found.kl <= budget.max_kl:
+        raise too_much(found.kl, budget.max_kl)
+    return figures(found, job.judge.record())
 
 
 def planned(
@@ -69,9 +117,3 @@ def too_much(found: float, most: float) -> DeltafoldError:
         facts=[("least found", f"{found:.3g} nats a token")],
         fix="a larger --max-kl, or candidates that keep more: --candidates lossless",
     )
-
-
-def check_kl(found: float, most: float) -> None:
-    """Raises `bad-argument` where a packed delta, read back, has more KL than was asked for."""
-    if not found <= most:
-        raise too_much(found, most)

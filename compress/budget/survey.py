@@ -10,11 +10,23 @@ import torch
 from deltafold.compress import dtypes
 from deltafold.compress.checkpoint import TensorSource
 from deltafold.compress.edits import SurveyedEdit
+from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.recipe import Recipe
 
 
 def prepared(recipe: Recipe, source: TensorSource, target: TensorSource) -> Recipe:
-    """The recipe with its surveyed edits told of the model's deltas."""
+    """The recipe with its surveyed edits told of the model's deltas.
+
+    Raises:
+        DeltafoldError: `bad-argument` for a codec that follows the tensors packed before it: there are
+            none where tensors are coded by themselves.
+    """
+    if "sequential" in recipe.needs():
+        raise DeltafoldError(
+            "bad-argument",
+            "a codec that follows the tensors before it can only be packed with, not tried.",
+            fix="take it out of the budget's candidates, or do without --dry-run",
+        )
     deltas = _Deltas(source, target)
     edits = [
         (pattern, edit.survey(deltas) if isinstance(edit, SurveyedEdit) else edit)

@@ -5,6 +5,7 @@ The one part of `compress` that needs transformers, imported when a model is fir
 
 from deltafold.compress.calibration.data import CalibrationSet, read_calibration
 from deltafold.compress.calibration.evidence import CalibratedEvidence
+from deltafold.compress.calibration.fit import LogitFit, compress_and_fit, fit_scales
 from deltafold.compress.calibration.judge import CalibratedJudge
 from deltafold.compress.calibration.model import (
     ParameterMap,
@@ -27,12 +28,15 @@ __all__ = [
     "CalibratedEvidence",
     "CalibratedJudge",
     "CalibrationSet",
+    "LogitFit",
     "ParameterMap",
     "Quality",
     "calibrate",
     "compare",
     "compare_logits",
+    "compress_and_fit",
     "decoded_tensors",
+    "fit_scales",
     "load_delta",
     "load_model",
     "load_source",

@@ -8,7 +8,7 @@ first of it is asked for; only the last group is kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -18,6 +18,7 @@ from deltafold.compress.calibration.batches import Batch
 from deltafold.compress.calibration.data import CalibrationSet
 from deltafold.compress.calibration.model import ParameterMap, load_source
 from deltafold.compress.calibration.quality import batch_logits, predictions
+from deltafold.compress.calibration.sequence import first_tensor, stages
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
 from deltafold.compress.evidence import NEEDS, Evidence, Need
 
@@ -26,6 +27,8 @@ _GROUP_BYTES: Final = 2 * 2**30
 #: Inputs that are kept of each layer as they are.
 _SAMPLE: Final = 256
 _ROWS: Final = 8
+#: What is learnt of the fine-tune as it is, whatever becomes of it.
+AT_THE_FINE_TUNE: Final[tuple[Need, ...]] = tuple(n for n in NEEDS if n != "sequential")
 
 
 class Moment(NamedTuple):
@@ -61,10 +64,15 @@ class CalibratedEvidence:
     moments; `of` then leaves those fields None. A table that is tied to the output layer has that
     layer's. Experts that are modules of their own have the moments of the tokens sent to them.
 
+    Where `sequential` is wanted, moments are those of the compressed model so far. Tensors must be
+    asked for in `order`, and `settle` puts each one's compressed form into the model before the next.
+    That takes a pass over the data for every few layers. Gradients stay those at the fine-tune;
+    together with them, `sequential` takes a model of its own.
+
     Args:
         source: the fine-tune.
         data: what it is run on.
-        wanted: the needs to meet; others are not provided. All that can be met if left out.
+        wanted: the needs to meet; others are not provided. All but `sequential` if left out.
         references: other checkpoints by role.
         device: where the model runs.
         group_bytes: most memory for the moments, or the gradients, of one pass.
@@ -76,23 +84,24 @@ class CalibratedEvidence:
         source: TensorSource,
         data: CalibrationSet,
         *,
-        wanted: Iterable[Need] = NEEDS,
+        wanted: Iterable[Need] = AT_THE_FINE_TUNE,
         references: Mapping[str, Checkpoint] | None = None,
         device: str = "cpu",
         group_bytes: int = _GROUP_BYTES,
         model: Any = None,
     ) -> None:
         self.source, self.data, self.references = source, data, dict(references or {})
-        possible: set[Need] = {"activations", "gradients", "logits"}
+        possible: set[Need] = {"activations", "gradients", "logits", "sequential"}
         possible |= {"labels"} if data.answers else set()
         possible |= {"reference"} if self.references else set()
         self.provides = tuple(n for n in NEEDS if n in possible & set(wanted))
-        self._device, self._group_bytes, self._given = device, group_bytes, model
+        self.device, self._group_bytes, self._given = device, group_bytes, model
         self._run: _Run | None = None
+        self._following: _Run | None = None
 
     def of(self, name: str) -> Evidence:
         """What is known of one tensor; runs the model when nothing is known of it yet."""
-        moment = self._loaded.moment(name) if "activations" in self.provides else None
+        moment = self._moments.moment(name) if "activations" in self.provides else None
         gradient = self._loaded.gradient(name) if "gradients" in self.provides else None
         return Evidence(
             second_moment=moment.second if moment and not moment.turned else None,
@@ -106,6 +115,15 @@ class CalibratedEvidence:
                 if name in checkpoint
             },
         )
+
+    def order(self, names: Sequence[str]) -> list[str]:
+        """Tables, norms and the like first, then layers as a forward pass calls them."""
+        return self._moments.order(names)
+
+    def settle(self, name: str, value: torch.Tensor) -> None:
+        """From here on the model holds a compressed tensor."""
+        assert "sequential" in self.provides
+        self._moments.settle(name, value)
 
     def record(self) -> dict[str, Any]:
         """What a manifest says about the run."""
@@ -122,9 +140,20 @@ class CalibratedEvidence:
     @property
     def _loaded(self) -> _Run:
         if self._run is None:
-            model = self._given or load_source(self.source, device=self._device)
+            model = self._given or load_source(self.source, device=self.device)
             self._run = _Run(model, self.source, self.data, self._group_bytes)
         return self._run
+
+    @property
+    def _moments(self) -> _Run:
+        if "sequential" not in self.provides:
+            return self._loaded
+        if self._following is None:
+            # What the caller gave, and what gradients are taken of, stays the fine-tune.
+            model = load_source(self.source, device=self.device)
+            self._following = _Run(model, self.source, self.data, self._group_bytes)
+            self._following.follow()
+        return self._following
 
 
 class _Run:
@@ -146,6 +175,23 @@ class _Run:
         self._gradient_groups = grouped(found, self._gradient_bytes, group_bytes)
         self._moments: dict[str, Moment] = {}
         self._gradients: dict[str, Gradient] = {}
+
+    def follow(self) -> None:
+        """Group layers by the order of their calls in place of their names."""
+        batch = next(self.data.unpadded(1)).to(next(self.model.parameters()).device)
+        self._moment_groups = {
+            name: stage for stage in stages(self.model, self._layers, batch) for name in stage
+        }
+
+    def order(self, names: Sequence[str]) -> list[str]:
+        first = [name for name in names if name not in self._moment_groups]
+        return first + [name for name in self._moment_groups if name in set(names)]
+
+    @torch.no_grad()
+    def settle(self, name: str, value: torch.Tensor) -> None:
+        parameter = self.names.parameter(name)
+        if parameter is not None:
+            parameter.copy_(value)
 
     def moment(self, name: str) -> Moment | None:
         if name in self._moment_groups and name not in self._moments:
@@ -290,10 +336,9 @@ def _row_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, int]:
 
 def _hook(watch: _Watch) -> Callable[..., None]:
     def look(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor):
-                watch.add(value)
-                return
+        value = first_tensor(args, kwargs)
+        if value is not None:
+            watch.add(value)
 
     return look
 

@@ -92,6 +92,7 @@ def _load(
     device: str,
     dtype: torch.dtype,
 ) -> Any:
+    where = _device(device)
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
@@ -127,7 +128,17 @@ def _load(
             facts=[("missing", name_some(missing))],
             fix="check that the checkpoint is of a causal language model",
         )
-    return model.to(device).eval()
+    return model.to(where).eval()
+
+
+def _device(name: str) -> torch.device:
+    try:
+        found = torch.device(name)
+    except RuntimeError as error:
+        raise DeltafoldError("bad-argument", f"there is no device {name!r}.") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise DeltafoldError("bad-argument", "no CUDA device was found.", fix="--device cpu")
+    return found
 
 
 class ParameterMap:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import get_args
 
 from deltafold.compress.calibration.data import read_calibration
-from deltafold.compress.calibration.evidence import CalibratedEvidence
+from deltafold.compress.calibration.evidence import AT_THE_FINE_TUNE, CalibratedEvidence
 from deltafold.compress.checkpoint import Checkpoint
 from deltafold.compress.errors import DeltafoldError
-from deltafold.compress.evidence import NEEDS, Need, Role
+from deltafold.compress.evidence import Need, Role
 from deltafold.compress.source import open_variant
 
 
@@ -22,7 +22,7 @@ def calibrate(
     rows: int = 64,
     length: int = 512,
     references: Mapping[str, str | Path] | None = None,
-    wanted: Iterable[Need] = NEEDS,
+    wanted: Iterable[Need] = AT_THE_FINE_TUNE,
     device: str = "cpu",
 ) -> CalibratedEvidence:
     """Evidence for packing a fine-tune; the model is loaded when the first of it is asked for.

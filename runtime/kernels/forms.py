@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from deltafold.compress.terms import (
+    Banded,
     Codes,
     Context,
     Encoded,
@@ -72,15 +73,24 @@ def _product(
         packed = _packed(term, parts, matrix, target.dtype)
         if packed is not None:
             return packed
-    if isinstance(term, LowRank):
-        a, b = term.factors(parts)
-        return Factors(a.to(target.device, target.dtype), b.to(target.device, target.dtype))
+    if isinstance(term, LowRank | Banded):
+        return _factors(term, parts, shape, context, target)
     if isinstance(term, Rows):
         return _row_subset(term, encoded, shape, context, target)
     delta = term.decode(parts, shape, context).reshape(matrix)
     if target.device.type == "cpu" and _is_sparse(term, delta):
         return csr(delta, target.device)
     return Dense(delta.to(target.device, target.dtype))
+
+
+def _factors(
+    term: LowRank | Banded, parts: Parts, shape: tuple[int, ...], context: Context, target: Target
+) -> Factors:
+    if isinstance(term, Banded):
+        a, b = term.factors(parts, shape, context)
+    else:
+        a, b = term.factors(parts)
+    return Factors(a.to(target.device, target.dtype), b.to(target.device, target.dtype))
 
 
 def _packed(
@@ -121,9 +131,8 @@ def _table(
         return PackedTable(term, dict(parts), shape[1], target.dtype, target.device)
     if isinstance(term, Rows):
         return _row_subset(term, encoded, shape, context, target)
-    if isinstance(term, LowRank):
-        a, b = term.factors(parts)
-        return Factors(a.to(target.device, target.dtype), b.to(target.device, target.dtype))
+    if isinstance(term, LowRank | Banded):
+        return _factors(term, parts, shape, context, target)
     delta = term.decode(parts, shape, context).reshape(rows_and_columns(shape))
     if _is_sparse(term, delta):
         return csr(delta, target.device)

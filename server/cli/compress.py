@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,8 @@ from deltafold.server.cli.calibration import (
 from deltafold.server.cli.output import Output, facts, output_options, quiet_option, size
 
 if TYPE_CHECKING:
-    from deltafold.compress import Method, PackReport, Recipe
+    from deltafold.compress import Method, PackReport, Plan, Recipe
+    from deltafold.compress.calibration import CalibratedEvidence
 
 
 @click.command("compress")
@@ -63,6 +65,22 @@ if TYPE_CHECKING:
 )
 @budget_options
 @calibration_options
+@click.option(
+    "--fit-scales",
+    is_flag=True,
+    help="Then train the scales until the logits are the fine-tune's; goes with --calibrate.",
+)
+@click.option(
+    "--fit-steps", metavar="N", type=int, default=200, show_default=True, help="Steps of that."
+)
+@click.option(
+    "--fit-lr",
+    metavar="RATE",
+    type=float,
+    default=1e-4,
+    show_default=True,
+    help="Its first rate, in units of the weights.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing delta.")
 @quiet_option
 @output_options
@@ -77,6 +95,9 @@ def compress(
     edits: tuple[str, ...],
     recipe: str | None,
     accept: tuple[str, ...],
+    fit_scales: bool,
+    fit_steps: int,
+    fit_lr: float,
     overwrite: bool,
     dry_run: bool,
     **more: Any,
@@ -93,46 +114,82 @@ def compress(
         --codec bitdelta:bits=1 --set 'lm_head*=int:bits=8'
     deltafold compress Llama-3.1-8B ./sql-ft -o archive/sql --codec lossless
     deltafold compress Llama-3.1-8B ./sql-ft -o zoo/sql --codec svd-act --calibrate sql.jsonl
+    deltafold compress Llama-3.1-8B ./sql-ft -o zoo/sql \\
+        --codec bitdelta --calibrate sql.jsonl --fit-scales
     deltafold compress Llama-3.1-8B ./sql-ft -o zoo/sql --target-size 10%
     """
-    from deltafold.compress import compress_checkpoint, plan_checkpoint
-
     budget = BudgetOptions.take(more)
     chosen = budget.applied(read_recipe(codec, sets, recipe, edits), codec)
     options = CalibrationOptions(**more)
     evidence = options.evidence(base, variant, wanted_evidence(chosen))
-    judge = judge_of(evidence, options.device)
-    if dry_run:
-        with output.progress() as progress:
-            plan = plan_checkpoint(
-                base,
-                variant,
-                recipe=chosen,
-                accept=accept,
-                evidence=evidence,
-                judge=judge,
-                progress=progress,
-            )
-        output.result(plan.to_json(), dry_text(plan))
-        return
     words = _command(base, variant, out, codec, sets, edits, recipe, accept, options, budget)
+    if fit_scales:
+        words = f"{words} {shlex.join(_fit_words(fit_steps, fit_lr))}"
     began = time.monotonic()
     with output.progress() as progress:
-        report = compress_checkpoint(
-            base,
-            variant,
-            out,
-            recipe=chosen,
-            accept=accept,
-            overwrite=overwrite,
-            command=words,
-            evidence=evidence,
-            quality={"calibration": evidence.record()} if evidence else None,
-            judge=judge,
-            progress=progress,
-        )
+        settings: dict[str, Any] = {"accept": accept, "evidence": evidence, "progress": progress}
+        measured = settings | {"judge": judge_of(evidence, options.device)}
+        if dry_run or (fit_scales and chosen.budget):
+            plan = _planning()(base, variant, recipe=chosen, **measured)
+            # Scales are fitted to the codecs that were chosen.
+            chosen = plan.recipe
+        if not dry_run:
+            settings |= {
+                "recipe": chosen,
+                "overwrite": overwrite,
+                "command": words,
+                "quality": {"calibration": evidence.record()} if evidence else None,
+            }
+            if fit_scales:
+                pack = _fitting(evidence, fit_steps, fit_lr)
+            else:
+                pack = partial(_packing(), judge=measured["judge"])
+            report = pack(base, variant, out, **settings)
+    if dry_run:
+        output.result(plan.to_json(), dry_text(plan))
+        return
     seconds = time.monotonic() - began
     output.result(pack_data(report, seconds), pack_text(report, seconds))
+
+
+def _packing() -> Callable[..., PackReport]:
+    from deltafold.compress import compress_checkpoint
+
+    return compress_checkpoint
+
+
+def _planning() -> Callable[..., Plan]:
+    from deltafold.compress import plan_checkpoint
+
+    return plan_checkpoint
+
+
+def _fitting(
+    evidence: CalibratedEvidence | None, steps: int, lr: float
+) -> Callable[..., PackReport]:
+    from deltafold.compress import DeltafoldError
+
+    if evidence is None:
+        raise DeltafoldError(
+            "needs-calibration",
+            "--fit-scales compares models on calibration data, and this run has none.",
+            fix="give a calibration set: --calibrate prompts.jsonl",
+        )
+    from deltafold.compress.calibration import LogitFit, compress_and_fit
+
+    return partial(
+        compress_and_fit,
+        data=evidence.data,
+        fit=LogitFit(steps=steps, lr=lr),
+        device=evidence.device,
+    )
+
+
+def _fit_words(steps: int, lr: float) -> list[str]:
+    words = ["--fit-scales"]
+    words += ["--fit-steps", str(steps)] if steps != 200 else []
+    words += ["--fit-lr", str(lr)] if lr != 1e-4 else []
+    return words
 
 
 def read_recipe(

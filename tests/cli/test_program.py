@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[2]
 #: The surface. A change here is a change that users see: change it on purpose, and `docs/cli.md` too.
 SURFACE = {
     "compress": "-o --out --codec --set --edit --recipe --accept --calibrate --calibrate-rows "
-    "--calibrate-length --reference --device --overwrite --quiet --json --debug",
+    "--calibrate-length --reference --device --fit-scales --fit-steps --fit-lr --overwrite --quiet "
+    "--json --debug",
     "import-lora": "-o --out --accept --overwrite --quiet --json --debug",
     "inspect": "--tensors --json --debug",
     "verify": "--base --full --quiet --json --debug",

@@ -8,7 +8,15 @@ import pytest
 import torch
 import zoo_models
 
-from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
+from deltafold.compress import (
+    Checkpoint,
+    DeltafoldError,
+    DeltaRepo,
+    Recipe,
+    compress_checkpoint,
+    parse_spec,
+    verify_delta,
+)
 from deltafold.compress.calibration import (
     CalibratedEvidence,
     CalibrationSet,
@@ -253,3 +261,61 @@ def test_other_checkpoints_come_by_role(made, variant):
     assert evidence.provides == ("reference",)
     assert torch.equal(evidence.of(Q).references["aligned"], other.tensor(Q).float())
     assert evidence.record()["references"] == {"aligned": "base"}
+
+
+def test_layers_come_in_the_order_of_their_calls(variant):
+    source = Checkpoint.open(variant)
+    evidence = CalibratedEvidence(source, words(), wanted=("activations", "sequential"))
+    order = evidence.order(source.names())
+    assert sorted(order) == source.names()
+    short = [n.removesuffix(".weight").rpartition(".")[2] for n in order if "layers.1." in n]
+    assert short[-7:] == [
+        "k_proj",
+        "q_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
+    assert order.index(DOWN.replace("1", "0")) < order.index(DOWN.replace("down", "up"))
+    assert order[-1] == "lm_head.weight"
+
+
+def test_later_layers_see_the_compressed_ones_before_them(variant):
+    source, data = Checkpoint.open(variant), words()
+    wanted = ("activations", "gradients", "sequential")
+    evidence = CalibratedEvidence(source, data, wanted=wanted)
+    plain = CalibratedEvidence(source, data).of(DOWN).second_moment
+    gradient = evidence.of(Q).gradient
+    settled = torch.zeros(source.spec(Q).shape)
+    evidence.settle(Q, settled)
+    other = load_model(variant)
+    with torch.no_grad():
+        other.get_parameter(Q).copy_(settled)
+    expected = CalibratedEvidence(source, data, model=other).of(DOWN).second_moment
+    assert not torch.allclose(expected, plain, rtol=1e-3)
+    assert torch.equal(evidence.of(DOWN).second_moment, expected)
+    assert torch.equal(evidence.of(Q).gradient, gradient)
+
+
+@pytest.mark.parametrize("codec", ["deltazip", "delta-come:bits=4", "int-hessian", "svd-act"])
+def test_a_calibrated_delta_is_packed_and_verified(tmp_path, made, variant, codec):
+    recipe = Recipe(default=parse_spec(codec), overrides=(("*embed*", parse_spec("int:bits=8")),))
+    with pytest.raises(DeltafoldError) as refused:
+        compress_checkpoint(made.base, variant, tmp_path / "out", recipe=recipe)
+    assert refused.value.code == "needs-calibration"
+    evidence = CalibratedEvidence(Checkpoint.open(variant), words(), wanted=recipe.needs())
+    report = compress_checkpoint(
+        made.base,
+        variant,
+        tmp_path / "out",
+        recipe=recipe,
+        evidence=evidence,
+        quality={"calibration": evidence.record()},
+    )
+    assert verify_delta(tmp_path / "out", base=made.base, full=True).coded
+    assert report.manifest.quality["calibration"]["data"]["sha256"] == words().sha256
+    packed = load_delta(Checkpoint.open(made.base), DeltaRepo.open(tmp_path / "out"))
+    fine_tune, base = load_model(variant), load_model(made.base)
+    assert compare(fine_tune, packed, words()).kl < compare(fine_tune, base, words()).kl

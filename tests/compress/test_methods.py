@@ -13,21 +13,31 @@ from deltafold.compress.methods.base import method, spec_of
 from deltafold.compress.terms import Lossless, Sparse
 
 SPECS = [
+    "axis-signs",
+    "axis-signs:damp=0.1",
     "bitdelta",
     "bitdelta:scale=tensor",
     "bitdelta:bits=4,group=128",
     "bitdelta:bits=8,scale=row",
     "dare",
     "dare:drop=0.5,seed=3,rescale=false",
+    "delta-come",
+    "delta-come:bits=2,group=16,ordered=false",
+    "deltazip",
+    "deltazip:bits=2",
     "exact",
     "int",
     "int:bits=8",
     "int:bits=2,group=16",
+    "int-hessian",
+    "int-hessian:bits=2,group=16",
     "lossless",
     "lossless:level=9",
     "svd",
     "svd:rank=4",
     "svd:bits=1",
+    "svd-act",
+    "svd-act:rank=4,damp=0.1",
 ]
 every_spec = pytest.mark.parametrize("spec", SPECS)
 
@@ -79,7 +89,7 @@ def test_methods_describe_themselves(spec):
         ("bitdelta:bits=2.5", "bad-recipe", "--codec bitdelta:"),
         ("bitdelta:scale=column", "bad-recipe", "--codec bitdelta:"),
         ("bitdelta:scale=group", "bad-recipe", "--codec bitdelta:"),
-        ("int:bits=3", "bad-recipe", "--codec int:"),
+        ("int:bits=9", "bad-recipe", "--codec int:"),
         ("int:group=-4", "bad-recipe", "--codec int:"),
         ("dare:drop=1", "bad-recipe", "--codec dare:"),
         ("dare:drop=nan", "bad-recipe", "--codec dare:"),
