@@ -8,8 +8,8 @@ compare, so they are given in one of two units:
   what the tensor computes.
 * With calibration: the geometric mean of that and `sum F (D - D^)^2`, where F is the mean squared
   gradient of the loss (the diagonal of the empirical Fisher information), which is half of what the
-  loss rises by as long as errors are small and independent. By itself it trusts the neighbourhood
-  of the fine-tune where a small budget leaves it; `docs/quality.md` compares the three.
+  loss rises by as long as errors are small and independent. By itself it sees nothing but the
+  neighbourhood of the fine-tune, which a small budget leaves; hence the mean of both.
 """
 
 from __future__ import annotations
