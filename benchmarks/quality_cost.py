@@ -74,7 +74,7 @@ def _cost(spec: str, size: int, count: int, evidence: MadeUp) -> Cost:
             encoded, delta = encode_tensor(f"w{number}", value, base, recipe, evidence)
             measure(f"w{number}", encoded, delta, base)
             seconds += time.perf_counter() - began
-    except Exception as error:  # noqa: BLE001 - one method that fails must not end the run
+    except Exception as error:
         return Cost(spec, seconds, None, f"{type(error).__name__}: {error}".splitlines()[0])
     peak = _peak()
     return Cost(spec, seconds, None if before is None or peak is None else max(peak - before, 0))

@@ -22,6 +22,7 @@ from deltafold.compress.calibration import (
 )
 from deltafold.compress.calibration.batches import make_row
 from deltafold.compress.calibration.evidence import AT_THE_FINE_TUNE
+from deltafold.compress.calibration.quality import Predictions
 from deltafold.compress.checkpoint import TensorSource
 from deltafold.compress.source import open_variant
 from deltafold.server.demo import tasks, train
@@ -30,6 +31,7 @@ from deltafold.server.demo.zoo import data_folder
 
 _CALIBRATION_WORDS = 64
 _SEED = 99
+_BATCH = 128
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Measured:
 
 @dataclass
 class Task:
-    """One of the demo's fine-tunes, bit for bit, with words to learn from and others to be judged by."""
+    """One of the demo's fine-tunes, bit for bit, with words to learn from and words to judge it by."""
 
     name: str
     folder: Path
@@ -56,7 +58,6 @@ class Task:
     source: TensorSource
     calibration: CalibrationSet
     held_out: CalibrationSet
-    words: list[str]
     known: dict[tuple[str, ...], CalibratedEvidence] = field(default_factory=dict)
 
     def evidence(self, recipe: Recipe) -> CalibratedEvidence | None:
@@ -109,13 +110,12 @@ class Bench:
     def measure(self, task: Task, tensors: Mapping[str, torch.Tensor], **sizes: float) -> Measured:
         """A model, given by its tensors, beside the fine-tune."""
         self._become(tensors)
-        found = compare_logits(
-            self.references[task.name], logits_of(self.model, task.held_out, batch=64)
-        )
+        said = list(logits_of(self.model, task.held_out, batch=_BATCH))
+        found = compare_logits(self.references[task.name], said)
         return Measured(
             kl=found.kl,
             agreement=found.agreement,
-            accuracy=train.evaluate(self.model, self.tokenizer, task.name, task.words),
+            accuracy=_accuracy(said, task.held_out),
             loss=found.loss,
             rel_error=self._error(task, tensors),
             **sizes,
@@ -138,7 +138,7 @@ class Bench:
 
     def _reference(self, task: Task) -> list[Any]:
         self._become(self.tensors_of(task.source))
-        return list(logits_of(self.model, task.held_out, batch=64))
+        return list(logits_of(self.model, task.held_out, batch=_BATCH))
 
     def _task(self, name: str, folder: Path, words: int) -> Task:
         seen = list(dict.fromkeys(islice(tasks.words("train", _SEED), 2 * _CALIBRATION_WORDS)))
@@ -150,7 +150,6 @@ class Bench:
             open_variant(folder, self.base),
             self._rows(name, seen[:_CALIBRATION_WORDS]),
             self._rows(name, held_out),
-            held_out,
         )
 
     def _rows(self, task: str, words: Sequence[str]) -> CalibrationSet:
@@ -161,3 +160,13 @@ class Bench:
             answer = [*(ids[c] for c in tasks.apply(task, word)), self.tokenizer.eos_token_id]
             rows.append(make_row([*prompt, *answer], len(prompt)))
         return CalibrationSet("demo words", tuple(rows), answers=True)
+
+
+def _accuracy(said: Sequence[Predictions], data: CalibrationSet) -> float:
+    """Share of words that greedy decoding answers right.
+
+    It does where every token of the right answer is the likeliest one after those before it.
+    """
+    right = torch.cat([p.logits.argmax(dim=1) == p.targets for p in said])
+    answers = right.split([row.predicted for row in data.rows])
+    return sum(bool(answer.all()) for answer in answers) / len(answers)

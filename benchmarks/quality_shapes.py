@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -67,7 +68,7 @@ class Shapes:
                 if error.code != "unknown-codec":
                     raise
                 continue
-            holds &= all(a > b for a, b in zip(kl, kl[1:], strict=False))
+            holds &= all(a > b for a, b in itertools.pairwise(kl))
             found.append(f"{ladder[0].partition(':')[0]} " + " > ".join(f"{v:.2g}" for v in kl))
         return Shape(
             "more bits", "2402.10193, table 7", "KL falls with bits", "; ".join(found), holds

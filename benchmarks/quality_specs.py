@@ -1,7 +1,7 @@
 """What the quality benchmark runs: a few specs a method, one for each size.
 
-Methods and edits come from the registries. One that this table does not know runs with its defaults, and
-a spec that this version does not have is left out with a note.
+Methods and edits come from the registries. One that this table does not know runs with its defaults; a
+spec that this version refuses is told and left out.
 """
 
 from __future__ import annotations

@@ -50,7 +50,9 @@ def shard_name(stem: str, number: int, count: int) -> str:
 
 def _index(stem: str, shards: Sequence[Sequence[str]], total: int) -> bytes:
     weight_map = {
-        key: shard_name(stem, number, len(shards)) for number, keys in enumerate(shards) for key in keys
+        key: shard_name(stem, number, len(shards))
+        for number, keys in enumerate(shards)
+        for key in keys
     }
     content = {"metadata": {"total_size": total}, "weight_map": weight_map}
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

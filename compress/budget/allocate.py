@@ -10,6 +10,7 @@ filled with the best upgrades that still fit, hull or not.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -79,7 +80,7 @@ class Frontier:
         steps = [
             Step(_slope(low, high), name, high)
             for name, points in hulls.items()
-            for low, high in zip(points, points[1:], strict=False)
+            for low, high in itertools.pairwise(points)
         ]
         # Of one tensor the slopes flatten, so its moves stay in order.
         self.steps: list[Step] = sorted(steps, key=lambda s: (-s.slope, s.name, s.to.cost))
@@ -91,7 +92,10 @@ class Frontier:
         for number, step in enumerate(self.steps, 1):
             old, last = chosen[step.name], points[-1]
             chosen[step.name] = step.to
-            cost, error = last.cost + step.to.cost - old.cost, last.error + step.to.error - old.error
+            cost, error = (
+                last.cost + step.to.cost - old.cost,
+                last.error + step.to.error - old.error,
+            )
             points.append(Point(number, cost, error))
         # Sums of differences drift; the end must not look better than nothing lost.
         return [p._replace(error=max(p.error, 0.0)) for p in points]
@@ -127,9 +131,7 @@ class Frontier:
             self._push(heap, name, chosen[name], room)
         return chosen
 
-    def _push(
-        self, heap: list[tuple[float, str, int]], name: str, now: Option, room: int
-    ) -> None:
+    def _push(self, heap: list[tuple[float, str, int]], name: str, now: Option, room: int) -> None:
         upgrades = [
             (-_slope(now, option), name, index)
             for index, option in enumerate(self._options[name])

@@ -13,8 +13,8 @@ from typing import Any
 from deltafold.compress.budget.allocate import Choice, Frontier, total
 from deltafold.compress.budget.goal import Budget
 from deltafold.compress.budget.options import TensorTrial, Trial, Tried
-from deltafold.compress.budget.survey import prepared
 from deltafold.compress.budget.size import companion_bytes, payload_bytes
+from deltafold.compress.budget.survey import prepared
 from deltafold.compress.checkpoint import Spec, TensorSource
 from deltafold.compress.dtypes import TORCH
 from deltafold.compress.errors import DeltafoldError

@@ -87,6 +87,7 @@ if TYPE_CHECKING:
 @click.pass_obj
 def compress(
     output: Output,
+    /,
     base: str,
     variant: str,
     out: str,

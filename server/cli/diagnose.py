@@ -30,8 +30,17 @@ _STEPS = 5
     required=True,
     help="Examples that the losses are measured on, as for `deltafold compress`.",
 )
-@click.option("--calibrate-rows", metavar="N", type=int, default=64, show_default=True)
-@click.option("--calibrate-length", metavar="N", type=int, default=512, show_default=True)
+@click.option(
+    "--calibrate-rows", metavar="N", type=int, default=64, show_default=True, help="Most rows used."
+)
+@click.option(
+    "--calibrate-length",
+    metavar="N",
+    type=int,
+    default=512,
+    show_default=True,
+    help="Most tokens of a row.",
+)
 @click.option(
     "--codec",
     "codecs",
@@ -74,7 +83,7 @@ def diagnose(
     device: str,
     out: str | None,
 ) -> None:
-    """Tell which codecs and edits keep, harm or help the fine-tune VARIANT of BASE, and in which tensors.
+    """Tell which codecs and edits keep, harm or help the fine-tune VARIANT of BASE, and where.
 
     For each the loss difference to the fine-tune is measured, and split by tensor. Nothing is packed.
 

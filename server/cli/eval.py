@@ -25,7 +25,9 @@ from deltafold.server.cli.output import Output, facts, output_options, quiet_opt
     metavar="FILE",
     help="Examples: .jsonl with text; prompt and completion; messages; or input_ids. Or a .txt file.",
 )
-@click.option("--rows", metavar="N", type=int, default=64, show_default=True, help="Most rows used.")
+@click.option(
+    "--rows", metavar="N", type=int, default=64, show_default=True, help="Most rows used."
+)
 @click.option(
     "--length", metavar="N", type=int, default=512, show_default=True, help="Most tokens of a row."
 )

@@ -189,10 +189,13 @@ def uneven(pair) -> None:
 
 def test_it_beats_one_codec_for_all_at_the_same_size(pair):
     uneven(pair)
-    for spec in ("bitdelta:bits=1", "bitdelta:bits=2,group=64", "int:bits=4,group=64", "svd:bits=1"):
-        alike = plan_checkpoint(
-            pair.base, pair.variant, recipe=Recipe(default=parse_spec(spec))
-        )
+    for spec in (
+        "bitdelta:bits=1",
+        "bitdelta:bits=2,group=64",
+        "int:bits=4,group=64",
+        "svd:bits=1",
+    ):
+        alike = plan_checkpoint(pair.base, pair.variant, recipe=Recipe(default=parse_spec(spec)))
         chosen = plan_checkpoint(pair.base, pair.variant, recipe=budgeted(str(alike.nbytes)))
         assert chosen.nbytes <= alike.nbytes
         assert chosen.error < 0.7 * alike.error, spec

@@ -11,8 +11,7 @@ import torch
 import zoo_models
 
 from deltafold.compress import Checkpoint, DeltafoldError
-from deltafold.compress.calibration import CalibrationSet, load_source
-from deltafold.compress.calibration import riemann
+from deltafold.compress.calibration import CalibrationSet, load_source, riemann
 from deltafold.compress.calibration.diagnosis import Diagnose, compared_by_row
 from deltafold.compress.heatmap import heat_map, place_of
 
@@ -74,7 +73,11 @@ def test_of_a_quadratic_loss_the_sum_lacks_just_half_the_curvature_over_the_step
 def made(tmp_path_factory):
     small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
     return zoo_models.make(
-        tmp_path_factory.mktemp("diagnosis"), "Qwen2", codecs={"one": "lossless"}, step=0.03, **small
+        tmp_path_factory.mktemp("diagnosis"),
+        "Qwen2",
+        codecs={"one": "lossless"},
+        step=0.03,
+        **small,
     )
 
 
@@ -151,7 +154,8 @@ def test_heat_maps_show_each_tensor_at_its_layer():
     assert place_of("h.3.attn.bias").column == "attn.bias"
     drawn = ElementTree.fromstring(heat_map(values, title="a < b"))
     names = {"s": "http://www.w3.org/2000/svg"}
-    cells = {g.find("s:title", names).text: g.find("s:rect", names) for g in drawn.iterfind("s:g", names)}
+    groups = drawn.iterfind("s:g", names)
+    cells = {g.find("s:title", names).text: g.find("s:rect", names) for g in groups}
     assert len(cells) == len(values)
     (high,) = (c for hint, c in cells.items() if "layers.10." in hint)
     (low,) = (c for hint, c in cells.items() if "layers.2." in hint)

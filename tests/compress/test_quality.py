@@ -34,7 +34,9 @@ SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quality")
-    return zoo_models.make(folder, codecs={"one": "bitdelta", "two": "bitdelta"}, step=0.03, **SMALL)
+    return zoo_models.make(
+        folder, codecs={"one": "bitdelta", "two": "bitdelta"}, step=0.03, **SMALL
+    )
 
 
 @pytest.fixture(scope="module")
