@@ -1,6 +1,6 @@
 """Every codec and edit on really trained fine-tunes: size, error, KL, agreement, accuracy, cost.
 
-    python benchmarks/quality.py [--quick] [--tasks A,B] [--json FILE] [--markdown FILE]
+    python benchmarks/quality.py [--quick] [--tasks A,B] [--json FILE] [--docs docs/quality.md]
 
 The fine-tunes are those of `deltafold demo`, shipped bit for bit: a model of half a million parameters,
 three layers, trained here to do one thing each. Figures are means over the tasks, on words that no
@@ -31,6 +31,7 @@ from quality_specs import codec_specs, edit_specs
 
 from deltafold.compress import Budget, DeltafoldError, Recipe, parse_spec
 
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 TASKS = ("shout", "reverse", "no-vowels")
 
 
@@ -42,7 +43,7 @@ def main() -> None:
     names = options.tasks.split(",")[: 1 if options.quick else None]
     bench = Bench(names, 16 if options.quick else options.words)
     rows = _rows(bench, quick=options.quick)
-    size, count = (128, 1) if options.quick else (1024, 4)
+    size, count = (128, 1) if options.quick else (1024, 2)
     specs = [spec for _, spec in codec_specs(options.quick)]
     cost = costs(specs, size=size, count=count)
     shapes = Shapes(bench, quick=options.quick).run()
@@ -60,8 +61,8 @@ def main() -> None:
     print(text)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    if options.markdown:
-        Path(options.markdown).write_text(text + "\n", "utf-8")
+    if options.docs:
+        _into(Path(options.docs), text)
 
 
 def _options() -> argparse.Namespace:
@@ -71,7 +72,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--words", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json")
-    parser.add_argument("--markdown", help="the tables, as docs/quality.md has them")
+    parser.add_argument("--docs", help="put the tables into this page, between its marks")
     return parser.parse_args()
 
 
@@ -113,6 +114,14 @@ def _planned(bench: Bench, bits: str) -> dict[str, Any]:
 def _row(kind: str, spec: str, bits: str, found: list[Measured]) -> dict[str, Any]:
     figures = dataclasses.asdict(mean(found))
     return {"kind": kind, "spec": spec, "bits_wanted": bits, **figures}
+
+
+def _into(page: Path, text: str) -> None:
+    head, _, rest = page.read_text("utf-8").partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not end:
+        sys.exit(f"{page} has no {BEGIN} and {END}")
+    page.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}", "utf-8")
 
 
 def machine() -> dict[str, str]:

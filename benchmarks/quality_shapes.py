@@ -71,7 +71,7 @@ class Shapes:
             holds &= all(a > b for a, b in itertools.pairwise(kl))
             found.append(f"{ladder[0].partition(':')[0]} " + " > ".join(f"{v:.2g}" for v in kl))
         return Shape(
-            "more bits", "2402.10193, table 7", "KL falls with bits", "; ".join(found), holds
+            "more bits", "2402.10193, section 3.3", "KL falls with bits", "; ".join(found), holds
         )
 
     def dare_in_p(self) -> Shape:
@@ -84,7 +84,7 @@ class Shapes:
         holds = right[0] > 0.95 and right[-1] < 0.5 * right[0]
         return Shape(
             "DARE in p",
-            "2311.03099, figure 1",
+            "2311.03099",
             "accuracy flat, then falling",
             ", ".join(f"p={p} {a:.0%}" for p, a in zip(rates, right, strict=True)),
             holds,
@@ -142,7 +142,7 @@ class Shapes:
         drop = self._mean([self._edit(t, "dare:drop=0.5") for t in self._tasks])
         return Shape(
             "trim against DARE, half of the entries",
-            "2410.13841, table of classes",
+            "2410.13841, section 4",
             "trim decreased, DARE competitive",
             f"KL of trim {trim.kl:.3g}, of DARE {drop.kl:.3g}",
             trim.kl > drop.kl,
@@ -192,7 +192,7 @@ class Shapes:
         first, second = self._mean(before), self._mean(after)
         return Shape(
             "distilled scales",
-            "2402.10193, table 1",
+            "2402.10193, section 3.1",
             "recovers (1 bit, 100 steps)",
             f"KL {first.kl:.3g} to {second.kl:.3g}, accuracy {first.accuracy:.0%} to "
             f"{second.accuracy:.0%}",
@@ -244,7 +244,7 @@ class Shapes:
         try:
             return one()
         except DeltafoldError as error:
-            return Shape(one.__name__, "-", "-", f"not tried: {error.message}", None)
+            return Shape(one.__name__.replace("_", " "), "-", "-", error.message, None)
 
     @staticmethod
     def _mean(rows: Sequence[Measured]) -> Measured:

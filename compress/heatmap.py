@@ -48,9 +48,11 @@ def heat_map(values: Mapping[str, float], *, title: str, unit: str = "") -> str:
     rows = sorted({p.row for p in places.values()}, key=_natural)
     columns = sorted({p.column for p in places.values()}, key=lambda c: (c == "whole", c))
     left = 12 + _LABEL * max((len(row) for row in rows), default=1)
-    top = 26 + 7 * max((len(column) for column in columns), default=1)
+    # Column labels lean to the right: as much room above as to the side of the last one.
+    longest = max((len(column) for column in columns), default=1)
+    top = 26 + 5 * longest
     most = max((abs(v) for v in values.values()), default=0.0)
-    width = left + _CELL_W * len(columns) + 8
+    width = left + _CELL_W * len(columns) + 6 * longest
     height = top + _CELL_H * len(rows) + 34
     parts = [_text(8, 16, title, 'font-weight="bold"')]
     for i, column in enumerate(columns):
