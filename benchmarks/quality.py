@@ -27,7 +27,7 @@ import torch
 from quality_cost import Cost, costs, factor
 from quality_models import Bench, Measured
 from quality_shapes import Shape, Shapes, edited, mean
-from quality_specs import codec_specs, edit_specs
+from quality_specs import codec_specs, cost_specs, edit_specs
 
 from deltafold.compress import Budget, DeltafoldError, Recipe, parse_spec
 
@@ -44,8 +44,7 @@ def main() -> None:
     bench = Bench(names, 16 if options.quick else options.words)
     rows = _rows(bench, quick=options.quick)
     size, count = (128, 1) if options.quick else (1024, 2)
-    specs = [spec for _, spec in codec_specs(options.quick)]
-    cost = costs(specs, size=size, count=count)
+    cost = costs(cost_specs(options.quick), size=size, count=count)
     shapes = Shapes(bench, quick=options.quick).run()
     result = {
         "machine": machine(),

@@ -25,7 +25,7 @@ CODECS: dict[str, dict[str, str]] = {
         "4": "dare:drop=0.75",
     },
     "dct": {"1": "dct:share=0.5", "2": "dct:share=1.0", "4": "dct:bits=4,share=1.0"},
-    "delta-come": {"1": "delta-come:bits=1.0", "2": "delta-come:bits=2.0"},
+    "delta-come": {"1": "delta-come:bits=1.0"},
     "deltazip": {"2": "deltazip:bits=2", "4": "deltazip:bits=4"},
     "exact": {"16": "exact"},
     "impart": {"1": "impart:ratio=16.0", "2": "impart:ratio=8.0", "4": "impart:ratio=4.0"},
@@ -39,9 +39,15 @@ CODECS: dict[str, dict[str, str]] = {
         "2": "quantize-and-drop:drop=0.75",
         "4": "quantize-and-drop:drop=0.3",
     },
+    # By itself it stores what an edit leaves.
+    "sparse": {
+        "1": "trim:keep=0.1,scope=tensor+sparse:bits=4",
+        "2": "trim:keep=0.2,scope=tensor+sparse:bits=4",
+    },
     "stratified": {"1": "stratified:of=8", "2": "stratified:of=4", "4": "stratified:of=2"},
     "svd": {"1": "svd:bits=1", "2": "svd:bits=2", "4": "svd:bits=4"},
     "svd-act": {"1": "svd-act:bits=1", "2": "svd-act:bits=2", "4": "svd-act:bits=4"},
+    "svd-widths": {"1": "svd-widths:bits=1.0"},
     "topk": {
         "1": "topk:keep=0.1,bits=4",
         "2": "topk:keep=0.2,bits=4",
@@ -72,6 +78,14 @@ def codec_specs(quick: bool) -> list[tuple[str, str]]:
         for bits, spec in CODECS.get(name, {"default": name}).items()
         if not quick or bits in ("1", "4", "default")
     ]
+
+
+def cost_specs(quick: bool) -> list[str]:
+    """One spec of every registered codec: its first."""
+    firsts: dict[str, str] = {}
+    for _, spec in codec_specs(quick):
+        firsts.setdefault(spec.partition(":")[0], spec)
+    return list(firsts.values())
 
 
 def edit_specs(quick: bool) -> list[str]:
