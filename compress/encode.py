@@ -86,10 +86,31 @@ def encode_tensor(
     if not all(is_exact(term) for term in planned):
         _refuse_not_finite(name, delta, method)
     added = max(shape[0] - base.shape[0], 0)
-    if added or (len(shape) > 1 and len(planned) == 1 and _few_rows(delta, base.shape[0])):
+    if added or (len(shape) > 1 and _few_rows(delta, base.shape[0])):
         rows = Rows(inner=planned[0], added=added, dtype=dtype)
-        return [rows.encode_with(lambda d, c: method.encode(d, c)[0], delta, context)], delta
+        return _encode_rows(rows, method, delta, context), delta
     return method.encode(delta, context), delta
+
+
+def _encode_rows(
+    rows: Rows, method: Method, delta: torch.Tensor, context: Context
+) -> list[Encoded]:
+    """Every term of a method on the changed rows alone; added rows go with the first."""
+    others: list[Encoded] = []
+
+    def first(changed: torch.Tensor, below: Context) -> Encoded:
+        encoded, *rest = method.encode(changed, below)
+        others.extend(rest)
+        return encoded
+
+    made = rows.encode_with(first, delta, context)
+    index = made.parts["index"]
+    terms = [made]
+    for term, parts in others:
+        inner = {f"inner.{key}": part for key, part in parts.items()}
+        again = Rows(inner=term, count=index.numel(), dtype=rows.dtype)
+        terms.append(Encoded(again, {"index": index.clone(), **inner}))
+    return terms
 
 
 def measure(

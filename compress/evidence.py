@@ -19,9 +19,8 @@ from deltafold.compress.errors import DeltafoldError
 #: `reference`: a third checkpoint (an aligned or an unaligned model).
 #: `sequential`: activations of layers that stand behind others as compressed.
 Need: TypeAlias = Literal["activations", "gradients", "logits", "labels", "reference", "sequential"]
-#: What a third checkpoint is: a model with safety training, one without, or whatever an edit makes of
-#: a `shift`.
-Role: TypeAlias = Literal["aligned", "unaligned", "shift"]
+#: What a third checkpoint is: a model with safety training, or one without.
+Role: TypeAlias = Literal["aligned", "unaligned"]
 NEEDS: Final[tuple[Need, ...]] = get_args(Need)
 
 
@@ -35,7 +34,7 @@ class Evidence:
             the tensor: the layer computes `x W^T`.
         gradient: float32 of the tensor's shape, the mean gradient of the loss at the fine-tune.
         fisher: float32 of the tensor's shape, the mean squared gradient over examples.
-        references: the same tensor of other checkpoints, by role (`aligned`, `unaligned`, `shift`).
+        references: the same tensor of other checkpoints, by role (`aligned`, `unaligned`).
         inputs: float32 `[n, M]`, inputs of that layer at a few tokens, at the fine-tune.
         row_moment: float32 `[N, N]`, the second moments where the layer computes `x W` (transformers'
             Conv1D) and inputs meet the tensor's rows; then `second_moment` and `inputs` are None.

@@ -16,7 +16,7 @@ Shape letters: N rows (output features), M columns (input features).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, TypeAlias
 
 import torch
@@ -89,7 +89,8 @@ def inverse_cholesky(hessian: torch.Tensor) -> torch.Tensor:
             fix="use more calibration data, or more damping",
         )
     identity = torch.eye(len(lower), dtype=torch.float64)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    inverse: torch.Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse.flip(0, 1)
 
 
 def sweep(
@@ -101,36 +102,39 @@ def sweep(
         values: float32 `[N, M]`, what the columns are worth before; left alone.
         upper: `[M, M]` from `inverse_cholesky`.
         choose: decides for a group at a time, and then column by column.
-        group: columns that are looked at together; the last group may have fewer.
-        block: see `BLOCK`; rounded up to whole groups. It changes the speed, not the result.
+        group: columns that are looked at together, any number; the last group may have fewer.
+        block: columns whose errors reach those behind the block in one product; it changes the
+            speed, not the result.
 
     Returns:
         float32 `[N, M]`, the settled values.
     """
-    work, upper = values.to(torch.float32, copy=True), upper.to(torch.float32)
-    columns = work.shape[1]
+    # Columns lie in memory as rows: each step goes through whole ones.
+    work, upper = values.to(torch.float32).T.contiguous().clone(), upper.to(torch.float32)
+    columns, diagonal = len(work), upper.diagonal()
     assert upper.shape == (columns, columns)
-    step = -(-block // group) * group
-    for start in range(0, columns, step):
-        stop = min(start + step, columns)
-        errors = _settle_block(
-            work[:, start:stop], upper[start:stop, start:stop], start, choose, group
-        )
-        work[:, stop:] -= errors @ upper[start:stop, stop:]
-    return work
-
-
-def _settle_block(
-    work: torch.Tensor, upper: torch.Tensor, offset: int, choose: Choose, group: int
-) -> torch.Tensor:
-    """Settle the columns of one block in place; their errors `[N, block]`, divided by U's diagonal."""
-    diagonal, errors = upper.diagonal(), torch.zeros_like(work)
-    for start in range(0, work.shape[1], group):
-        stop = min(start + group, work.shape[1])
-        settle = choose(offset + start, work[:, start:stop].clone(), diagonal[start:stop])
+    settle: Settle | None = None
+    for start, stop in _blocks(columns, group, block):
+        errors = torch.zeros_like(work[start:stop])
         for j in range(start, stop):
-            settled = settle(j - start, work[:, j])
-            errors[:, j] = (work[:, j] - settled) / diagonal[j]
-            work[:, j] = settled
-            work[:, j + 1 :] -= errors[:, j : j + 1] * upper[j, j + 1 :]
-    return errors
+            if j % group == 0:
+                last = min(j + group, columns)
+                settle = choose(j, work[j:last].T.clone(), diagonal[j:last])
+            assert settle is not None
+            settled = settle(j % group, work[j].clone())
+            error = errors[j - start] = (work[j] - settled) / diagonal[j]
+            work[j] = settled
+            work[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
+        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return work.T.contiguous()
+
+
+def _blocks(columns: int, group: int, block: int) -> Iterator[tuple[int, int]]:
+    """Where blocks start and stop: whole groups where these are smaller, parts of one otherwise."""
+    assert group >= 1
+    assert block >= 1
+    span = max(group, block // group * group)
+    for first in range(0, columns, span):
+        last = min(first + span, columns)
+        for start in range(first, last, block if group > block else span):
+            yield start, min(start + block, last) if group > block else last

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deltafold.compress.calibration.batches import (
+    IGNORED,
     Batch,
     Row,
     in_batches,
@@ -84,14 +85,14 @@ class CalibrationSet:
         return of_one_length(self.rows, size)
 
     def windows(self, length: int) -> CalibrationSet:
-        """The same tokens in rows of up to `length`; leftovers of one token are dropped."""
+        """The same tokens in rows of up to `length`; rows of which nothing is asked are left out."""
         rows: list[Row] = []
         for row in self.rows:
             for start in range(0, len(row), length):
-                ids = row.ids[start : start + length]
-                if len(ids) > 1:
-                    rows.append(make_row(ids.tolist()))
-        return CalibrationSet(self.name, tuple(rows))
+                labels = row.labels[start : start + length].clone()
+                labels[0] = IGNORED
+                rows.append(Row(row.ids[start : start + length], labels))
+        return CalibrationSet(self.name, tuple(r for r in rows if r.predicted), self.answers)
 
 
 def read_calibration(

@@ -66,7 +66,8 @@ class CalibratedEvidence:
 
     Where `sequential` is wanted, moments are those of the compressed model so far. Tensors must be
     asked for in `order`, and `settle` puts each one's compressed form into the model before the next.
-    That takes a pass over the data for every few layers. Gradients stay those at the fine-tune;
+    That takes a pass over the data for every few layers. What the model fuses or splits stays the
+    fine-tune's there. Gradients stay those at the fine-tune;
     together with them, `sequential` takes a model of its own.
 
     Args:
@@ -184,8 +185,9 @@ class _Run:
         }
 
     def order(self, names: Sequence[str]) -> list[str]:
+        wanted = set(names)
         first = [name for name in names if name not in self._moment_groups]
-        return first + [name for name in self._moment_groups if name in set(names)]
+        return first + [name for name in self._moment_groups if name in wanted]
 
     @torch.no_grad()
     def settle(self, name: str, value: torch.Tensor) -> None:

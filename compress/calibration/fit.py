@@ -22,7 +22,7 @@ import torch
 from deltafold.compress.calibration.batches import Batch, in_batches
 from deltafold.compress.calibration.data import CalibrationSet
 from deltafold.compress.calibration.model import ParameterMap, load_delta, load_source
-from deltafold.compress.calibration.quality import batch_logits, compare
+from deltafold.compress.calibration.quality import batch_logits, compare, predictions
 from deltafold.compress.calibration.trainable import TrainableTensor
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
 from deltafold.compress.companions import named
@@ -287,7 +287,7 @@ def _train(
         batch = batches[step % len(batches)]
         with torch.no_grad():
             wanted = batch_logits(teacher, batch)
-        loss = _squared(student.logits(batch), wanted, batch).mean()
+        loss = _squares(student.logits(batch), wanted, batch).mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -303,18 +303,17 @@ def logit_error(
     batch: int,
     device: str,
 ) -> float:
-    """Mean squared difference of all logits at all tokens of a set."""
+    """Mean squared difference of all logits at the asked tokens of a set."""
     total, count = 0.0, 0
     for moved in (b.to(torch.device(device)) for b in in_batches(rows.rows, batch)):
-        squares = _squared(student(moved), batch_logits(teacher, moved), moved)
+        squares = _squares(student(moved), batch_logits(teacher, moved), moved)
         total += squares.sum(dtype=torch.float64).item()
         count += squares.numel()
     return total / count
 
 
-def _squared(ours: torch.Tensor, wanted: torch.Tensor, batch: Batch) -> torch.Tensor:
-    real = batch.mask.bool()
-    return (ours[real] - wanted[real]).square()
+def _squares(ours: torch.Tensor, wanted: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return (predictions(ours, batch).logits - predictions(wanted, batch).logits).square()
 
 
 def _check_variant(repo: DeltaRepo, target: TensorSource) -> None:

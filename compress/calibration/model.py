@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -179,15 +180,22 @@ class ParameterMap:
 
     def _by_value(self, name: str) -> str | None:
         shape = self._source.spec(name).shape
-        taken = {self._by_name(other) for other in self._source.names()}
-        free = [
-            n for n, p in self._parameters.items() if n not in taken and tuple(p.shape) == shape
-        ]
-        if not free or not shape:
+        free = self._unnamed.get(shape, []) if shape else []
+        if not free:
             return None
         value = self._source.tensor(name)
         equal = [n for n in free if torch.equal(_as(value, self._parameters[n]), self._values(n))]
         return equal[0] if len(equal) == 1 else None
+
+    @cached_property
+    def _unnamed(self) -> dict[tuple[int, ...], list[str]]:
+        """Parameters that no tensor is called like, by shape."""
+        taken = {self._by_name(name) for name in self._source.names()}
+        found: dict[tuple[int, ...], list[str]] = {}
+        for name, parameter in self._parameters.items():
+            if name not in taken:
+                found.setdefault(tuple(parameter.shape), []).append(name)
+        return found
 
     def _values(self, name: str) -> torch.Tensor:
         return self._parameters[name].detach()

@@ -84,7 +84,8 @@ def scale_inputs(matrix: torch.Tensor, signs: torch.Tensor, hessian: torch.Tenso
     # A product entry by entry of two positive matrices is positive again (Schur).
     normal = hessian * (signs.T @ signs)
     wanted = (signs * (matrix @ hessian)).sum(dim=0)
-    return torch.linalg.solve(normal, wanted)
+    best: torch.Tensor = torch.linalg.solve(normal, wanted)
+    return best
 
 
 def _lost(error: torch.Tensor, hessian: torch.Tensor) -> float:

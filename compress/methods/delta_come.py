@@ -68,37 +68,55 @@ class DeltaCome:
         known, term = weighted(delta, context), self._term(shape)
         if known is None or not delta.numel():
             return [term.encode(delta, context)]
-        coded = self._bands(known, term, shape)
+        factors = truncated_svd(known.matrix, term.rank(shape))
+        coded = code_bands(known, factors, term, damp=self.damp, ordered=self.ordered)
         return [term.assemble(coded, rows_and_columns(shape), context)]
 
     def plan(self, shape: tuple[int, ...], dtype: str) -> list[Term]:
         """One `banded` term."""
         return [self._term(shape)]
 
-    def _bands(
-        self, known: Weighted, term: Banded, shape: tuple[int, ...]
-    ) -> list[torch.Tensor | Coded]:
-        left, singular, right = truncated_svd(known.matrix, term.rank(shape))
-        coded: list[torch.Tensor | Coded] = []
-        for first, last, width in term.bands(shape):
-            values, grid = singular[first:last], term.grid(width)
-            v = code_with_feedback(
-                right[first:last], known.moment, grid, damp=self.damp, ordered=self.ordered
-            )
-            seen = values.unsqueeze(1) * grid.values(v)
-            inner = seen.double() @ known.moment.double() @ seen.T.double()
-            u = code_vectors(left[:, first:last], inner, grid, self.damp)
-            v = Coded(v.codes, Scales(v.scales.step * values.unsqueeze(1), v.scales.zero))
-            coded += [u, v] if known.turned else [v, u]
-        return coded
-
     def _term(self, shape: tuple[int, ...]) -> Banded:
         rows, columns = rows_and_columns(shape)
-        spare = self.bits * rows * columns - (rows + columns) * sum(
-            rank * width for rank, width in zip(_LEADING, _WIDTHS, strict=False)
-        )
-        rest = int(spare / max(_WIDTHS[-1] * (rows + columns), 1))
-        return Banded(ranks=(*_LEADING, max(rest, 1)), widths=_WIDTHS, group=self.group)
+        room = int(self.bits * rows * columns / max(rows + columns, 1))
+        bands: list[tuple[int, int]] = []
+        for most, width in zip((*_LEADING, room), _WIDTHS, strict=True):
+            rank = min(most, room // width)
+            room -= rank * width
+            bands += [(rank, width)] if rank else []
+        bands = bands or [(1, _WIDTHS[-1])]
+        ranks, widths = zip(*bands, strict=True)
+        return Banded(ranks=ranks, widths=widths, group=self.group)
+
+
+def code_bands(
+    known: Weighted,
+    factors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    term: Banded,
+    *,
+    damp: float,
+    ordered: bool,
+) -> list[torch.Tensor | Coded]:
+    """What `Banded.assemble` takes: both factors of every band, rounded with error feedback.
+
+    Args:
+        known: the delta with its second moments.
+        factors: `U [N, r]`, `S [r]`, `V^T [r, M]` of it, in the order of the term's bands.
+        term: the layout.
+        damp: see `obs.damped`.
+        ordered: see `code_with_feedback`.
+    """
+    left, singular, right = factors
+    coded: list[torch.Tensor | Coded] = []
+    for first, last, width in term.bands((left.shape[0], right.shape[1])):
+        values, grid = singular[first:last], term.grid(width)
+        v = code_with_feedback(right[first:last], known.moment, grid, damp=damp, ordered=ordered)
+        seen = (values.unsqueeze(1) * grid.values(v)).double()
+        inner = seen @ known.moment.double() @ seen.T
+        u = code_vectors(left[:, first:last], inner, grid, damp)
+        v = Coded(v.codes, Scales(v.scales.step * values.unsqueeze(1), v.scales.zero))
+        coded += [u, v] if known.turned else [v, u]
+    return coded
 
 
 def code_vectors(left: torch.Tensor, moment: torch.Tensor, grid: Grid, damp: float) -> Coded:

@@ -29,7 +29,7 @@ class IntegerHessian:
     Layers that compute `x W` (Conv1D) get the plain form too: their scales run across the inputs.
 
     Attributes:
-        bits: 2, 4 or 8.
+        bits: 2 to 8.
         group: columns that share a scale; 0 is the whole row.
         damp: share of the mean second moment that is added to each input's own.
     """

@@ -66,13 +66,14 @@ class SparseCodes(Checked):
         self._require(0 <= self.rice <= _MOST_RICE, f"rice must be 0 to {_MOST_RICE}")
 
     def encode(self, delta: torch.Tensor, context: Context) -> Encoded:
-        """Entries that are not zero (or that the seed keeps), on an even grid from least to largest."""
+        """Entries that are not zero (or that the seed keeps), on the better of two even grids."""
         flat = delta.reshape(-1)
         keep = self._seeded(flat.numel(), context.name) if self.mask == "seed" else flat != 0
         values = flat[keep]
         if self.bits == HALF:
             return self.assemble(keep, scales.store(values, "float16", "values"))
-        table = even_table(values, self.bits)
+        tables = even_table(values, self.bits), signed_table(values, self.bits)
+        table = min(tables, key=lambda t: _loss(values, t))
         return self.assemble(keep, self.coded(nearest(values, table), table))
 
     def coded(self, codes: torch.Tensor, table: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -103,7 +104,7 @@ class SparseCodes(Checked):
             values = scales.load(dict(parts), "float16", "values")
         else:
             codes = packing.unpack(parts["codes"], self.bits, self.count)
-            values = parts["table"][codes.to(torch.int64)]
+            values = parts["table"].index_select(0, codes.to(torch.int64))
         out = torch.zeros(total)
         out[places] = values
         return out.reshape(shape)
@@ -156,7 +157,30 @@ def even_table(values: torch.Tensor, bits: int) -> torch.Tensor:
     if not values.numel():
         return torch.zeros(2**bits)
     low, high = values.min(), values.max()
-    return low + (high - low) * (torch.arange(2**bits) / (2**bits - 1))
+    steps = torch.arange(2**bits, dtype=torch.float32) / (2**bits - 1)
+    table: torch.Tensor = low + (high - low) * steps
+    return table
+
+
+def signed_table(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Half of the levels for each sign, from the least to the largest magnitude: none lies between.
+
+    What a magnitude cut leaves has a hole around zero, where an even grid would waste its levels.
+    """
+    if not values.numel():
+        return torch.zeros(2**bits)
+    magnitudes, half = values.abs(), 2 ** (bits - 1)
+    if half == 1:
+        levels = magnitudes.mean().reshape(1)
+    else:
+        low, high = magnitudes.min(), magnitudes.max()
+        levels = low + (high - low) * (torch.arange(half, dtype=torch.float32) / (half - 1))
+    return torch.cat([-levels.flip(0), levels])
+
+
+def _loss(values: torch.Tensor, table: torch.Tensor) -> float:
+    found = table[nearest(values, table).to(torch.int64)]
+    return float((found - values).square().sum(dtype=torch.float64))
 
 
 def nearest(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -166,8 +190,8 @@ def nearest(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 def _expected_high(count: int, drop: float, rice: int) -> int:
     """Bytes: a one for each run, and zeros by the mean of a geometric length over 2**rice."""
-    past = drop ** (2**rice)
-    return math.ceil(count * (1 + past / (1 - past)) / 8)
+    past: float = drop ** (2**rice)
+    return math.ceil(count * (1.0 + past / (1.0 - past)) / 8)
 
 
 def _write_runs(keep: NDArray[np.bool_]) -> tuple[int, NDArray[np.uint8], NDArray[np.uint8]]:

@@ -50,7 +50,7 @@ def calibration_options(command: F) -> F:
             "references",
             metavar="ROLE=MODEL",
             multiple=True,
-            help="Another checkpoint for edits that ask for one; ROLE is aligned, unaligned or shift.",
+            help="Another checkpoint for edits that ask for one; ROLE is aligned or unaligned.",
         ),
         click.option(
             "--device", default="cpu", show_default=True, help="Where calibration runs the model."

@@ -10,6 +10,9 @@ import click
 
 from deltafold.server.cli.output import Output, output_options, table
 
+#: The tensor for which sizes are listed.
+_MATRIX = (4096, 4096)
+
 
 @click.command("codecs")
 @output_options
@@ -28,7 +31,10 @@ def codecs(output: Output) -> None:
     from deltafold.compress.merges import MERGES
     from deltafold.compress.terms import REGISTRY
 
-    listed = [_describe("codec", METHODS[name]) for name in sorted(METHODS)]
+    listed = [
+        _describe("codec", METHODS[name]) | {"bits": _bits(METHODS[name])}
+        for name in sorted(METHODS)
+    ]
     edits = [_describe("edit", EDITS[name]) for name in sorted(EDITS)]
     merges = [_describe("merge", MERGES[name]) for name in sorted(MERGES)]
     terms = [{"id": term_id, "v": version} for term_id, version in sorted(REGISTRY)]
@@ -55,6 +61,13 @@ def _describe(kind: str, method: type[Any]) -> dict[str, Any]:
     return described
 
 
+def _bits(method: type[Any]) -> float:
+    """Bits a weight of a common matrix, with the options as they are listed."""
+    from deltafold.compress.methods import bits_per_weight
+
+    return round(bits_per_weight(method(), _MATRIX, "BF16"), 3)
+
+
 def _option(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
     option: dict[str, Any] = {"name": field.name, "default": field.default}
     if typing.get_origin(hint) is typing.Literal:
@@ -69,10 +82,10 @@ def _text(word: str, listed: list[dict[str, Any]]) -> str:
     for item in listed:
         options = ",".join(f"{o['name']}={o['default']}" for o in item["options"]) or "-"
         needs = ", ".join(item["needs"]) or "nothing"
-        served = [item["applied"]] if "applied" in item else []
+        served = [f"{item['bits']:.2f}", item["applied"]] if "applied" in item else []
         known = item["class"] or "-"
         rows.append([item["id"], options, needs, *served, known, item["paper"], item["summary"]])
-    served = ["when served"] if listed and "applied" in listed[0] else []
+    served = ["bits", "when served"] if listed and "applied" in listed[0] else []
     head = [word, "options", "needs", *served, "class", "source", "what it does"]
     choices = [
         f"  {item['id']}: {o['name']} is {', '.join(o['choices'])}"

@@ -210,9 +210,13 @@ def test_codecs():
     data = run_json("codecs")
     assert [codec["id"] for codec in data["codecs"]] == sorted(METHODS)
     assert {"id": "planes", "v": 1} in data["terms"]
+    bits = {codec["id"]: codec["bits"] for codec in data["codecs"]}
+    # A scale a row is 32 bits for 4096 weights; two bits and a position are kept of 2 in 4.
+    assert (bits["bitdelta"], bits["nm"], bits["exact"]) == (1.008, 3.004, 16.0)
     for codec in data["codecs"]:
         assert codec["id"] in text
         assert codec["summary"] in text
+        assert f"{codec['bits']:.2f}" in text
         for option in codec["options"]:
             assert f"{option['name']}={option['default']}" in text
 

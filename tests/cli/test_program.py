@@ -158,12 +158,12 @@ def test_near_names():
         (["compress", "/no/such", "b", "-o", "c"], 4, ["error[not-found]"]),
         (["compress", ".", "b", "-o", "c", "--codec", "x"], 2, ["unknown-codec", "fix: deltafold"]),
         (
-            ["compress", ".", "b", "-o", "c", "--codec", "int:bits=3"],
+            ["compress", ".", "b", "-o", "c", "--codec", "int:bits=9"],
             2,
             ["bad-recipe", "fix: --codec int:bits=4,group=0"],
         ),
         (
-            ["compress", ".", "b", "-o", "c", "--set", "a*=int:bits=3"],
+            ["compress", ".", "b", "-o", "c", "--set", "a*=int:bits=9"],
             2,
             ["bad-recipe", "fix: --set 'a*=int:bits=4,group=0'"],
         ),

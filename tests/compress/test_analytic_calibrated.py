@@ -12,6 +12,8 @@ from deltafold.compress.evidence import Evidence
 from deltafold.compress.methods.axis_signs import scale_inputs, scale_outputs
 from deltafold.compress.methods.deltazip import prune_and_round
 from deltafold.compress.methods.feedback import code_with_feedback
+from deltafold.compress.methods.svd_widths import _WIDTHS as WIDTHS
+from deltafold.compress.methods.svd_widths import allot
 from deltafold.compress.terms import NM, Banded, ColumnPlanes, Context, Planes
 from deltafold.compress.terms.grids import Grid
 
@@ -52,6 +54,7 @@ GAINS = [
     ("axis-signs", None, 0.95),
     ("delta-come:bits=6,group=16", None, 0.9),
     ("delta-come:bits=6,group=16,ordered=false", None, 0.9),
+    ("svd-widths:bits=2,group=16", "delta-come:bits=2,group=16", 0.9),
 ]
 
 
@@ -148,6 +151,29 @@ def test_the_size_of_2_of_4_codes(bits):
     (term,) = parse_spec(f"deltazip:bits={bits}").plan((4096, 4096), "BF16")
     size = 8 * sum(part.nbytes for part in term.parts((4096, 4096)).values())
     assert size / 4096**2 == pytest.approx(bits / 2 + 1, abs=0.01)
+
+
+def test_every_bit_goes_where_it_saves_most():
+    # Errors that shrink fourfold a bit: the dynamic program over all allotments can be written out.
+    draw = torch.Generator().manual_seed(0)
+    widths = torch.tensor(WIDTHS)
+    errors = torch.rand(6, 1, generator=draw).double() ** 4 * 4.0 ** -widths.double()
+    best = {0: 0.0}
+    for row in errors.tolist():
+        grown: dict[int, float] = {}
+        for used, loss in best.items():
+            for width, error in zip(WIDTHS, row, strict=True):
+                key = used + width
+                grown[key] = min(grown.get(key, torch.inf), loss + error)
+        best = grown
+    for budget in (0, 5, 12, 24, 60):
+        found = allot(errors, budget)
+        used = int(found.sum())
+        assert used <= budget
+        loss = sum(errors[i, WIDTHS.index(w)].item() for i, w in enumerate(found.tolist()))
+        # The best that there is for as many bits as were used.
+        assert loss == pytest.approx(min(v for k, v in best.items() if k <= used))
+        assert min(budget, 6 * 8) - used < 6
 
 
 def code_bits(term: Banded, shape: tuple[int, int]) -> float:

@@ -20,6 +20,7 @@ from deltafold.compress import (
 from deltafold.compress.calibration import (
     CalibratedEvidence,
     CalibrationSet,
+    ParameterMap,
     compare,
     decoded_tensors,
     load_delta,
@@ -319,3 +320,25 @@ def test_a_calibrated_delta_is_packed_and_verified(tmp_path, made, variant, code
     packed = load_delta(Checkpoint.open(made.base), DeltaRepo.open(tmp_path / "out"))
     fine_tune, base = load_model(variant), load_model(made.base)
     assert compare(fine_tune, packed, words()).kl < compare(fine_tune, base, words()).kl
+
+
+def test_tensors_that_the_model_calls_otherwise_are_known_by_their_values(variant):
+    source = Checkpoint.open(variant)
+    model = load_model(variant)
+    inner = model.model.layers[0].self_attn
+
+    class Renamed:
+        reference = source.reference
+
+        def names(self):
+            return sorted(n.replace(Q, "blocks.0.q") for n in source.names())
+
+        def spec(self, name):
+            return source.spec(name.replace("blocks.0.q", Q))
+
+        def tensor(self, name):
+            return source.tensor(name.replace("blocks.0.q", Q))
+
+    found = ParameterMap(model, Renamed())
+    assert found.parameter("blocks.0.q") is inner.q_proj.weight
+    assert found.find(DOWN) == DOWN

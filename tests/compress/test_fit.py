@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo_models
 
 from deltafold.compress import (
     DeltafoldError,
@@ -17,6 +18,7 @@ from deltafold.compress import (
     verify_delta,
 )
 from deltafold.compress.calibration import (
+    CalibrationSet,
     LogitFit,
     compress_and_fit,
     fit_scales,
@@ -72,6 +74,18 @@ def test_fitting_brings_the_logits_closer_and_changes_scales_alone(tmp_path, dat
     assert changed == {"scales", "inner.scales"}
 
 
+def test_scales_that_were_made_wrong_are_found_again(tmp_path, data):
+    wrong = pack(tmp_path / "wrong", "bitdelta:factor=0.3,scale=row")
+    fit = LogitFit(steps=15, lr=2e-3, batch=16)
+    found = fit_scales(wrong.folder, BASE, VARIANT, tmp_path / "out", data, fit=fit)
+    right = pack(tmp_path / "right", "bitdelta:scale=row")
+    # One step too small to change anything: it tells the error of the scales as they are.
+    still = LogitFit(steps=1, lr=1e-12, batch=16)
+    plain = fit_scales(right.folder, BASE, VARIANT, tmp_path / "plain", data, fit=still)
+    before, after = found.manifest.quality["fit"]["logit_mse"]
+    assert after < plain.manifest.quality["fit"]["logit_mse"][0] < before
+
+
 def test_fitting_twice_gives_the_same_delta(tmp_path, data):
     recipe = Recipe(default=parse_spec("int:bits=2"))
     few = LogitFit(steps=2, lr=1e-3, batch=16)
@@ -103,6 +117,17 @@ def test_what_cannot_be_fitted_is_refused(tmp_path, data):
         compress_and_fit(BASE, VARIANT, tmp_path / "there", data)
     assert refused.value.code == "exists"
     assert not (tmp_path / "out").exists()
+
+
+def test_scales_of_fused_experts_are_refused(tmp_path):
+    made = zoo_models.make(
+        tmp_path, "Mixtral", codecs={"a": "bitdelta"}, num_local_experts=2, hidden_size=32
+    )
+    data = CalibrationSet.from_ids("builtin:test", [[1, 2, 3]])
+    variant = tmp_path / "full" / "a"
+    with pytest.raises(DeltafoldError, match=r"experts.*another layout") as refused:
+        fit_scales(made.zoo / "a", made.base, variant, tmp_path / "out", data)
+    assert refused.value.code == "engine-unsupported"
 
 
 TERMS = [

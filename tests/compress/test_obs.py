@@ -48,7 +48,7 @@ def test_without_correlations_nothing_is_pushed_on():
     assert torch.equal(sweep(values, upper, rounding), values.round())
 
 
-@pytest.mark.parametrize(("group", "block"), [(1, 1), (4, 8), (4, 128), (3, 7)])
+@pytest.mark.parametrize(("group", "block"), [(1, 1), (4, 8), (4, 128), (3, 7), (10, 4), (26, 5)])
 def test_blocks_and_groups_change_the_speed_alone(group, block):
     values, upper = matrix(6, 26) * 20, inverse_cholesky(damped(moments(26)))
     plain = sweep(values, upper, rounding, block=26)
