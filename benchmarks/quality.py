@@ -27,7 +27,7 @@ import torch
 from quality_cost import Cost, costs, factor
 from quality_models import Bench, Measured
 from quality_shapes import Shape, Shapes, edited, mean
-from quality_specs import codec_specs, cost_specs, edit_specs
+from quality_specs import QUICK_CANDIDATES, codec_specs, cost_specs, edit_specs
 
 from deltafold.compress import Budget, DeltafoldError, Recipe, parse_spec
 
@@ -81,7 +81,7 @@ def _rows(bench: Bench, *, quick: bool) -> list[dict[str, Any]]:
     for bits, spec in codec_specs(quick):
         rows.append(_measured(bench, "codec", spec, bits, lambda s: Recipe(default=parse_spec(s))))
     for bits in ("1",) if quick else ("1", "2", "4"):
-        rows.append(_planned(bench, bits))
+        rows.append(_planned(bench, bits, QUICK_CANDIDATES if quick else ()))
     for spec in edit_specs(quick):
         rows.append(_measured(bench, "edit", spec, "-", edited))
     return rows
@@ -100,12 +100,13 @@ def _measured(bench: Bench, kind: str, spec: str, bits: str, recipe: Any) -> dic
     return _row(kind, spec, bits, found)
 
 
-def _planned(bench: Bench, bits: str) -> dict[str, Any]:
+def _planned(bench: Bench, bits: str, candidates: tuple[str, ...]) -> dict[str, Any]:
     """A budget, with gradients, of the size that sign planes of so many bits take."""
     spec, found = f"bitdelta:bits={bits}", []
     for task in bench.tasks:
         _, repo = bench.pack(task, Recipe(default=parse_spec(spec)))
-        budget = Budget(str(repo.manifest.totals.delta_bytes))
+        size = str(repo.manifest.totals.delta_bytes)
+        budget = Budget(size, candidates=tuple(map(parse_spec, candidates)))
         found.append(bench.pack(task, Recipe(budget=budget), evidence=task.fisher())[0])
     return _row("budget", f"--target-size of {spec}", bits, found)
 

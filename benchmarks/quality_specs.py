@@ -67,6 +67,7 @@ EDIT_SPECS: dict[str, tuple[str, ...]] = {
 }
 #: Enough to see that everything runs.
 QUICK = ("bitdelta", "int", "scale")
+QUICK_CANDIDATES = ("bitdelta:bits=1", "svd:bits=0.25", "int:bits=2", "int:bits=4")
 
 
 def codec_specs(quick: bool) -> list[tuple[str, str]]:

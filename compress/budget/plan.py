@@ -169,10 +169,22 @@ class Planner:
                 return choice
             room -= over
 
-    def plan(self, choice: Choice, *, kl: Mapping[int, float] | None = None) -> Plan:
-        """The plan of a choice; `kl` has what was measured, by size."""
-        nbytes, measured = self.nbytes(choice), kl or {}
-        chosen = FrontierPoint(nbytes, total(choice).error, measured.get(nbytes))
+    def plan(
+        self,
+        choice: Choice,
+        *,
+        kl: float | None = None,
+        probes: Mapping[int, float] | None = None,
+    ) -> Plan:
+        """The plan of a choice.
+
+        Args:
+            choice: an option for every tensor.
+            kl: of the choice, where it was measured.
+            probes: KL of places of the frontier, by step.
+        """
+        nbytes = self.nbytes(choice)
+        chosen = FrontierPoint(nbytes, total(choice).error, kl)
         return Plan(
             recipe=self.recipe_of(choice),
             nbytes=nbytes,
@@ -180,7 +192,7 @@ class Planner:
             error=chosen.error,
             unit=self.unit,
             codecs=dict(Counter(o.spec for o in choice.values()).most_common()),
-            frontier=self._around(chosen, measured),
+            frontier=self._around(chosen, probes or {}),
             kl=chosen.kl,
         )
 
@@ -220,13 +232,12 @@ class Planner:
         points = self.frontier.points
         if len(points) == 1:
             return (chosen,)
-        stride = max((len(points) - 1) / max(most - 1, 1), 1.0)
-        steps = sorted({min(round(i * stride), len(points) - 1) for i in range(most)})
+        stride = max((len(points) - 1) / (most - 1), 1.0)
+        steps = {min(round(i * stride), len(points) - 1) for i in range(most)} | set(kl)
         found = {}
-        for step in range(len(points)) if kl else steps:
+        for step in sorted(steps):
             nbytes = self.nbytes(self.frontier.at(step))
-            if step in steps or nbytes in kl:
-                found[nbytes] = FrontierPoint(nbytes, points[step].error, kl.get(nbytes))
+            found[nbytes] = FrontierPoint(nbytes, points[step].error, kl.get(step))
         return tuple(sorted({**found, chosen.nbytes: chosen}.values(), key=lambda p: p.nbytes))
 
     def _too_small(self, target: int) -> DeltafoldError:

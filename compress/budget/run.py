@@ -77,12 +77,14 @@ def planned(
             meets the budget.
     """
     budget, frontier = planner.budget, planner.frontier
-    measured: dict[int, float] = {}
+    probes: dict[int, float] = {}
+    kl: float | None = None
 
     def kl_at(steps: int) -> float:
-        choice = frontier.at(steps)
         assert kl_of is not None
-        return measured.setdefault(planner.nbytes(choice), kl_of(choice))
+        if steps not in probes:
+            probes[steps] = kl_of(frontier.at(steps))
+        return probes[steps]
 
     if budget is not None and budget.max_kl:
         if kl_of is None:
@@ -92,21 +94,20 @@ def planned(
                 facts=[("max_kl", budget.max_kl)],
                 fix="give a calibration set: --calibrate prompts.jsonl",
             )
-        found = smallest_within(frontier.points, budget.max_kl, kl_at)
-        if found.steps is None:
-            raise too_much(min(found.kl.values()), budget.max_kl)
-        choice = frontier.at(found.steps)
+        steps = smallest_within(frontier.points, budget.max_kl, kl_at).steps
+        if steps is None:
+            raise too_much(min(probes.values()), budget.max_kl)
+        choice, kl = frontier.at(steps), probes[steps]
     elif budget is not None:
         choice = planner.within(budget.target_bytes(planner.variant_bytes))
     else:
         choice = frontier.at(0)
     if kl_of is not None and sketch:
-        measured.setdefault(planner.nbytes(choice), kl_of(choice))
+        kl = kl_of(choice) if kl is None else kl
         last = len(frontier.points) - 1
-        for steps in {round(i * last / (_SKETCHED - 1)) for i in range(_SKETCHED)}:
-            if planner.nbytes(frontier.at(steps)) not in measured:
-                kl_at(steps)
-    return planner.plan(choice, kl=measured)
+        for place in range(_SKETCHED):
+            kl_at(round(place * last / (_SKETCHED - 1)))
+    return planner.plan(choice, kl=kl, probes=probes)
 
 
 def too_much(found: float, most: float) -> DeltafoldError:

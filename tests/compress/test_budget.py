@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from checkpoints import write_checkpoint
 from packing import pack
 
-from deltafold.compress import DeltafoldError, Recipe, parse_spec
+from deltafold.compress import Checkpoint, DeltafoldError, Recipe, parse_spec
 from deltafold.compress.budget.allocate import Frontier, Option, hull, total
 from deltafold.compress.budget.goal import Budget
+from deltafold.compress.budget.probe import rebuilt
 from deltafold.compress.budget.search import smallest_within
+from deltafold.compress.evidence import NEEDS
 from deltafold.compress.pipeline import plan_checkpoint
 from deltafold.compress.shards import ShardWriter, planned_bytes
 
@@ -201,3 +203,49 @@ def test_it_beats_one_codec_for_all_at_the_same_size(pair):
         assert chosen.error < 0.7 * alike.error, spec
         sizes = [p.nbytes for p in chosen.frontier]
         assert sizes == sorted(set(sizes))
+
+
+@dataclass(frozen=True)
+class Clip:
+    """An edit that must see the whole model: nothing is larger than half of what is largest."""
+
+    id = "clip"
+    summary = paper = "-"
+    needs = ()
+    limit: float = 0.0
+
+    def survey(self, deltas):
+        for _ in range(2):
+            most = max(delta.abs().max().item() for _, delta in deltas)
+        return Clip(most / 2)
+
+    def apply(self, delta, context):
+        return delta.clamp(-self.limit, self.limit)
+
+
+def test_edits_that_survey_the_model_do_so_before_anything_is_tried(pair):
+    source, target = Checkpoint.open(pair.base), Checkpoint.open(pair.variant)
+    recipe = Recipe(default=parse_spec("lossless"), edits=(("*", Clip()),))
+    found = rebuilt(source, target, recipe)
+    floats = [n for n in target.names() if target.tensor(n).is_floating_point()]
+    deltas = {n: target.tensor(n).float() - source.tensor(n).float() for n in floats}
+    limit = max(d.abs().max().item() for d in deltas.values()) / 2
+    name = "model.layers.0.mlp.up_proj.weight"
+    expected = source.tensor(name).float() + deltas[name].clamp(-limit, limit)
+    assert torch.equal(found[name], expected)
+
+
+class Everything:
+    """Evidence that is never looked at."""
+
+    provides = NEEDS
+
+    def of(self, name):
+        raise AssertionError(name)
+
+
+def test_codecs_that_follow_the_tensors_before_them_cannot_be_tried(pair):
+    recipe = budgeted("40%", candidates=(parse_spec("deltazip"),))
+    with pytest.raises(DeltafoldError, match="follows") as caught:
+        plan_checkpoint(pair.base, pair.variant, recipe=recipe, evidence=Everything())
+    assert caught.value.code == "bad-argument"
