@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,12 @@ def test_diagnose_tells_what_breaks_and_draws_it(words, tmp_path):
     assert "model.layers.1.mlp.up_proj.weight" in text
     # Nothing is loaded from elsewhere.
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_codecs_are_classed_where_a_paper_did():
+    found = as_json("codecs")
+    listed = [*found["codecs"], *found["edits"], *found["merges"]]
+    known = {None, "competitive", "decreased", "improved or not"}
+    assert {item["class"] for item in listed} <= known
+    assert {(i["kind"], i["id"]): i["class"] for i in listed}["codec", "bitdelta"] == "decreased"
+    assert re.search(r"^dare .* competitive ", run("codecs").stdout, re.MULTILINE)
