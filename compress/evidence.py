@@ -61,7 +61,10 @@ class Evidence:
 class EvidenceSource(Protocol):
     """Where a packing run takes evidence from."""
 
-    provides: Sequence[Need]
+    @property
+    def provides(self) -> Sequence[Need]:
+        """The needs that it meets."""
+        ...
 
     def of(self, name: str) -> Evidence:
         """What is known of one tensor."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,6 +14,9 @@ from typing import Any, TypeAlias
 import torch
 
 from deltafold.compress import dtypes
+from deltafold.compress.budget.plan import Plan
+from deltafold.compress.budget.probe import Judge
+from deltafold.compress.budget.run import judged, plan_of
 from deltafold.compress.card import write_card, write_tensor_table
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
 from deltafold.compress.companions import check_tokenizer, copy_files, named
@@ -42,6 +45,7 @@ from deltafold.compress.manifest import (
     version_for,
 )
 from deltafold.compress.progress import OnProgress, Progress, ignore
+from deltafold.compress.quality import record_quality
 from deltafold.compress.quantized import dequantized, quantization_of
 from deltafold.compress.recipe import Recipe
 from deltafold.compress.release import version
@@ -61,11 +65,12 @@ Given: TypeAlias = Callable[[str], tuple[list[Encoded], torch.Tensor] | None]
 
 @dataclass(frozen=True)
 class PackReport:
-    """The outcome of a packing run; sizes in bytes."""
+    """The outcome of a packing run; sizes in bytes. `plan` is there where the recipe had a budget."""
 
     out: Path
     manifest: Manifest
     stats: dict[str, TensorStats] = field(default_factory=dict)
+    plan: Plan | None = None
 
     @property
     def ratio(self) -> float:
@@ -95,6 +100,7 @@ def compress_checkpoint(
     command: str = "",
     evidence: EvidenceSource | None = None,
     quality: Mapping[str, Any] | None = None,
+    judge: Judge | None = None,
     progress: OnProgress = ignore,
 ) -> PackReport:
     """Pack a fine-tune as a delta against its base.
@@ -112,28 +118,64 @@ def compress_checkpoint(
         command: recorded in the manifest and card.
         evidence: of a calibration run, for methods that need one.
         quality: recorded in the manifest: what was measured, and on what data.
+        judge: measures KL to the fine-tune; a recipe with a budget of KL needs one. What it finds of
+            the packed delta is recorded in the manifest as well.
         progress: called after every tensor.
 
     Raises:
         DeltafoldError: whatever is wrong, before anything stands under `out`.
     """
-    source = Checkpoint.open(base)
-    target = open_variant(variant, source)
-    companions = named(target.reference.folder)
-    quantization = quantization_of(source, base_quantization) if base_quantization else None
-    job = Job(
-        source,
-        target,
-        companions,
-        recipe or Recipe(),
-        frozenset(accept),
-        command,
-        progress,
+    opened = _opened(base, variant)
+    job = replace(
+        opened,
+        recipe=recipe or Recipe(),
+        accept=frozenset(accept),
+        command=command,
+        progress=progress,
         evidence=evidence,
-        quantization=quantization,
         quality=quality or {},
+        judge=judge,
+        quantization=quantization_of(opened.source, base_quantization)
+        if base_quantization
+        else None,
     )
     return pack(job, out, overwrite=overwrite)
+
+
+def plan_checkpoint(
+    base: str | Path,
+    variant: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    accept: Collection[str] = (),
+    evidence: EvidenceSource | None = None,
+    judge: Judge | None = None,
+    progress: OnProgress = ignore,
+) -> Plan:
+    """What `compress_checkpoint` would write, without writing it; arguments and errors are the same.
+
+    With a judge the KL of some points of the frontier is measured too.
+    """
+    job = replace(
+        _opened(base, variant),
+        recipe=recipe or Recipe(),
+        accept=frozenset(accept),
+        progress=progress,
+        evidence=evidence,
+        judge=judge,
+    )
+    compare(job.source, job.target, job.accept)
+    run = _Run(job)
+    run.check_patterns()
+    run.check_needs()
+    return plan_of(job, sketch=True)
+
+
+def _opened(base: str | Path, variant: str | Path) -> Job:
+    """Base, fine-tune and the small files of the delta; everything else at its default."""
+    source = Checkpoint.open(base)
+    target = open_variant(variant, source)
+    return Job(source, target, named(target.reference.folder), Recipe())
 
 
 @dataclass(frozen=True)
@@ -154,7 +196,8 @@ class Job:
         quantization: of the base that differences are taken to; None for the base as it is.
         delta: float32 differences that the fine-tune's tensors are a rounding of, by name; None where
             a tensor is all that there is.
-        quality: the manifest's `quality`.
+        quality: the manifest's `quality`, what the judge finds left out.
+        judge: measures the packed delta; None without calibration data.
     """
 
     source: Checkpoint
@@ -170,6 +213,7 @@ class Job:
     quantization: Quantization | None = None
     delta: Callable[[str], torch.Tensor | None] = lambda name: None
     quality: Mapping[str, Any] = field(default_factory=dict)
+    judge: Judge | None = None
 
 
 def pack(job: Job, out: str | Path, *, overwrite: bool = False) -> PackReport:
@@ -184,12 +228,29 @@ def pack(job: Job, out: str | Path, *, overwrite: bool = False) -> PackReport:
     tokenizer = check_tokenizer(*inputs, accepted="tokenizer" in job.accept)
     run.check_patterns()
     run.check_needs()
-    run.survey()
+    _refuse_quantised_budget(job)
+    plan: Plan | None = None
     with Staging(Path(out), overwrite=overwrite, inputs=inputs) as staging:
+        if job.recipe.budget is not None:
+            plan = plan_of(job)
+            run = _Run(replace(job, recipe=plan.recipe))
+        run.survey()
         manifest, stats = run.write(structure, staging.folder, tokenizer)
-        check_payload(DeltaRepo.open(staging.folder), job.progress)
+        repo = DeltaRepo.open(staging.folder)
+        check_payload(repo, job.progress)
+        if job.judge is not None:
+            manifest = record_quality(staging.folder, judged(job, repo))
         staging.publish()
-    return PackReport(Path(out), manifest, stats)
+    return PackReport(Path(out), manifest, stats, plan)
+
+
+def _refuse_quantised_budget(job: Job) -> None:
+    if job.recipe.budget is not None and job.quantization is not None:
+        raise DeltafoldError(
+            "bad-argument",
+            "a budget is planned for differences to the base as it is, not to a quantised one.",
+            fix="leave --against dequantized out, or choose the codecs yourself",
+        )
 
 
 @dataclass

@@ -7,8 +7,9 @@ any tensor is touched, and so that a tensor's bytes can be hashed without decodi
 from __future__ import annotations
 
 import json
+import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,33 @@ class SafetensorsFile:
         )
 
 
+def file_head(
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+) -> tuple[bytes, list[str]]:
+    """What stands before the tensors' bytes, and the order in which these follow.
+
+    Args:
+        tensors: dtype and shape by name; nothing else decides the size of a file.
+        metadata: goes to the header.
+    """
+    # Wide dtypes first, as the library does: every tensor then begins at a multiple of its own size.
+    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    position = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        stop = position + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": dtypes.NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [position, stop],
+        }
+        position = stop
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw, order
+
+
 def write_file(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
@@ -138,23 +166,9 @@ def write_file(
     The library's own writer puts metadata in an order of chance, reports a full disk as an error
     that is no `OSError`, and makes a file that other users cannot read.
     """
-    # Wide dtypes first, as the library does: every tensor then begins at a multiple of its own size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    position = 0
-    for name in order:
-        tensor = tensors[name]
-        stop = position + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": dtypes.NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, stop],
-        }
-        position = stop
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    head, order = file_head({n: (t.dtype, t.shape) for n, t in tensors.items()}, metadata)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.write(head)
         for name in order:
             file.write(dtypes.raw_bytes(tensors[name]).numpy().data)
 

@@ -6,6 +6,7 @@ The one part of `compress` that needs transformers, imported when a model is fir
 from deltafold.compress.calibration.data import CalibrationSet, read_calibration
 from deltafold.compress.calibration.evidence import CalibratedEvidence
 from deltafold.compress.calibration.fit import LogitFit, compress_and_fit, fit_scales
+from deltafold.compress.calibration.judge import CalibratedJudge
 from deltafold.compress.calibration.model import (
     ParameterMap,
     decoded_tensors,
@@ -25,6 +26,7 @@ from deltafold.compress.calibration.quality import (
 
 __all__ = [
     "CalibratedEvidence",
+    "CalibratedJudge",
     "CalibrationSet",
     "LogitFit",
     "ParameterMap",

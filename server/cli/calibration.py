@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from deltafold.compress.calibration import CalibratedEvidence
+    from deltafold.compress.calibration import CalibratedEvidence, CalibratedJudge
     from deltafold.compress.evidence import Need
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -109,6 +109,13 @@ class CalibrationOptions:
             wanted=wanted,
             device=self.device,
         )
+
+
+def judge_of(evidence: CalibratedEvidence | None, device: str) -> CalibratedJudge | None:
+    """What measures packed deltas on the calibration data; None without any."""
+    from deltafold.compress.calibration import CalibratedJudge
+
+    return None if evidence is None else CalibratedJudge(evidence, device)
 
 
 def _reference(text: str) -> tuple[str, str]:

@@ -20,7 +20,8 @@ _MATRIX = (4096, 4096)
 def codecs(output: Output) -> None:
     """List codecs, edits and merges with their options, needs and sources.
 
-    A spec is a codec's name, or its name and options: bitdelta:bits=2,scale=row.
+    A spec is a codec's name, or its name and options: bitdelta:bits=2,scale=row. The class is what
+    arXiv 2410.13841 says of the loss; `deltafold diagnose` measures it for a fine-tune of yours.
 
     \b
     deltafold codecs
@@ -30,19 +31,26 @@ def codecs(output: Output) -> None:
     from deltafold.compress.merges import MERGES
     from deltafold.compress.terms import REGISTRY
 
-    listed = [_describe(METHODS[name]) | {"bits": _bits(METHODS[name])} for name in sorted(METHODS)]
-    edits = [_describe(EDITS[name]) for name in sorted(EDITS)]
-    merges = [_describe(MERGES[name]) for name in sorted(MERGES)]
+    listed = [
+        _describe("codec", METHODS[name]) | {"bits": _bits(METHODS[name])}
+        for name in sorted(METHODS)
+    ]
+    edits = [_describe("edit", EDITS[name]) for name in sorted(EDITS)]
+    merges = [_describe("merge", MERGES[name]) for name in sorted(MERGES)]
     terms = [{"id": term_id, "v": version} for term_id, version in sorted(REGISTRY)]
     data = {"codecs": listed, "edits": edits, "merges": merges, "terms": terms}
     parts = [_text("codec", listed), _text("edit", edits), _text("merge", merges)]
     output.result(data, "\n\n".join(parts))
 
 
-def _describe(method: type[Any]) -> dict[str, Any]:
+def _describe(kind: str, method: type[Any]) -> dict[str, Any]:
+    from deltafold.compress.classes import CLASSES
+
     hints = typing.get_type_hints(method)
     described = {
         "id": method.id,
+        "kind": kind,
+        "class": CLASSES[kind].get(method.id),
         "summary": method.summary,
         "options": [_option(f, hints[f.name]) for f in dataclasses.fields(method)],
         "needs": list(method.needs),
@@ -75,9 +83,10 @@ def _text(word: str, listed: list[dict[str, Any]]) -> str:
         options = ",".join(f"{o['name']}={o['default']}" for o in item["options"]) or "-"
         needs = ", ".join(item["needs"]) or "nothing"
         served = [f"{item['bits']:.2f}", item["applied"]] if "applied" in item else []
-        rows.append([item["id"], options, needs, *served, item["paper"], item["summary"]])
+        known = item["class"] or "-"
+        rows.append([item["id"], options, needs, *served, known, item["paper"], item["summary"]])
     served = ["bits", "when served"] if listed and "applied" in listed[0] else []
-    head = [word, "options", "needs", *served, "source", "what it does"]
+    head = [word, "options", "needs", *served, "class", "source", "what it does"]
     choices = [
         f"  {item['id']}: {o['name']} is {', '.join(o['choices'])}"
         for item in listed

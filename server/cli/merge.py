@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltafold.server.cli.command import command_line
-from deltafold.server.cli.compress import pack_data, pack_text, read_recipe
 from deltafold.server.cli.output import Output, output_options, quiet_option
+from deltafold.server.cli.packed import pack_data, pack_text
+from deltafold.server.cli.recipes import read_recipe, recipe_options
 
 if TYPE_CHECKING:
     from deltafold.compress import PackReport
@@ -24,22 +25,7 @@ if TYPE_CHECKING:
 )
 @click.option("--weights", metavar="A,B,...", help="One number a delta; 1 if left out.")
 @click.option("-o", "--out", required=True, help="The delta repo to write; for twin a zoo folder.")
-@click.option("--codec", metavar="SPEC", help="Codec of matrices, as for compress.")
-@click.option(
-    "--set",
-    "sets",
-    metavar="'PATTERN=SPEC'",
-    multiple=True,
-    help="Codec of the tensors whose names match; repeat it, the last match wins.",
-)
-@click.option(
-    "--edit",
-    "edits",
-    metavar="SPEC",
-    multiple=True,
-    help="Change the merged delta before its codec sees it, as for compress.",
-)
-@click.option("--recipe", metavar="FILE", help="YAML recipe; the options above come on top of it.")
+@recipe_options
 @click.option(
     "--companions",
     type=click.IntRange(min=1),

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 #: The surface. A change here is a change that users see: change it on purpose, and `docs/cli.md` too.
 SURFACE = {
     "compress": "-o --out --codec --set --edit --recipe --accept --against --base-quantization "
+    "--target-size --max-kl --candidates --dry-run "
     "--calibrate --calibrate-rows --calibrate-length --reference --device --fit-scales "
     "--fit-steps --fit-lr "
     "--overwrite --quiet --json --debug",
@@ -32,6 +33,9 @@ SURFACE = {
     "--overwrite --quiet --json --debug",
     "inspect": "--tensors --json --debug",
     "verify": "--base --full --quiet --json --debug",
+    "eval": "--base --against --data --rows --length --device --dry-run --quiet --json --debug",
+    "diagnose": "--calibrate --calibrate-rows --calibrate-length --codec --edit --steps --group-size "
+    "--device -o --out --quiet --json --debug",
     "restore": "--base -o --out --dtype --overwrite --quiet --json --debug",
     "export": "--base --to -o --out --rank --drop --dtype --overwrite --quiet --json --debug",
     "codecs": "--json --debug",
@@ -39,7 +43,8 @@ SURFACE = {
     "version": "--json --debug",
 }
 NAMES = [
-    *("compress", "import-lora", "merge", "inspect", "verify", "restore", "export"),
+    *("compress", "import-lora", "merge", "inspect", "verify", "eval", "diagnose"),
+    *("restore", "export"),
     *("serve", "chat", "demo"),
     *("codecs", "schema", "version"),
 ]
