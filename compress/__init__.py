@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deltafold.compress.budget.goal import Budget as Budget
+    from deltafold.compress.budget.plan import Plan as Plan
     from deltafold.compress.checkpoint import Checkpoint as Checkpoint
     from deltafold.compress.errors import CODES as CODES
     from deltafold.compress.errors import DeltafoldError as DeltafoldError
@@ -18,11 +20,14 @@ if TYPE_CHECKING:
     from deltafold.compress.lora import import_lora as import_lora
     from deltafold.compress.manifest import Manifest as Manifest
     from deltafold.compress.manifest import schema as schema
+    from deltafold.compress.merging import merge_deltas as merge_deltas
+    from deltafold.compress.merging import twin_deltas as twin_deltas
     from deltafold.compress.methods import METHODS as METHODS
     from deltafold.compress.methods import Method as Method
     from deltafold.compress.methods import parse_spec as parse_spec
     from deltafold.compress.pipeline import PackReport as PackReport
     from deltafold.compress.pipeline import compress_checkpoint as compress_checkpoint
+    from deltafold.compress.pipeline import plan_checkpoint as plan_checkpoint
     from deltafold.compress.progress import Progress as Progress
     from deltafold.compress.recipe import Recipe as Recipe
     from deltafold.compress.release import version as version
@@ -34,6 +39,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CODES": "errors",
+    "Budget": "budget.goal",
     "METHODS": "methods",
     "Checkpoint": "checkpoint",
     "DeltaRepo": "repo",
@@ -42,6 +48,7 @@ _HOMES = {
     "Manifest": "manifest",
     "Method": "methods",
     "PackReport": "pipeline",
+    "Plan": "budget.plan",
     "Progress": "progress",
     "Recipe": "recipe",
     "RestoreReport": "restore",
@@ -49,9 +56,12 @@ _HOMES = {
     "compress_checkpoint": "pipeline",
     "export_peft": "export",
     "import_lora": "lora",
+    "merge_deltas": "merging",
     "parse_spec": "methods",
+    "plan_checkpoint": "pipeline",
     "restore_checkpoint": "restore",
     "schema": "manifest",
+    "twin_deltas": "merging",
     "verify_delta": "verify",
     "version": "release",
 }

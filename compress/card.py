@@ -6,6 +6,7 @@ import csv
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 import yaml
 
@@ -35,16 +36,19 @@ def write_tensor_table(folder: Path, manifest: Manifest, stats: Mapping[str, Ten
 
 
 def write_card(folder: Path, manifest: Manifest, base: Reference) -> None:
-    """`README.md`: the Hugging Face head, how to use the delta, sizes, recipe, command."""
+    """`README.md`, as `card_text` has it."""
+    (folder / "README.md").write_text(card_text(manifest), "utf-8")
+
+
+def card_text(manifest: Manifest) -> str:
+    """The model card: the Hugging Face head, how to use the delta, sizes, quality, recipe, command."""
     head = {
         "base_model": [manifest.base.name],
         "base_model_relation": "adapter" if _is_lora(manifest) else "quantized",
         "library_name": "deltafold",
         "tags": ["delta", "deltafold", *sorted({f"codec-{c}" for c in _codecs(manifest)})],
     }
-    (folder / "README.md").write_text(
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n{_body(manifest, base)}", "utf-8"
-    )
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n{_body(manifest)}"
 
 
 def _is_lora(manifest: Manifest) -> bool:
@@ -55,7 +59,7 @@ def _codecs(manifest: Manifest) -> set[str]:
     return {str(term["id"]) for e in manifest.tensors.values() for term in e.terms}
 
 
-def _body(manifest: Manifest, base: Reference) -> str:
+def _body(manifest: Manifest) -> str:
     totals = manifest.totals
     name = manifest.base.name + (f"@{manifest.base.revision}" if manifest.base.revision else "")
     by_codec: dict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -68,6 +72,8 @@ def _body(manifest: Manifest, base: Reference) -> str:
     )
     worst = max((e.rel_error for e in manifest.tensors.values()), default=0.0)
     kind = "A LoRA" if _is_lora(manifest) else "A full fine-tune"
+    if "merge" in manifest.recipe:
+        kind = "A merge of fine-tunes"
     recipe = yaml.safe_dump(manifest.recipe, sort_keys=False).strip()
     return f"""# {manifest.variant.name}, as a delta against {manifest.base.name}
 
@@ -89,7 +95,7 @@ deltafold restore THIS_FOLDER --base {name} -o CHECKPOINT
 {len(manifest.unchanged)} tensors are equal to the base's and cost nothing. The largest relative error
 of a tensor's delta is {worst:.4f}; `report/tensors.csv` has them all. This says how closely the
 weights follow the fine-tune's, not how well the model answers.
-
+{_quality(manifest)}
 ## How it was made
 
 By {manifest.created_by}{f": `{manifest.command}`" if manifest.command else ""}, with the recipe
@@ -97,4 +103,33 @@ By {manifest.created_by}{f": `{manifest.command}`" if manifest.command else ""},
 ```yaml
 {recipe}
 ```
+"""
+
+
+#: Figures of `manifest.quality` that the card shows, and what they are.
+_FIGURES: Final = {
+    "kl_mean": "KL divergence to the fine-tune, nats a token",
+    "top1_agreement": "same likeliest token as the fine-tune",
+    "loss": "loss",
+    "reference_loss": "loss of the fine-tune",
+    "perplexity": "perplexity",
+    "reference_perplexity": "perplexity of the fine-tune",
+}
+
+
+def _quality(manifest: Manifest) -> str:
+    found = {k: manifest.quality[k] for k in _FIGURES if k in manifest.quality}
+    if not found:
+        return ""
+    rows = "\n".join(f"| {_FIGURES[key]} | {value:.4g} |" for key, value in found.items())
+    data = manifest.quality.get("data", {})
+    where = f"{data.get('name', '?')}, {manifest.quality.get('tokens', '?')} tokens"
+    return f"""
+## Quality
+
+Measured beside the fine-tune itself on {where}. It says nothing about other data.
+
+| figure | value |
+|---|---|
+{rows}
 """

@@ -12,9 +12,10 @@ from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import EvidenceSource, check_needs
 from deltafold.compress.fingerprint import TensorDigest
 from deltafold.compress.manifest import TensorEntry
-from deltafold.compress.methods import Method
+from deltafold.compress.methods import Chain, ExactMethod, Method
 from deltafold.compress.recipe import Recipe
 from deltafold.compress.repo import pad_rows, payload_digest
+from deltafold.compress.shapes import rows_and_columns
 from deltafold.compress.terms import (
     Context,
     Encoded,
@@ -24,6 +25,7 @@ from deltafold.compress.terms import (
     config_of,
     is_exact,
 )
+from deltafold.compress.terms.blocks import block_context, block_rows, join
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ def encode_tensor(
     base: torch.Tensor | None,
     recipe: Recipe,
     evidence: EvidenceSource | None = None,
+    delta: torch.Tensor | None = None,
 ) -> tuple[list[Encoded], torch.Tensor]:
     """Code one tensor of a fine-tune.
 
@@ -60,6 +63,7 @@ def encode_tensor(
         base: the base's tensor, None where the base has none; rows may be fewer or more.
         recipe: which method for which tensor.
         evidence: what a calibration run found out; None without one.
+        delta: the float32 difference, where `value` is no more than that difference rounded.
 
     Returns:
         The terms, and the float32 delta that they stand for.
@@ -69,27 +73,94 @@ def encode_tensor(
             `needs-calibration` where the method needs evidence that is not there.
     """
     shape = tuple(value.shape)
-    padded = pad_rows(base, shape)
-    delta = value.to(torch.float32)
-    if padded is not None:
-        delta = delta - padded.to(torch.float32)
-    context = Context(name, padded, value)
-    if base is None or not shape:
-        return [Exact().encode(delta, context)], delta
     dtype = dtypes.NAMES[value.dtype]
     method = recipe.method_for(name, shape, floating=dtype in dtypes.FLOATS)
-    planned = method.plan(shape, dtype)
-    if method.needs:
-        check_needs(method.needs, evidence, method.id)
-        assert evidence is not None
-        context = replace(context, evidence=evidence.of(name))
-    if not all(is_exact(term) for term in planned):
+    if not shape:
+        # Codecs are for vectors and more; edits are for all.
+        method = method.for_scalars() if isinstance(method, Chain) else ExactMethod()
+    if base is None:
+        rounded = difference(value, base)
+        return [Exact().encode(rounded, Context(name, base, value))], rounded
+    planned, context = method.plan(shape, dtype), context_of(name, value, base, method, evidence)
+    exact = all(is_exact(term) for term in planned)
+    if delta is None or exact:
+        delta = difference(value, base)
+    if not exact:
         refuse_not_finite(name, delta, method)
-    added = max(shape[0] - base.shape[0], 0)
-    if added or (len(shape) > 1 and len(planned) == 1 and _few_rows(delta, base.shape[0])):
+    added = max(shape[0] - base.shape[0], 0) if shape else 0
+    if added or (rows_count(shape) and _few_rows(delta, base.shape[0])):
         rows = Rows(inner=planned[0], added=added, dtype=dtype)
-        return [rows.encode_with(lambda d, c: method.encode(d, c)[0], delta, context)], delta
-    return method.encode(delta, context), delta
+        return _encode_rows(rows, method, delta, context), delta
+    return encode_matrix(method, delta, context), delta
+
+
+def rows_count(shape: tuple[int, ...]) -> bool:
+    """Whether rows that did not change may be left out of a tensor of this shape."""
+    # Of a large stack of matrices, blocks of rows are coded, and its first dimension counts others.
+    return len(shape) == 2 or (len(shape) > 2 and not block_rows(shape))
+
+
+def is_blockwise(method: Method) -> bool:
+    """Whether a method codes each row of a matrix without looking at others."""
+    return bool(getattr(method, "blockwise", False))
+
+
+def encode_matrix(method: Method, delta: torch.Tensor, context: Context) -> list[Encoded]:
+    """A method's terms, in blocks of rows where the tensor is large and the method allows it."""
+    shape = tuple(delta.shape)
+    step = block_rows(shape)
+    if not (step and is_blockwise(method)):
+        return method.encode(delta, context)
+    matrix = delta.reshape(rows_and_columns(shape))
+    blocks = [
+        method.encode(matrix[start : start + step], block_context(context, start, step, number))
+        for number, start in enumerate(range(0, matrix.shape[0], step))
+    ]
+    return [join(step, pieces) for pieces in zip(*blocks, strict=True)]
+
+
+def _encode_rows(
+    rows: Rows, method: Method, delta: torch.Tensor, context: Context
+) -> list[Encoded]:
+    """Every term of a method on the changed rows alone; added rows go with the first."""
+    others: list[Encoded] = []
+
+    def first(changed: torch.Tensor, below: Context) -> Encoded:
+        encoded, *rest = encode_matrix(method, changed, below)
+        others.extend(rest)
+        return encoded
+
+    made = rows.encode_with(first, delta, context)
+    index = made.parts["index"]
+    terms = [made]
+    for term, parts in others:
+        inner = {f"inner.{key}": part for key, part in parts.items()}
+        again = Rows(inner=term, count=index.numel(), dtype=rows.dtype)
+        terms.append(Encoded(again, {"index": index.clone(), **inner}))
+    return terms
+
+
+def difference(value: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+    """A tensor minus the base's, float32; rows that the base lacks count as zero."""
+    padded = pad_rows(base, tuple(value.shape))
+    delta = value.to(torch.float32, copy=True)
+    return delta if padded is None else delta.sub_(padded.to(torch.float32))
+
+
+def context_of(
+    name: str,
+    value: torch.Tensor,
+    base: torch.Tensor,
+    method: Method,
+    evidence: EvidenceSource | None,
+) -> Context:
+    """What a method may look at. Raises `needs-calibration` where that is not all that it needs."""
+    context = Context(name, pad_rows(base, tuple(value.shape)), value)
+    if not method.needs:
+        return context
+    check_needs(method.needs, evidence, method.id)
+    assert evidence is not None
+    return replace(context, evidence=evidence.of(name))
 
 
 def measure(

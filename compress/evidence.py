@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import torch
 
 from deltafold.compress.errors import DeltafoldError
 
-#: `activations`: second moments of the layers' inputs; `gradients`: of the loss, at the fine-tune;
-#: `logits`: forward passes of whole models; `labels`: examples with answers; `reference`: a third
-#: checkpoint (an aligned or an unaligned model).
-Need: TypeAlias = Literal["activations", "gradients", "logits", "labels", "reference"]
-NEEDS: Final[tuple[Need, ...]] = ("activations", "gradients", "logits", "labels", "reference")
+#: `activations`: second moments of the layers' inputs, and some inputs; `gradients`: of the loss, at
+#: the fine-tune; `logits`: forward passes of whole models; `labels`: examples with answers;
+#: `reference`: a third checkpoint (an aligned or an unaligned model).
+#: `sequential`: activations of layers that stand behind others as compressed.
+Need: TypeAlias = Literal["activations", "gradients", "logits", "labels", "reference", "sequential"]
+#: What a third checkpoint is: a model with safety training, or one without.
+Role: TypeAlias = Literal["aligned", "unaligned"]
+NEEDS: Final[tuple[Need, ...]] = get_args(Need)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +30,22 @@ class Evidence:
 
     Attributes:
         second_moment: float32 `[M, M]`, the mean over tokens of `x x^T` of the inputs of the layer
-            that multiplies by this tensor; None where no such layer was seen.
+            that multiplies by this tensor; None where no such layer was seen. M are the columns of
+            the tensor: the layer computes `x W^T`.
         gradient: float32 of the tensor's shape, the mean gradient of the loss at the fine-tune.
         fisher: float32 of the tensor's shape, the mean squared gradient over examples.
         references: the same tensor of other checkpoints, by role (`aligned`, `unaligned`).
+        inputs: float32 `[n, M]`, inputs of that layer at a few tokens, at the fine-tune.
+        row_moment: float32 `[N, N]`, the second moments where the layer computes `x W` (transformers'
+            Conv1D) and inputs meet the tensor's rows; then `second_moment` and `inputs` are None.
     """
 
     second_moment: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
     fisher: torch.Tensor | None = None
     references: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    inputs: torch.Tensor | None = None
+    row_moment: torch.Tensor | None = None
 
     def rows(self, index: torch.Tensor) -> Evidence:
         """The same of some rows of the tensor; the inputs of a layer are those of all its rows."""
@@ -45,16 +54,47 @@ class Evidence:
             gradient=None if self.gradient is None else self.gradient[index],
             fisher=None if self.fisher is None else self.fisher[index],
             references={role: tensor[index] for role, tensor in self.references.items()},
+            inputs=self.inputs,
         )
 
 
 class EvidenceSource(Protocol):
     """Where a packing run takes evidence from."""
 
-    provides: Sequence[Need]
+    @property
+    def provides(self) -> Sequence[Need]:
+        """The needs that it meets."""
+        ...
 
     def of(self, name: str) -> Evidence:
         """What is known of one tensor."""
+        ...
+
+
+def known(
+    evidence: Evidence | None, what: Literal["gradient", "fisher"], who: str, tensor: str
+) -> torch.Tensor:
+    """One piece of evidence of a tensor; raises `needs-calibration` where the run has none of it."""
+    found: torch.Tensor | None = None if evidence is None else getattr(evidence, what)
+    if found is None:
+        raise DeltafoldError(
+            "needs-calibration",
+            f"{who} needs the {what} of {tensor}, which the calibration run did not see.",
+            fix=f"give {who} a pattern of the tensors that it is for: --edit 'PATTERN={who}'",
+        )
+    return found
+
+
+@runtime_checkable
+class SequentialSource(EvidenceSource, Protocol):
+    """A source of evidence that is `sequential`: it is told what becomes of every tensor."""
+
+    def order(self, names: Sequence[str]) -> list[str]:
+        """The order in which tensors must be compressed: as the model runs."""
+        ...
+
+    def settle(self, name: str, value: torch.Tensor) -> None:
+        """Take note of a compressed tensor: base plus decoded difference, float32."""
         ...
 
 

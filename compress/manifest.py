@@ -152,8 +152,14 @@ class Manifest(_Strict):
         return data
 
     def codec_summary(self) -> str:
-        """The default codec, as lists show it."""
-        return str(self.recipe.get("default", "mixed"))
+        """The default codec and the number of other codecs chosen by name, as lists show it."""
+        default = str(self.recipe.get("default", "mixed"))
+        tensors = self.recipe.get("tensors")
+        others = {str(spec) for spec in tensors.values()} if isinstance(tensors, dict) else set()
+        if not others - {default}:
+            return default
+        count = len(others - {default})
+        return f"{default} and {count} other{'s' * (count > 1)}"
 
 
 def version_for(quantization: Quantization | None) -> str:

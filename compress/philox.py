@@ -51,6 +51,40 @@ def stream_of(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
 
+def words_of(count: int, *, seed: int, name: str) -> Words:
+    """`count` random words of a tensor: element `i` takes word `i % 4` of counter `i // 4`.
+
+    Returns:
+        uint32 `[count]`.
+    """
+    stream, block = stream_of(name), 1 << 20
+    words = np.empty(count, dtype=np.uint32)
+    for start in range(0, count, 4 * block):
+        stop = min(start + 4 * block, count)
+        counters = np.arange(start // 4, (stop + 3) // 4, dtype=np.uint64)
+        words[start:stop] = philox(counters, stream, seed).reshape(-1)[: stop - start]
+    return words
+
+
+def choose(kept: NDArray[np.int64], length: int, *, seed: int, name: str) -> NDArray[np.bool_]:
+    """Exactly `kept[k]` of each row's elements: those with the largest words, earlier ones first.
+
+    Args:
+        kept: int64 `[rows]`, each from 0 to `length`.
+        length: elements of a row.
+        seed: the key.
+        name: the stream; words run on over the rows.
+
+    Returns:
+        bool `[rows, length]`.
+    """
+    words = words_of(len(kept) * length, seed=seed, name=name).reshape(len(kept), length)
+    order = np.argsort(~words, axis=1, kind="stable")
+    chosen = np.empty(words.shape, dtype=np.bool_)
+    np.put_along_axis(chosen, order, np.arange(length) < kept[:, None], axis=1)
+    return chosen
+
+
 def keep_mask(count: int, *, drop: float, seed: int, name: str) -> NDArray[np.bool_]:
     """Which of `count` elements a random drop keeps.
 
@@ -69,3 +103,18 @@ def keep_mask(count: int, *, drop: float, seed: int, name: str) -> NDArray[np.bo
         words = philox(counters, stream, seed).reshape(-1)[: stop - start]
         keep[start:stop] = words.astype(np.uint64) >= threshold
     return keep
+
+
+def words(count: int, *, seed: int, name: str) -> Words:
+    """The words that `keep_mask` compares, for choices that differ from element to element.
+
+    Returns:
+        uint32 `[count]`; element `i` takes word `i % 4` of counter `i // 4`.
+    """
+    stream, block = stream_of(name), 1 << 20
+    out = np.empty(count, dtype=np.uint32)
+    for start in range(0, count, 4 * block):
+        stop = min(start + 4 * block, count)
+        counters = np.arange(start // 4, (stop + 3) // 4, dtype=np.uint64)
+        out[start:stop] = philox(counters, stream, seed).reshape(-1)[: stop - start]
+    return out

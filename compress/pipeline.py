@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,18 +14,22 @@ from typing import Any, TypeAlias
 import torch
 
 from deltafold.compress import dtypes
+from deltafold.compress.budget.plan import Plan
+from deltafold.compress.budget.probe import Judge
+from deltafold.compress.budget.run import judged, plan_of
 from deltafold.compress.card import write_card, write_tensor_table
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
 from deltafold.compress.companions import check_tokenizer, copy_files, named
 from deltafold.compress.encode import (
     TensorStats,
     check_exact,
+    difference,
     encode_tensor,
     manifest_entry,
     measure,
 )
 from deltafold.compress.errors import DeltafoldError, name_some
-from deltafold.compress.evidence import EvidenceSource, check_needs
+from deltafold.compress.evidence import EvidenceSource, SequentialSource, check_needs
 from deltafold.compress.fingerprint import Digests, TensorDigest, digest_source, fingerprint
 from deltafold.compress.manifest import (
     BASE_TENSORS_NAME,
@@ -41,16 +45,18 @@ from deltafold.compress.manifest import (
     version_for,
 )
 from deltafold.compress.progress import OnProgress, Progress, ignore
+from deltafold.compress.quality import record_quality
 from deltafold.compress.quantized import dequantized, quantization_of
 from deltafold.compress.recipe import Recipe
 from deltafold.compress.release import version
-from deltafold.compress.repo import DeltaRepo, payload_key
+from deltafold.compress.repo import DeltaRepo, pad_rows, payload_key
 from deltafold.compress.shards import ShardWriter
 from deltafold.compress.source import open_variant
 from deltafold.compress.spec import spec_of
 from deltafold.compress.staging import Staging
 from deltafold.compress.structure import Structure, compare
-from deltafold.compress.terms import Encoded
+from deltafold.compress.survey import surveyed
+from deltafold.compress.terms import Context, Encoded, is_exact
 from deltafold.compress.verify import check_payload
 
 #: The terms of a tensor that need no encoder, and the float32 delta that they stand for; or None.
@@ -59,11 +65,12 @@ Given: TypeAlias = Callable[[str], tuple[list[Encoded], torch.Tensor] | None]
 
 @dataclass(frozen=True)
 class PackReport:
-    """The outcome of a packing run; sizes in bytes."""
+    """The outcome of a packing run; sizes in bytes. `plan` is there where the recipe had a budget."""
 
     out: Path
     manifest: Manifest
     stats: dict[str, TensorStats] = field(default_factory=dict)
+    plan: Plan | None = None
 
     @property
     def ratio(self) -> float:
@@ -92,6 +99,8 @@ def compress_checkpoint(
     base_quantization: str | None = None,
     command: str = "",
     evidence: EvidenceSource | None = None,
+    quality: Mapping[str, Any] | None = None,
+    judge: Judge | None = None,
     progress: OnProgress = ignore,
 ) -> PackReport:
     """Pack a fine-tune as a delta against its base.
@@ -108,27 +117,65 @@ def compress_checkpoint(
             is served on such a base alone.
         command: recorded in the manifest and card.
         evidence: of a calibration run, for methods that need one.
+        quality: recorded in the manifest: what was measured, and on what data.
+        judge: measures KL to the fine-tune; a recipe with a budget of KL needs one. What it finds of
+            the packed delta is recorded in the manifest as well.
         progress: called after every tensor.
 
     Raises:
         DeltafoldError: whatever is wrong, before anything stands under `out`.
     """
-    source = Checkpoint.open(base)
-    target = open_variant(variant, source)
-    companions = named(target.reference.folder)
-    quantization = quantization_of(source, base_quantization) if base_quantization else None
-    job = Job(
-        source,
-        target,
-        companions,
-        recipe or Recipe(),
-        frozenset(accept),
-        command,
-        progress,
+    opened = _opened(base, variant)
+    job = replace(
+        opened,
+        recipe=recipe or Recipe(),
+        accept=frozenset(accept),
+        command=command,
+        progress=progress,
         evidence=evidence,
-        quantization=quantization,
+        quality=quality or {},
+        judge=judge,
+        quantization=quantization_of(opened.source, base_quantization)
+        if base_quantization
+        else None,
     )
     return pack(job, out, overwrite=overwrite)
+
+
+def plan_checkpoint(
+    base: str | Path,
+    variant: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    accept: Collection[str] = (),
+    evidence: EvidenceSource | None = None,
+    judge: Judge | None = None,
+    progress: OnProgress = ignore,
+) -> Plan:
+    """What `compress_checkpoint` would write, without writing it; arguments and errors are the same.
+
+    With a judge the KL of some points of the frontier is measured too.
+    """
+    job = replace(
+        _opened(base, variant),
+        recipe=recipe or Recipe(),
+        accept=frozenset(accept),
+        progress=progress,
+        evidence=evidence,
+        judge=judge,
+    )
+    compare(job.source, job.target, job.accept)
+    run = _Run(job)
+    run.check_patterns()
+    run.check_needs()
+    return plan_of(job, sketch=True)
+
+
+def _opened(base: str | Path, variant: str | Path) -> Job:
+    """Base, fine-tune and the small files of the delta; everything else at its default."""
+    source = Checkpoint.open(base)
+    target = open_variant(variant, source)
+    return Job(source, target, named(target.reference.folder), Recipe())
 
 
 @dataclass(frozen=True)
@@ -147,6 +194,10 @@ class Job:
         record: the manifest's `recipe`; that of `recipe` if None.
         evidence: of a calibration run; None without one.
         quantization: of the base that differences are taken to; None for the base as it is.
+        delta: float32 differences that the fine-tune's tensors are a rounding of, by name; None where
+            a tensor is all that there is.
+        quality: the manifest's `quality`, what the judge finds left out.
+        judge: measures the packed delta; None without calibration data.
     """
 
     source: Checkpoint
@@ -160,6 +211,9 @@ class Job:
     record: Mapping[str, Any] | None = None
     evidence: EvidenceSource | None = None
     quantization: Quantization | None = None
+    delta: Callable[[str], torch.Tensor | None] = lambda name: None
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    judge: Judge | None = None
 
 
 def pack(job: Job, out: str | Path, *, overwrite: bool = False) -> PackReport:
@@ -174,11 +228,29 @@ def pack(job: Job, out: str | Path, *, overwrite: bool = False) -> PackReport:
     tokenizer = check_tokenizer(*inputs, accepted="tokenizer" in job.accept)
     run.check_patterns()
     run.check_needs()
+    _refuse_quantised_budget(job)
+    plan: Plan | None = None
     with Staging(Path(out), overwrite=overwrite, inputs=inputs) as staging:
+        if job.recipe.budget is not None:
+            plan = plan_of(job)
+            run = _Run(replace(job, recipe=plan.recipe))
+        run.survey()
         manifest, stats = run.write(structure, staging.folder, tokenizer)
-        check_payload(DeltaRepo.open(staging.folder), job.progress)
+        repo = DeltaRepo.open(staging.folder)
+        check_payload(repo, job.progress)
+        if job.judge is not None:
+            manifest = record_quality(staging.folder, judged(job, repo))
         staging.publish()
-    return PackReport(Path(out), manifest, stats)
+    return PackReport(Path(out), manifest, stats, plan)
+
+
+def _refuse_quantised_budget(job: Job) -> None:
+    if job.recipe.budget is not None and job.quantization is not None:
+        raise DeltafoldError(
+            "bad-argument",
+            "a budget is planned for differences to the base as it is, not to a quantised one.",
+            fix="leave --against dequantized out, or choose the codecs yourself",
+        )
 
 
 @dataclass
@@ -186,9 +258,13 @@ class _Run:
     """One packing run: what to do, and what has come of it so far."""
 
     job: Job
+    recipe: Recipe = field(init=False)
     entries: dict[str, TensorEntry] = field(default_factory=dict)
     unchanged: list[str] = field(default_factory=list)
     stats: dict[str, TensorStats] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.recipe = self.job.recipe
 
     def check_patterns(self) -> None:
         target = self.job.target
@@ -209,6 +285,24 @@ class _Run:
             method = self.job.recipe.method_for(name, spec.shape, floating=floating)
             check_needs(method.needs, self.job.evidence, spec_of(method))
 
+    def survey(self) -> None:
+        """Let edits that need it look at the whole model."""
+        job = self.job
+        self.recipe = surveyed(
+            job.recipe,
+            job.source,
+            job.target,
+            self._delta,
+            evidence=job.evidence,
+            given=job.given,
+        )
+
+    def _delta(self, name: str) -> torch.Tensor:
+        known = self.job.delta(name)
+        if known is not None:
+            return known
+        return difference(self.job.target.tensor(name), self._base(name))
+
     def write(
         self, structure: Structure, folder: Path, tokenizer: bool
     ) -> tuple[Manifest, dict[str, TensorStats]]:
@@ -217,8 +311,8 @@ class _Run:
         variant_digests = self._hash(target)
         metadata = {"format": FORMAT, "format_version": version_for(job.quantization)}
         writer = ShardWriter(folder, "delta", metadata)
-        names = target.names()
-        for done, name in enumerate(names, 1):
+        names, follower = target.names(), self._follower()
+        for done, name in enumerate(follower.order(names) if follower else names, 1):
             self._tensor(name, base_digests, variant_digests, writer)
             spec = target.spec(name)
             nbytes = math.prod(spec.shape) * dtypes.TORCH[spec.dtype].itemsize
@@ -236,6 +330,11 @@ class _Run:
         _write_json(folder / MANIFEST_NAME, manifest.to_json())
         return manifest, self.stats
 
+    def _follower(self) -> SequentialSource | None:
+        source = self.job.evidence
+        wanted = source is not None and "sequential" in source.provides
+        return source if wanted and isinstance(source, SequentialSource) else None
+
     def _hash(self, source: TensorSource) -> dict[str, TensorDigest]:
         total, done = len(source.names()), 0
 
@@ -249,18 +348,20 @@ class _Run:
     def _tensor(
         self, name: str, base_digests: Digests, variant_digests: Digests, writer: ShardWriter
     ) -> None:
-        given = self.job.given(name)
+        given, known = self.job.given(name), self.job.delta(name)
         # A given difference may be too small to survive rounding; it still counts when it is served.
         # A quantised tensor differs from its own original.
-        differs = given is not None or name in self._quantised
+        differs = given is not None or known is not None or name in self._quantised
         if not differs and base_digests.get(name) == variant_digests[name]:
             self.unchanged.append(name)
             return
         value, base = self.job.target.tensor(name), self._base(name)
         encoded, delta = given or encode_tensor(
-            name, value, base, self.job.recipe, self.job.evidence
+            name, value, base, self.recipe, self.job.evidence, known
         )
         check_exact(name, encoded, value, base, variant_digests[name])
+        if follower := self._follower():
+            follower.settle(name, _settled(name, encoded, value, base))
         for index, (_, parts) in enumerate(encoded):
             for key, part in parts.items():
                 writer.add(payload_key(name, index, key), part)
@@ -308,8 +409,8 @@ class _Run:
             created_by=f"deltafold {version()}",
             command=self.job.command,
             recipe=record,
-            tensors=self.entries,
-            unchanged=tuple(self.unchanged),
+            tensors=dict(sorted(self.entries.items())),
+            unchanged=tuple(sorted(self.unchanged)),
             absent=tuple(structure.absent),
             accepted=tuple(accepted),
             files=files,
@@ -320,8 +421,22 @@ class _Run:
                 ratio=delta_bytes / max(variant_bytes, 1),
                 coverage=covered / max(len(variant_digests), 1),
             ),
+            quality=dict(self.job.quality),
         )
         return draft.model_copy(update={"delta_id": draft.content_digest()})
+
+
+def _settled(
+    name: str, encoded: list[Encoded], value: torch.Tensor, base: torch.Tensor | None
+) -> torch.Tensor:
+    """What the compressed model holds in place of a tensor, float32."""
+    if base is None or is_exact(encoded[0].term):
+        return value.to(torch.float32)
+    shape = tuple(value.shape)
+    padded = pad_rows(base, shape)
+    assert padded is not None
+    context = Context(name, padded)
+    return sum((t.decode(p, shape, context) for t, p in encoded), padded.to(torch.float32))
 
 
 def _origin(source: TensorSource, digests: Digests) -> Origin:

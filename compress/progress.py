@@ -13,13 +13,13 @@ class Progress:
 
     Attributes:
         phase: what is going on.
-        name: the tensor that was just finished.
-        done: tensors finished in this phase.
-        total: tensors of this phase.
+        name: the tensor, or the step, that was just finished.
+        done: tensors or steps finished in this phase.
+        total: tensors or steps of this phase.
         nbytes: bytes of the tensor.
     """
 
-    phase: Literal["hash", "pack", "restore", "export", "verify"]
+    phase: Literal["hash", "plan", "pack", "restore", "export", "verify", "fit"]
     name: str
     done: int
     total: int

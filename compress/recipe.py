@@ -11,14 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
+from deltafold.compress.budget.goal import Budget
 from deltafold.compress.edits import Edit, parse_edit
 from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.evidence import NEEDS, Need
 from deltafold.compress.methods import BitDelta, Chain, ExactMethod, LosslessMethod, Method
 from deltafold.compress.methods.base import build, parse_spec, spec_of
+
+_KNOWN: Final = ("default", "vectors", "tensors", "edits", "budget")
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,15 @@ class Recipe:
             and sensitive, so they are kept exactly.
         overrides: `(pattern, method)` in order; patterns are shell globs on tensor names.
         edits: `(pattern, edit)` in the order in which they are applied.
+        budget: a goal by which packing chooses the codecs of matrices that no override names, in
+            place of `default`; None where the recipe says it all.
     """
 
     default: Method = field(default_factory=lambda: BitDelta(bits=4, group=128))
     vectors: Method = field(default_factory=ExactMethod)
     overrides: tuple[tuple[str, Method], ...] = ()
     edits: tuple[tuple[str, Edit], ...] = ()
+    budget: Budget | None = None
 
     def method_for(self, name: str, shape: tuple[int, ...], *, floating: bool) -> Method:
         """The method for one tensor. Tensors that are not floating point are kept bit for bit."""
@@ -52,6 +59,18 @@ class Recipe:
             chosen = LosslessMethod()
         steps = tuple(e for p, e in self.edits if fnmatchcase(name, p)) if floating else ()
         return Chain(steps, chosen) if steps else chosen
+
+    def overrides_for(self, name: str) -> bool:
+        """Whether an override names this tensor's codec."""
+        return any(fnmatchcase(name, pattern) for pattern, _ in self.overrides)
+
+    def needs(self) -> tuple[Need, ...]:
+        """All that any of its codecs and edits needs, whatever tensors they are for."""
+        chosen = [self.default, self.vectors, *(m for _, m in self.overrides)]
+        chosen += self.budget.candidates if self.budget else ()
+        wanted = {n for m in chosen for n in m.needs}
+        wanted |= {n for _, edit in self.edits for n in edit.needs}
+        return tuple(n for n in NEEDS if n in wanted)
 
     def unused(self, names: list[str]) -> list[str]:
         """Patterns that match none of `names`: most likely a typing mistake."""
@@ -85,14 +104,15 @@ class Recipe:
         """A recipe from parsed YAML: `default`, `vectors`, `tensors` (pattern -> codec), `edits`.
 
         A codec is a spec string, or a mapping with `codec` and its options. `edits` is a list of
-        specs, each for all tensors or, as `PATTERN=SPEC`, for some.
+        specs, each for all tensors or, as `PATTERN=SPEC`, for some. `budget` is a mapping with
+        `target_size` or `max_kl`, and `candidates`.
         """
-        unknown = {str(key) for key in data} - {"default", "vectors", "tensors", "edits"}
+        unknown = {str(key) for key in data} - set(_KNOWN)
         if unknown:
             raise DeltafoldError(
                 "bad-recipe",
                 f"{where}: unknown fields {', '.join(sorted(unknown))}.",
-                facts=[("known", "default, vectors, tensors, edits")],
+                facts=[("known", ", ".join(_KNOWN))],
                 fix="see docs/cli.md for an example",
             )
         tensors = data.get("tensors") or {}
@@ -107,6 +127,7 @@ class Recipe:
             vectors=_method(data["vectors"], where) if "vectors" in data else plain.vectors,
             overrides=tuple((str(p), _method(m, where)) for p, m in tensors.items()),
             edits=tuple(parse_edit_for(str(e)) for e in edits),
+            budget=Budget.from_mapping(data["budget"], where=where) if "budget" in data else None,
         )
 
     @classmethod

@@ -96,7 +96,7 @@ class _Run:
         return Deferred(dtype, spec.shape, partial(self._make, name))
 
     def _make(self, name: str) -> torch.Tensor:
-        tensor, checked = _tensor(self.repo, self.source, name, self.dtype)
+        tensor, checked = restored_tensor(self.repo, self.source, name, self.dtype)
         self.done += 1
         self.exact += checked
         size = math.prod(tensor.shape) * tensor.element_size()
@@ -104,9 +104,20 @@ class _Run:
         return tensor
 
 
-def _tensor(
+def restored_tensor(
     repo: DeltaRepo, source: Checkpoint, name: str, dtype: torch.dtype | None
 ) -> tuple[torch.Tensor, bool]:
+    """One tensor of the fine-tune, and whether it is known to be so bit for bit.
+
+    Args:
+        repo: the delta.
+        source: its base.
+        name: one of the fine-tune's tensors.
+        dtype: what floating-point tensors are rounded to; None for their own.
+
+    Raises:
+        DeltafoldError: `checksum`, or `not-lossless` where exactly stored bytes came back different.
+    """
     base = repo.base_tensor(source, name)
     if name not in repo.manifest.tensors:
         assert base is not None

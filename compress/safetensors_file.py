@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,6 +181,33 @@ class SafetensorsFile:
         )
 
 
+def file_head(
+    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+) -> tuple[bytes, list[str]]:
+    """What stands before the tensors' bytes, and the order in which these follow.
+
+    Args:
+        tensors: dtype and shape by name; nothing else decides the size of a file.
+        metadata: goes to the header.
+    """
+    # Wide dtypes first, as the library does: every tensor then begins at a multiple of its own size.
+    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    position = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        stop = position + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": dtypes.NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [position, stop],
+        }
+        position = stop
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw, order
+
+
 @dataclass(frozen=True, slots=True)
 class Deferred:
     """A tensor that is made when it is written: dtype and shape, and who makes it."""
@@ -200,44 +227,20 @@ class Deferred:
         return self.dtype.itemsize * math.prod(self.shape)
 
 
-def header_of(tensors: Mapping[str, Deferred], metadata: Mapping[str, str]) -> bytes:
-    """What a file begins with; its bytes depend on nothing but names, dtypes and shapes.
-
-    The library's own writer puts metadata in an order of chance, reports a full disk as an error
-    that is no `OSError`, and makes a file that other users cannot read.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    position = 0
-    for name in file_order(tensors):
-        tensor = tensors[name]
-        stop = position + tensor.nbytes
-        header[name] = {
-            "dtype": dtypes.NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, stop],
-        }
-        position = stop
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def file_order(tensors: Mapping[str, Deferred]) -> list[str]:
-    """Names in the order of the file: wide dtypes first, as the library does.
-
-    Every tensor then begins at a multiple of its own size.
-    """
-    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-
-
 def write_file(
     path: Path, tensors: Mapping[str, torch.Tensor | Deferred], metadata: Mapping[str, str]
 ) -> None:
-    """Write tensors to a file, holding one of those that are deferred at a time."""
+    """Write tensors to a file whose bytes depend on nothing but its content.
+
+    Of those that are deferred one is held at a time. The library's own writer puts metadata in an
+    order of chance, reports a full disk as an error that is no `OSError`, and makes a file that other
+    users cannot read.
+    """
     deferred = {n: t if isinstance(t, Deferred) else Deferred.of(t) for n, t in tensors.items()}
+    head, order = file_head({n: (t.dtype, t.shape) for n, t in deferred.items()}, metadata)
     with path.open("wb") as file:
-        file.write(header_of(deferred, metadata))
-        for name in file_order(deferred):
+        file.write(head)
+        for name in order:
             tensor, promised = deferred[name].load(), deferred[name]
             assert (tensor.dtype, tuple(tensor.shape)) == (promised.dtype, promised.shape), name
             file.write(dtypes.raw_bytes(tensor).numpy().data)

@@ -3,11 +3,59 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import torch
 
-from deltafold.compress.safetensors_file import Deferred, write_file
+from deltafold.compress.safetensors_file import Deferred, file_head, write_file
+
+#: Bytes of a delta's shard.
+SHARD_BYTES: Final = 2**30
+
+
+def planned_bytes(
+    parts: Iterable[tuple[str, torch.dtype, Sequence[int]]],
+    stem: str,
+    metadata: Mapping[str, str],
+    *,
+    max_bytes: int = SHARD_BYTES,
+) -> int:
+    """Bytes of all files that a `ShardWriter` would make of parts in this order, index included.
+
+    Args:
+        parts: key, dtype and shape of each.
+        stem, metadata, max_bytes: as for `ShardWriter`.
+    """
+    shards: list[dict[str, tuple[torch.dtype, Sequence[int]]]] = [{}]
+    pending = payload = 0
+    for key, dtype, shape in parts:
+        nbytes = math.prod(shape) * dtype.itemsize
+        if shards[-1] and pending + nbytes > max_bytes:
+            shards.append({})
+            pending = 0
+        shards[-1][key] = (dtype, shape)
+        pending += nbytes
+        payload += nbytes
+    total = payload + sum(len(file_head(shard, metadata)[0]) for shard in shards)
+    return total + len(_index(stem, [list(s) for s in shards], payload)) * (len(shards) > 1)
+
+
+def shard_name(stem: str, number: int, count: int) -> str:
+    """The file name of one of `count` shards, counted from 0."""
+    return f"{stem}-{number + 1:05}-of-{count:05}.safetensors"
+
+
+def _index(stem: str, shards: Sequence[Sequence[str]], total: int) -> bytes:
+    weight_map = {
+        key: shard_name(stem, number, len(shards))
+        for number, keys in enumerate(shards)
+        for key in keys
+    }
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 class ShardWriter:
@@ -24,7 +72,7 @@ class ShardWriter:
     """
 
     def __init__(
-        self, folder: Path, stem: str, metadata: dict[str, str], *, max_bytes: int = 2**30
+        self, folder: Path, stem: str, metadata: dict[str, str], *, max_bytes: int = SHARD_BYTES
     ) -> None:
         self._folder, self._stem, self._metadata = folder, stem, metadata
         self._max_bytes = max_bytes
@@ -53,15 +101,12 @@ class ShardWriter:
             self._temporary(0).rename(path)
             return [path]
         paths: list[Path] = []
-        weight_map: dict[str, str] = {}
-        for i, keys in enumerate(self._shards):
-            path = self._folder / f"{self._stem}-{i + 1:05}-of-{count:05}.safetensors"
+        for i in range(count):
+            path = self._folder / shard_name(self._stem, i, count)
             self._temporary(i).rename(path)
-            weight_map |= dict.fromkeys(keys, path.name)
             paths.append(path)
         index = self._folder / f"{self._stem}.safetensors.index.json"
-        content = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
+        index.write_bytes(_index(self._stem, self._shards, self.total_bytes))
         return [*paths, index]
 
     def _temporary(self, index: int) -> Path:

@@ -21,14 +21,18 @@ from deltafold.compress.encode import (
     TensorStats,
     check_exact,
     encode_tensor,
+    is_blockwise,
     measure,
     refuse_not_finite,
+    rows_count,
 )
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import EvidenceSource, check_needs
 from deltafold.compress.fingerprint import TensorDigest
 from deltafold.compress.journal import Place
+from deltafold.compress.manifest import Quantization
 from deltafold.compress.methods import Method
+from deltafold.compress.quantized import dequantized
 from deltafold.compress.recipe import Recipe
 from deltafold.compress.repo import pad_rows
 from deltafold.compress.shapes import rows_and_columns
@@ -66,6 +70,10 @@ class Coder:
         known: digests of the base's tensors that need not be hashed.
         evidence: of a calibration run.
         given: terms that the fine-tune brings itself.
+        delta: float32 differences that the fine-tune's tensors are a rounding of, or None.
+        quantization: of the base that differences are taken to; None for the base as it is.
+        settled: told what the compressed model holds in place of each tensor, float32; whoever asks
+            for it gets tensors in the order in which they are coded, as a whole.
     """
 
     source: Checkpoint
@@ -75,6 +83,9 @@ class Coder:
     known: Mapping[str, str]
     evidence: EvidenceSource | None = None
     given: Given = lambda name: None
+    delta: Callable[[str], torch.Tensor | None] = lambda name: None
+    quantization: Quantization | None = None
+    settled: Callable[[str, torch.Tensor], None] | None = None
 
     def code(self, name: str) -> Coded:
         """Read, hash and code one tensor.
@@ -87,39 +98,67 @@ class Coder:
         return self._whole(name)
 
     def in_blocks(self, name: str) -> bool:
-        """Whether a tensor is large and coded in blocks."""
-        if not isinstance(self.target, Checkpoint) or name not in self.source:
+        """Whether a tensor is large, and read and coded in blocks."""
+        if not isinstance(self.target, Checkpoint) or name not in self.source or self.settled:
             return False
-        spec = self.target.spec(name)
-        if not block_rows(spec.shape) or len(self.source.spec(name).shape) != len(spec.shape):
+        spec, base = self.target.spec(name), self.source.spec(name)
+        if not block_rows(spec.shape) or len(base.shape) != len(spec.shape):
             return False
-        return is_blockwise(self.method(name))
+        # Of a stack of matrices that grew or shrank, rows of the matrix are not rows of the tensor.
+        return is_blockwise(self.method(name)) and (len(spec.shape) == 2 or base == spec)
 
     def method(self, name: str) -> Method:
         """The recipe's method for a tensor."""
         spec = self.target.spec(name)
         return self.recipe.method_for(name, spec.shape, floating=spec.dtype in dtypes.FLOATS)
 
+    def is_quantised(self, name: str) -> bool:
+        """Whether a difference is taken to what the base holds once it is quantised."""
+        return self.quantization is not None and name in self.quantization.tensors
+
+    def as_served(self, name: str, base: torch.Tensor) -> torch.Tensor:
+        """Rows of a base's tensor as the differences are taken to."""
+        if not self.is_quantised(name):
+            return base
+        assert self.quantization is not None
+        return dequantized(name, base, self.quantization.method)
+
     def _whole(self, name: str) -> Coded:
-        source, given = self.source, self.given(name)
+        source, given, known = self.source, self.given(name), self.delta(name)
         value = self.target.tensor(name)
         base = source.tensor(name) if name in source else None
         digest = dtypes.sha256(value)
         base_digest = None if base is None else self.known.get(name) or dtypes.sha256(base)
         same = base is not None and (base.dtype, base.shape) == (value.dtype, value.shape)
         # A given difference may be too small to survive rounding; it still counts when it is served.
-        if given is None and same and base_digest == digest:
+        # A quantised tensor differs from its own original.
+        differs = given is not None or known is not None or self.is_quantised(name)
+        if same and not differs and base_digest == digest:
             return Coded(base_digest, digest, [], [], None)
-        encoded, delta = given or encode_tensor(name, value, base, self.recipe, self.evidence)
+        if base is not None:
+            base = self.as_served(name, base)
+        encoded, delta = given or encode_tensor(
+            name, value, base, self.recipe, self.evidence, known
+        )
         check_exact(name, encoded, value, base, TensorDigest(*self.target.spec(name), digest))
+        if self.settled is not None:
+            self.settled(name, _settled(name, encoded, value, base))
         stats = measure(name, encoded, delta, base)
         places = [{k: self.sink(part) for k, part in sorted(e.parts.items())} for e in encoded]
         return Coded(base_digest, digest, [e.term for e in encoded], places, stats)
 
 
-def is_blockwise(method: Method) -> bool:
-    """Whether a method codes each row of a matrix without looking at others."""
-    return bool(getattr(method, "blockwise", False))
+def _settled(
+    name: str, encoded: list[Encoded], value: torch.Tensor, base: torch.Tensor | None
+) -> torch.Tensor:
+    """What the compressed model holds in place of a tensor, float32."""
+    if base is None or is_exact(encoded[0].term):
+        return value.to(torch.float32)
+    shape = tuple(value.shape)
+    padded = pad_rows(base, shape)
+    assert padded is not None
+    context = Context(name, padded)
+    return sum((t.decode(p, shape, context) for t, p in encoded), padded.to(torch.float32))
 
 
 @dataclass
@@ -182,16 +221,15 @@ class _InBlocks:
         self._sums = _Sums()
 
     def code(self) -> Coded:
+        """Hash the tensor, then code what changed of it."""
         base, variant, changed = self._scan()
         same = self._source.spec(self._name) == self._spec
         if same and not bool(changed.any()):
             return Coded(base, variant, [], [], None)
         method = self._coder.method(self._name)
-        planned = method.plan(self._spec.shape, self._spec.dtype)
         added = max(self._rows - self._base_rows, 0)
-        few = int(changed.sum()) < 0.9 * self._rows
-        # Rows are counted along the first dimension, which in a stack of matrices is another one.
-        if len(self._spec.shape) == 2 and len(planned) == 1 and (added or few):
+        few = self._rows == self._base_rows and int(changed.sum()) < 0.9 * self._rows
+        if rows_count(self._spec.shape) and (added or few):
             terms, places = self._code_rows(method, changed, added)
         else:
             terms, places = self._code_all(method)
@@ -209,7 +247,7 @@ class _InBlocks:
             if known is None:
                 ours.update(dtypes.raw_bytes(base).numpy().data)
             shared = min(len(variant), len(base))
-            if variant.dtype == base.dtype and shared:
+            if variant.dtype == base.dtype and shared and not self._coder.is_quantised(self._name):
                 found = fast.rows_changed(variant[:shared], base[:shared])
                 changed[start : start + shared] = found
         return known or ours.hexdigest(), theirs.hexdigest(), changed
@@ -220,7 +258,7 @@ class _InBlocks:
     def _pair(self, start: int, stop: int) -> _Pair:
         variant = self._target.matrix_rows(self._name, start, stop)
         base = self._source.matrix_rows(self._name, start, min(stop, max(self._base_rows, start)))
-        padded = pad_rows(base, tuple(variant.shape))
+        padded = pad_rows(self._coder.as_served(self._name, base), tuple(variant.shape))
         assert padded is not None
         return _Pair(variant, padded)
 
@@ -241,21 +279,25 @@ class _InBlocks:
         index = changed[:shared].nonzero().reshape(-1)
         step = block_rows((len(index), self._columns)) or max(len(index), 1)
         pairs = (self._gathered(index[a:b]) for a, b in _spans(len(index), step))
-        if len(index):
-            (inner,), (inner_places,) = self._code_matrix(method, pairs, step, whole=len(index))
-        else:
-            empty = torch.empty(0, self._columns)
-            context = Context(self._name, empty, empty.to(dtypes.TORCH[self._spec.dtype]))
-            ((inner, parts),) = method.encode(empty, context)
-            inner_places = {k: self._coder.sink(p) for k, p in sorted(parts.items())}
-        places = {"index": self._coder.sink(index.to(torch.int32))}
-        places |= {f"inner.{key}": place for key, place in inner_places.items()}
-        if added:
-            places["added"] = self._coder.sink(
-                self._target.matrix_rows(self._name, shared, self._rows)
-            )
-        rows = Rows(inner=inner, count=len(index), added=added)
-        return [replace(rows, dtype=self._spec.dtype) if added else rows], [places]
+        if not len(index):
+            pairs = iter([_Pair(*(torch.empty(0, self._columns, dtype=t) for t in self._dtypes()))])
+        terms, inner_places = self._code_matrix(method, pairs, step, whole=len(index))
+        rows: list[Term] = []
+        places: list[dict[str, Place]] = []
+        for number, (inner, kept) in enumerate(zip(terms, inner_places, strict=True)):
+            own = {"index": self._coder.sink(index.to(torch.int32))}
+            own |= {f"inner.{key}": place for key, place in kept.items()}
+            extra = 0 if number else added
+            if extra:
+                tail = self._target.matrix_rows(self._name, shared, self._rows)
+                own["added"] = self._coder.sink(tail)
+            rows.append(Rows(inner=inner, count=len(index), added=extra, dtype=self._spec.dtype))
+            places.append(own)
+        return rows, places
+
+    def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        base = self._source.spec(self._name)
+        return dtypes.TORCH[self._spec.dtype], dtypes.TORCH[base.dtype]
 
     def _code_matrix(
         self, method: Method, pairs: Iterator[_Pair], step: int, whole: int | None = None

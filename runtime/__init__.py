@@ -16,9 +16,11 @@ from deltafold.runtime.engine import (
     TokenLogprob,
     VariantInfo,
 )
+from deltafold.runtime.pooled import PoolRequest, Scores, Vector
 
 if TYPE_CHECKING:
     from deltafold.runtime.embedded import EmbeddedEngine as EmbeddedEngine
+    from deltafold.runtime.embedded import PoolingEngine as PoolingEngine
 
 __all__ = [
     "Chunk",
@@ -26,19 +28,23 @@ __all__ = [
     "Engine",
     "Message",
     "Output",
+    "PoolRequest",
+    "PoolingEngine",
     "Request",
     "Sampling",
+    "Scores",
     "Stats",
     "Ticket",
     "TokenLogprob",
     "VariantInfo",
+    "Vector",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # The embedded engine brings transformers, which takes seconds to import.
-    if name == "EmbeddedEngine":
-        from deltafold.runtime.embedded import EmbeddedEngine
+    # The embedded engines bring torch, which takes seconds to import.
+    if name in ("EmbeddedEngine", "PoolingEngine"):
+        from deltafold.runtime import embedded
 
-        return EmbeddedEngine
+        return getattr(embedded, name)
     raise AttributeError(f"module 'deltafold.runtime' has no attribute {name!r}")

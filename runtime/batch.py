@@ -139,10 +139,12 @@ class BatchState:
 
 def loaded_rows(rows: Sequence[Row]) -> list[tuple[LoadedVariant | None, float]]:
     """Rows as the engine names them, as the loaded variants that they stand for."""
-    from deltafold.runtime.loading import Handle
+    from deltafold.runtime.loading import Handle, LoadedVariant
 
     out: list[tuple[LoadedVariant | None, float]] = []
     for variant, scale in rows:
         assert variant is None or isinstance(variant, Handle)
-        out.append((None if variant is None else variant.loaded, scale))
+        loaded = None if variant is None else variant.loaded
+        assert loaded is None or isinstance(loaded, LoadedVariant), "it has a model of its own"
+        out.append((loaded, scale))
     return out

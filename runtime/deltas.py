@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, TypeAlias
 
-import torch
 from torch import nn
 
-from deltafold.compress import Checkpoint, DeltafoldError
+from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
 from deltafold.compress.fingerprint import Digests, digest_source, fingerprint
 from deltafold.compress.lora import cached_lora
 from deltafold.runtime.batch import BatchState, loaded_rows
+from deltafold.runtime.blending import Blends, blend
 from deltafold.runtime.engine import VariantInfo
 from deltafold.runtime.host import Row, Variant
 from deltafold.runtime.kernels.forms import Target
 from deltafold.runtime.layers import unwrap, wrap
 from deltafold.runtime.loading import Handle, LoadedVariant, load_variant
+from deltafold.runtime.misfit import NotAppliableError, misfit
+from deltafold.runtime.mixtures import Mixture, is_mixture, parse_mixture
 from deltafold.runtime.quantized import quantization_in
 from deltafold.runtime.quantizing import check_readers
-from deltafold.runtime.residency import Residency
-from deltafold.runtime.slots import SlotMap, warm_up_shape
+from deltafold.runtime.rebuilding import rebuild_variant
+from deltafold.runtime.residency import Residency, Resident
+from deltafold.runtime.slots import SlotMap
+from deltafold.runtime.warm_up import warm_up_inputs
 from deltafold.runtime.zoo import Zoo, ZooEntry
+
+#: Whether variants that cannot be applied get a dense model of their own, or are refused.
+Rebuild: TypeAlias = Literal["auto", "never"]
+
+#: Names those tensors of a delta that are not the wrapped model's.
+Beside: TypeAlias = Callable[[DeltaRepo], Collection[str]]
+
+_log = logging.getLogger(__name__)
 
 
 class Deltas:
@@ -38,7 +51,13 @@ class Deltas:
         name: what the base is served as; it answers to "base" as well.
         max_deltas: most variants in memory; None keeps all that were ever used.
         strict: refuse to start while a delta of the zoo is broken or for another base.
+        rebuild: "auto" gives a variant whose delta cannot be applied a dense model of its own,
+            which `Variant.model` holds; "never" refuses it.
         digests: the base's digests, where they are already known.
+        inputs: keyword arguments of a forward pass like those that will come, and no others will
+            come: parameters that have no say in the answers to them are then free to differ. None
+            makes them up, and takes nothing for granted.
+        beside: names those tensors of a delta that somebody else applies, such as heads.
 
     Raises:
         DeltafoldError: `not-found`; with `strict`, the first broken delta's own error.
@@ -53,7 +72,10 @@ class Deltas:
         name: str = "base",
         max_deltas: int | None = None,
         strict: bool = True,
+        rebuild: Rebuild = "never",
         digests: Digests | None = None,
+        inputs: dict[str, Any] | None = None,
+        beside: Beside | None = None,
     ) -> None:
         self.base_name = name
         self.base_folder = base.folder
@@ -64,12 +86,19 @@ class Deltas:
         self._target = Target(parameter.device, parameter.dtype)
         self._state = BatchState(parameter.device)
         self._slots = SlotMap(model)
-        self._slots.observe(model, _warm_up_inputs(model, parameter.device))
+        if rebuild not in ("auto", "never"):
+            raise DeltafoldError("bad-argument", f"rebuild is 'auto' or 'never', not {rebuild!r}.")
+        given = warm_up_inputs(model) if inputs is None else inputs
+        self._slots.observe(model, given, find_idle=inputs is not None)
+        self._beside = beside
         self._quantization = quantization_in(model)
         check_readers(self._slots)
+        self._model, self._rebuild = model, rebuild == "auto"
+        self._misfits: dict[str, NotAppliableError | None] = {}
         self._wrapped: set[str] = set()
         self._wrapping = threading.Lock()
         self._residency = Residency(max_deltas)
+        self._blends = Blends()
         folder = Path(zoo) if zoo is not None else None
         self._zoo = Zoo(
             folder,
@@ -98,34 +127,48 @@ class Deltas:
         return [entry for entry in self._zoo.entries() if entry.error is not None]
 
     def resolve(self, name: str) -> VariantInfo:
-        """Describe the variant behind a name. Raises `variant-not-found`, or what is wrong with it."""
-        return self._describe_base() if self.is_base(name) else self._describe(self._zoo.find(name))
+        """Describe what a name stands for: the base, a variant, or a mixture.
+
+        Raises:
+            DeltafoldError: `variant-not-found`, or what is wrong with it.
+        """
+        if self.is_base(name):
+            return self._describe_base()
+        mixture = self._mixture(name)
+        if mixture is not None:
+            return self._describe_mixture(mixture, self._entries(mixture))
+        return self._describe(self._zoo.find(name))
 
     def acquire(self, name: str) -> Variant | None:
-        """Load a variant if need be; None for the base."""
+        """Load a variant, or the components of a mixture, if need be; None for the base."""
         if self.is_base(name):
             return None
-        repo = self._zoo.find(name).opened()
-
-        def load() -> LoadedVariant:
-            loaded = load_variant(repo, self._base, self._slots, self._target)
-            self._wrap(loaded)
-            return loaded
-
-        return Handle(name, self._residency.acquire(repo.digest, load))
+        mixture = self._mixture(name)
+        if mixture is not None:
+            return self._acquire_mixture(name, mixture)
+        return Handle(name, self._seated(self._zoo.find(name).opened()))
 
     def release(self, variant: Variant | None) -> None:
         """Undo one `acquire`."""
-        if variant is not None:
-            self._residency.release(variant.digest)
+        if variant is None:
+            return
+        assert isinstance(variant, Handle)
+        if variant.components:
+            self._blends.release(variant.digest)
+        for digest in variant.components or (variant.digest,):
+            self._residency.release(digest)
 
     def batch(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
         """Within it, row i of every forward pass runs `rows[i]`."""
         return self._state.running(loaded_rows(rows))
 
     def resident(self) -> dict[str, int]:
-        """Bytes in memory by name of the folder that a variant was loaded from."""
-        return {v.folder.name: v.nbytes for v in self._residency.resident().values()}
+        """Bytes in memory by name of the folder that a variant was loaded from, or of a mixture.
+
+        What a mixture shares with its components is counted once, with these.
+        """
+        loaded = {v.folder.name: v.nbytes for v in self._residency.resident().values()}
+        return self._blends.resident() | loaded
 
     def close(self) -> None:
         """Give every module its own forward back."""
@@ -133,6 +176,95 @@ class Deltas:
             for name in self._wrapped:
                 unwrap(self._slots.module(name))
             self._wrapped.clear()
+
+    def _seated(self, repo: DeltaRepo) -> Resident:
+        """A variant in memory, to be released later."""
+        return self._residency.acquire(repo.digest, lambda: self._load(repo))
+
+    def _mixture(self, name: str) -> Mixture | None:
+        """A mixture, unless a folder of the zoo has that very name."""
+        return parse_mixture(name) if is_mixture(name) and not self._zoo.holds(name) else None
+
+    def _entries(self, mixture: Mixture) -> list[ZooEntry]:
+        """The components' entries, checked to go together."""
+        for name, _ in mixture.components:
+            if self.is_base(name):
+                raise DeltafoldError(
+                    "bad-argument",
+                    f"{name!r} is the base, which has no delta to mix.",
+                    fix="leave it out: the weights of the others say how much of it is left",
+                )
+        entries = [self._zoo.find(name) for name, _ in mixture.components]
+        self._blends.check([entry.opened() for entry in entries])
+        for entry in entries:
+            self._refuse_rebuilt(entry.opened())
+        return entries
+
+    def _refuse_rebuilt(self, repo: DeltaRepo) -> None:
+        problem = self._misfit(repo)
+        if problem is not None:
+            raise DeltafoldError(
+                "engine-unsupported",
+                f"{repo.folder.name} cannot be part of a mixture: it has a model of its own.",
+                facts=[("because of", problem.tensor)],
+                fix="merge it with the others: deltafold merge",
+            )
+
+    def _acquire_mixture(self, name: str, mixture: Mixture) -> Handle:
+        repos = [entry.opened() for entry in self._entries(mixture)]
+        held: list[LoadedVariant] = []
+        try:
+            for repo in repos:
+                seated = self._seated(repo)
+                if not isinstance(seated, LoadedVariant):
+                    # Only loading it told that it cannot be applied.
+                    self._residency.release(seated.digest)
+                    self._refuse_rebuilt(repo)
+                assert isinstance(seated, LoadedVariant)
+                held.append(seated)
+            weights = [weight for _, weight in mixture.components]
+            digest, folder = mixture.digest([v.digest for v in held]), repos[0].folder
+            parts = list(zip(held, weights, strict=True))
+            mixed = self._blends.acquire(digest, mixture.name, lambda: blend(digest, folder, parts))
+        except BaseException:
+            for variant in held:
+                self._residency.release(variant.digest)
+            raise
+        return Handle(name, mixed, tuple(v.digest for v in held))
+
+    def _load(self, repo: DeltaRepo) -> Resident:
+        problem = self._misfit(repo)
+        if problem is None:
+            try:
+                beside = self._beside(repo) if self._beside is not None else None
+                loaded = load_variant(
+                    repo, self._base, self._slots, self._target, self.base_folder, beside
+                )
+            except NotAppliableError as found:
+                problem = self._misfits[repo.digest] = found
+            else:
+                self._wrap(loaded)
+                return loaded
+        if not self._rebuild:
+            # It is kept, and must not keep alive what its last reader was doing.
+            raise problem.with_traceback(None)
+        _log.info("%s is rebuilt, since it cannot be applied: %s", repo.folder, problem.message)
+        return rebuild_variant(
+            repo, self._base, self._model, self._slots, self._target, problem.tensor
+        )
+
+    def _misfit(self, repo: DeltaRepo) -> NotAppliableError | None:
+        """Why a variant cannot be applied, by loading it or by its manifest; None if it can."""
+        if repo.digest not in self._misfits:
+            self._misfits[repo.digest] = misfit(
+                repo, self._base, self._slots, self.base_folder, whole=self._beside is None
+            )
+        return self._misfits[repo.digest]
+
+    def _how(self, problem: NotAppliableError | None) -> Literal["delta", "rebuilt", "refused"]:
+        if problem is None:
+            return "delta"
+        return "rebuilt" if self._rebuild else "refused"
 
     def _wrap(self, loaded: LoadedVariant) -> None:
         with self._wrapping:
@@ -151,8 +283,24 @@ class Deltas:
             tier=_tier(self._target),
         )
 
+    def _describe_mixture(self, mixture: Mixture, entries: Sequence[ZooEntry]) -> VariantInfo:
+        infos = [self._describe(entry) for entry in entries]
+        return VariantInfo(
+            name=mixture.name,
+            digest=mixture.digest([info.digest for info in infos]),
+            parent=self.base_name,
+            codec="mixture",
+            delta_bytes=sum(info.delta_bytes for info in infos),
+            variant_bytes=max(info.variant_bytes for info in infos),
+            coverage=min(info.coverage for info in infos),
+            tier="disk" if any(i.tier == "disk" for i in infos) else infos[0].tier,
+            created=max(info.created for info in infos),
+        )
+
     def _describe(self, entry: ZooEntry) -> VariantInfo:
-        manifest = entry.opened().manifest
+        repo = entry.opened()
+        manifest = repo.manifest
+        problem = self._misfit(repo)
         resident = manifest.delta_id in self._residency.resident()
         return VariantInfo(
             name=entry.name,
@@ -165,22 +313,10 @@ class Deltas:
             tier=_tier(self._target) if resident else "disk",
             created=entry.stamp[0] // 10**9,
             quality=manifest.quality,
+            applied=self._how(problem),
+            obstacle="" if problem is None else problem.tensor,
         )
 
 
 def _tier(target: Target) -> Any:
     return "host" if target.device.type == "cpu" else "device"
-
-
-def _warm_up_inputs(model: nn.Module, device: torch.device) -> dict[str, Any]:
-    rows, tokens = warm_up_shape()
-    config = cast(Any, model).config
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    if vocabulary is None:
-        raise DeltafoldError(
-            "engine-unsupported",
-            f"{type(model).__name__} has no vocabulary; it is not a text model.",
-        )
-    ids = torch.arange(rows * tokens, device=device).reshape(rows, tokens) % int(vocabulary)
-    # With a cache, so that modules which keep one are seen to do so.
-    return {"input_ids": ids, "use_cache": True}

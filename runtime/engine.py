@@ -14,8 +14,10 @@ FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
 
 #: `{"role": "user", "content": "..."}`, as in the OpenAI API.
 Message: TypeAlias = Mapping[str, Any]
-#: Text, token ids, or chat messages (rendered with the variant's own chat template).
-Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
+#: Text, token ids, or chat messages (rendered with the variant's own chat template). Models that read
+#: images or sounds also take a mapping: `text`, `images` and `audio` for the variant's own processor,
+#: or the model's own inputs as tensors for a batch of one.
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +56,16 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One generation. `variant` is a served name; the base answers to "base" and its own name."""
+    """One generation.
 
-    variant: str
+    Attributes:
+        variant: a served name; the base answers to "base" and its own name. Or a weighted mixture of
+            variants: `{"sql": 0.7, "law": 0.3}`, which is the name `sql*0.7+law*0.3`.
+        prompt: see `Prompt`.
+        sampling: how tokens are chosen.
+    """
+
+    variant: str | Mapping[str, float]
     prompt: Prompt
     sampling: Sampling = field(default_factory=Sampling)
 
@@ -110,7 +119,14 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class VariantInfo:
-    """A served model as `/v1/models` lists it. The base has `parent` None and digest = its own."""
+    """A served model as `/v1/models` lists it. The base has `parent` None and digest = its own.
+
+    Attributes:
+        applied: "delta" where the variant's rows run on the shared model, "rebuilt" where it has a
+            dense model of its own, "refused" where it would need one and may not. None for the base.
+        obstacle: what keeps its delta from being applied: a tensor, or the keys of `config.json` that
+            differ from the base's; empty otherwise.
+    """
 
     name: str
     digest: str
@@ -122,6 +138,8 @@ class VariantInfo:
     tier: Literal["disk", "host", "device"] = "disk"
     created: int = 0
     quality: Mapping[str, Any] = field(default_factory=dict)
+    applied: Literal["delta", "rebuilt", "refused"] | None = None
+    obstacle: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,30 +162,10 @@ class Stats:
 OnChunk: TypeAlias = Callable[[Chunk], None]
 
 
-class Engine(Protocol):
-    """One base model and its variants."""
+class Served(Protocol):
+    """What all engines have: one base model and its variants."""
 
     base_name: str
-
-    def submit(self, request: Request, on_chunk: OnChunk) -> Ticket:
-        """Accept a request; may block while a variant is read from disk.
-
-        `on_chunk` is called from the engine's thread and must not block; it sees the last chunk
-        exactly once, also after `cancel` or an error.
-
-        Raises:
-            DeltafoldError: `variant-not-found`, `context-length`, `bad-argument`, and every code
-                that loading a delta can give.
-        """
-        ...
-
-    def cancel(self, ticket_id: str) -> None:
-        """Stop a request; unknown or finished ids are ignored."""
-        ...
-
-    def generate(self, requests: Sequence[Request]) -> Iterator[Output]:
-        """Run requests together and yield outputs in the requests' order."""
-        ...
 
     def variants(self) -> list[VariantInfo]:
         """The base and every variant of the zoo, sorted by name, the base first."""
@@ -196,4 +194,28 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Finish the running step, fail what is left with `cancelled`, free memory."""
+        ...
+
+
+class Engine(Served, Protocol):
+    """An engine that generates."""
+
+    def submit(self, request: Request, on_chunk: OnChunk) -> Ticket:
+        """Accept a request; may block while a variant is read from disk.
+
+        `on_chunk` is called from the engine's thread and must not block; it sees the last chunk
+        exactly once, also after `cancel` or an error.
+
+        Raises:
+            DeltafoldError: `variant-not-found`, `context-length`, `bad-argument`, and every code
+                that loading a delta can give.
+        """
+        ...
+
+    def cancel(self, ticket_id: str) -> None:
+        """Stop a request; unknown or finished ids are ignored."""
+        ...
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Output]:
+        """Run requests together and yield outputs in the requests' order."""
         ...

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from deltafold.runtime.engine import VariantInfo
 
@@ -31,6 +31,13 @@ class Variant(Protocol):
     @property
     def folder(self) -> Path:
         """The delta repo, with the variant's own tokenizer and configuration."""
+        ...
+
+    @property
+    def model(self) -> Any | None:
+        """A dense model that is the variant itself and runs no other's rows; None where its delta
+        is applied to the shared model's rows.
+        """
         ...
 
 

@@ -136,11 +136,14 @@ class EmbeddingHook:
         table = weight[ids.clamp_max(known - 1)].masked_fill((ids >= known).unsqueeze(-1), 0)
         table = (table + added).reshape(-1, weight.shape[-1]).to(weight.dtype)
         places = torch.arange(len(table), device=ids.device).reshape(ids.shape)
+        # It counts rows of the whole table, and says something to training alone.
+        padding, self._module.padding_idx = self._module.padding_idx, None
         self._again = True
         try:
             out = torch.func.functional_call(self._module, {"weight": table}, (places,))
         finally:
             self._again = False
+            self._module.padding_idx = padding
         assert isinstance(out, torch.Tensor)
         return out
 
@@ -230,6 +233,7 @@ def _looks_up_alone(module: nn.Embedding) -> bool:
     # A copy, since the module itself may be running on another thread.
     small_module = copy.copy(module)
     small_module._parameters = {"weight": nn.Parameter(table, requires_grad=False)}
+    small_module.padding_idx = None
     try:
         plain, small = forward(module, ids), forward(small_module, places)
     except (RuntimeError, TypeError, IndexError, AttributeError):

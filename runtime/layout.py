@@ -1,11 +1,13 @@
 """How a module's arguments and outputs lay out the batch, as a warm-up pass saw it.
 
 Sizes of the warm-up batch are odd ones, so that a first dimension tells what it counts: requests
-(`rows`), requests times tokens (`tokens`), or nothing (`one`: the same for every request).
+(`rows`), requests times tokens (`tokens`) or times something else (`parts`: windows of images, say), or
+nothing (`one`: the same for every request).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
@@ -17,11 +19,11 @@ WARM_TOKENS: Final = 3
 
 #: `whole` is handed on as it is; `other` is a tensor without the batch in front; `cache` is a
 #: cache of transformers, `state` any other object that may remember calls.
-Kind: TypeAlias = Literal["rows", "tokens", "one", "whole", "other", "cache", "state"]
-#: The kind of a value, or of every member of a tuple or list.
+Kind: TypeAlias = Literal["rows", "tokens", "parts", "one", "whole", "other", "cache", "state"]
+#: The kind of a value, or of every member of a tuple, a list or a mapping.
 Tree: TypeAlias = "Kind | tuple[Tree, ...]"
 
-_BATCHED = ("rows", "tokens", "one")
+_BATCHED = ("rows", "tokens", "parts", "one")
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
@@ -32,9 +34,11 @@ def kind_of(value: Any) -> Tree:
             return "whole"
         first = value.shape[0]
         kinds: dict[int, Kind] = {1: "one", WARM_ROWS: "rows", WARM_ROWS * WARM_TOKENS: "tokens"}
-        return kinds.get(first, "other")
+        return kinds.get(first, "parts" if first and first % WARM_ROWS == 0 else "other")
     if isinstance(value, tuple | list):
         return tuple(kind_of(v) for v in value)
+    if isinstance(value, Mapping):
+        return tuple(kind_of(v) for v in value.values())
     if is_cache(value):
         return "cache"
     return "whole" if isinstance(value, _PLAIN) else "state"
@@ -47,15 +51,19 @@ def is_cache(value: Any) -> bool:
     return "Cache" in names or getattr(type(value), "deltafold_cache", False) is True
 
 
-def answer_of(output: Any) -> torch.Tensor:
-    """What a model's output says about each request: logits, or hidden states without a head."""
-    for name in ("logits", "last_hidden_state"):
-        value = getattr(output, name, None)
-        if isinstance(value, torch.Tensor):
-            return value
-    first = output if isinstance(output, torch.Tensor) else output[0]
-    assert isinstance(first, torch.Tensor)
-    return first
+def answers_of(output: Any, place: str = "") -> dict[str, torch.Tensor]:
+    """What a warm-up pass says about each request, by its place in the output: every tensor of
+    real numbers that has requests in front.
+    """
+    if isinstance(output, torch.Tensor):
+        told = output.is_floating_point() and output.dim() > 0 and len(output) == WARM_ROWS
+        return {place: output} if told else {}
+    found: dict[str, torch.Tensor] = {}
+    if isinstance(output, Mapping | tuple | list):
+        named = output.items() if isinstance(output, Mapping) else enumerate(output)
+        for key, value in named:
+            found |= answers_of(value, f"{place}.{key}")
+    return found
 
 
 def leaves(tree: Tree) -> list[Kind]:
@@ -103,6 +111,11 @@ class Layout:
     def cached(self) -> bool:
         """Whether it is given a cache."""
         return "cache" in self.inputs
+
+    @property
+    def guessed(self) -> bool:
+        """Whether a tensor's first dimension is taken for requests since it is a multiple of them."""
+        return "parts" in self.inputs or "parts" in leaves(self.output)
 
     @property
     def shared(self) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
+from deltafold.compress import Checkpoint, DeltaRepo
 from deltafold.compress.errors import name_some
 from deltafold.compress.repo import pad_rows
 from deltafold.compress.terms import Context, Encoded, LowRank
@@ -18,6 +19,13 @@ from deltafold.runtime.kernels.forms import Target, product_form, table_form
 from deltafold.runtime.kernels.reference import Dense, dense_delta
 from deltafold.runtime.kernels.simple import Factors
 from deltafold.runtime.layers import is_embedding, is_linear, is_transposed_linear
+from deltafold.runtime.misfit import (
+    NotAppliableError,
+    misfit,
+    not_appliable,
+    own_slots,
+    unreachable,
+)
 from deltafold.runtime.quantized import QuantizedLinear
 from deltafold.runtime.regions import Region
 from deltafold.runtime.slots import Home, SlotMap
@@ -37,6 +45,7 @@ class LoadedVariant:
             in it: float32 up to one dimension, the model's dtype above.
         homes: every module to wrap, by name.
         applied: tensors of the delta that found their place.
+        borrowed: whether the forms are those of other variants (a mixture's are).
     """
 
     digest: str
@@ -47,6 +56,7 @@ class LoadedVariant:
     vectors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     homes: dict[str, Home] = field(default_factory=dict)
     applied: set[str] = field(default_factory=set)
+    borrowed: bool = False
 
     def vectors_of(self, module: str) -> dict[str, torch.Tensor]:
         """Differences that one wrapped module brings in, by path."""
@@ -59,22 +69,55 @@ class LoadedVariant:
     @property
     def nbytes(self) -> int:
         """Memory held, in bytes."""
-        forms = {id(f): f.nbytes for f in (*self.products.values(), *self.tables.values())}
+        held = () if self.borrowed else (*self.products.values(), *self.tables.values())
+        forms = {id(f): f.nbytes for f in held}
         kept = {id(v): v for vectors in self.vectors.values() for v in vectors.values()}
         return sum(forms.values()) + sum(v.numel() * v.element_size() for v in kept.values())
 
 
 @dataclass(frozen=True)
+class RebuiltVariant:
+    """A variant as a dense model of its own.
+
+    Attributes:
+        digest: of the delta's content.
+        folder: the delta repo.
+        model: of transformers, in eval mode on the base's device; parameters that equal the base's
+            are the base's own.
+        tensor: the tensor (or the keys of the configuration) that made it necessary.
+        nbytes: memory that it holds beside the base's, in bytes.
+    """
+
+    digest: str
+    folder: Path
+    model: Any
+    tensor: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Handle:
-    """A loaded variant under the name that a request used."""
+    """A loaded variant under the name that a request used.
+
+    Attributes:
+        name: as the request had it.
+        loaded: the variant, or a mixture of several.
+        components: digests of the variants that a mixture holds on to.
+    """
 
     name: str
-    loaded: LoadedVariant
+    loaded: LoadedVariant | RebuiltVariant
+    components: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
         """The delta's content digest."""
         return self.loaded.digest
+
+    @property
+    def model(self) -> Any | None:
+        """The variant's own dense model; None where its delta is applied to the shared one."""
+        return self.loaded.model if isinstance(self.loaded, RebuiltVariant) else None
 
     @property
     def folder(self) -> Path:
@@ -83,20 +126,39 @@ class Handle:
 
 
 def load_variant(
-    repo: DeltaRepo, base: Checkpoint, slots: SlotMap, target: Target
+    repo: DeltaRepo,
+    base: Checkpoint,
+    slots: SlotMap,
+    target: Target,
+    base_config: Path | None = None,
+    beside: Collection[str] | None = None,
 ) -> LoadedVariant:
     """Read a whole delta and check that all of it can be applied.
 
+    Args:
+        repo: the delta.
+        base: its base's checkpoint.
+        slots: of the base's model, after a warm-up.
+        target: where and in which dtype that model runs.
+        base_config: see `misfit`.
+        beside: tensors that somebody else applies, if the model has no slot of their name.
+
     Raises:
-        DeltafoldError: `checksum` and what else reading gives; `coverage` where a tensor has no place
-            in the model; `engine-unsupported` where applying it would have no or a wrong effect.
+        NotAppliableError: `coverage` where a tensor has no place in the model;
+            `engine-unsupported` where applying it would have no or a wrong effect.
+        DeltafoldError: `checksum` and what else reading gives.
     """
-    load = _Load(LoadedVariant(repo.digest, repo.folder), repo, base, slots, target)
+    problem = misfit(repo, base, slots, base_config, whole=beside is None)
+    if problem is not None:
+        raise problem
+    loaded = LoadedVariant(repo.digest, repo.folder)
+    load = _Load(loaded, repo, base, slots, target, frozenset(beside or ()))
     lost = [tensor for tensor in sorted(repo.manifest.tensors) if not load.tensor(tensor)]
     if lost:
-        raise DeltafoldError(
+        raise NotAppliableError(
             "coverage",
             f"{repo.folder}: the model has no place for {len(lost)} tensors of this variant.",
+            tensor=lost[0],
             facts=[("without a place", name_some(lost, len(repo.manifest.tensors)))],
             fix="nothing is served below 100 %; restore this variant and serve it by itself",
         )
@@ -114,21 +176,26 @@ class _Load:
     base: Checkpoint
     slots: SlotMap
     target: Target
+    beside: frozenset[str]
 
     @cached_property
     def _own(self) -> set[str | None]:
         """Slots that a tensor of the delta names."""
-        return {self.slots.find(tensor) for tensor in self.repo.manifest.tensors}
+        return own_slots(self.repo, self.slots)
 
     def tensor(self, tensor: str) -> bool:
         """Place one coded tensor; False where the model has no place for it."""
         name = self.slots.find(tensor)
+        if name is None and tensor in self.beside:
+            self.loaded.applied.add(tensor)
+            return True
         stored = self.base.tensor(tensor) if tensor in self.base else None
         if stored is not None and (name is None or not self._same(name, stored)):
             region = self.slots.region(tensor, stored, self.base.names())
             if region is None and name is not None:
                 raise self._unsupported(
-                    f"the model does not hold {tensor} as the checkpoint does, nor any part of it"
+                    tensor,
+                    f"the model does not hold {tensor} as the checkpoint does, nor any part of it",
                 )
             return region is not None and self._place_region(tensor, stored, region)
         return name is not None and self._place_whole(tensor, stored, name)
@@ -161,10 +228,8 @@ class _Load:
                 basis = slot.module.values()
             for home in self.slots.homes(tied):
                 reached = True
-                self._refuse_shape(tensor, tuple(basis.shape), home)
                 self._place(home, tensor, encoded, basis)
-        if not reached:
-            raise self._unreachable(tensor, ties)
+        assert reached or self.slots.is_idle(ties), f"{tensor} has no home, and was not refused"
         self.loaded.applied.add(tensor)
         return True
 
@@ -173,7 +238,7 @@ class _Load:
         shape = tuple(self.repo.entry(tensor).shape)
         if shape != tuple(stored.shape):
             raise self._unsupported(
-                f"{tensor} was resized, and the model keeps it in {region.slot}"
+                tensor, f"{tensor} was resized, and the model keeps it in {region.slot}"
             )
         delta = self.repo.delta(tensor, stored)
         ties = self.slots.tied_to(region.slot)
@@ -181,7 +246,7 @@ class _Load:
             h for n in ties if n == region.slot or n not in self._own for h in self.slots.homes(n)
         ]
         if not homes:
-            raise self._unreachable(tensor, ties)
+            raise unreachable(self.repo, tensor, self.slots, ties)
         whole = self.slots.slots[region.slot].tensor
         for home in homes:
             self.loaded.homes[home.name] = home
@@ -227,31 +292,8 @@ class _Load:
     def _dtype(self, dimensions: int) -> torch.dtype:
         return torch.float32 if dimensions < 2 else self.target.dtype
 
-    def _refuse_shape(self, tensor: str, base: tuple[int, ...], home: Home) -> None:
-        shape = tuple(self.repo.entry(tensor).shape)
-        vocabulary = id(home.module) in self.slots.vocabulary and home.path in ("weight", "bias")
-        served = is_linear(home.module) or (is_embedding(home.module) and home.path == "weight")
-        if shape != base and not (vocabulary and served and shape[0]):
-            raise self._unsupported(
-                f"{tensor} has another shape than the base's, and only tables of tokens may",
-                facts=[("base", list(base)), ("variant", list(shape))],
-            )
-
-    def _unreachable(self, tensor: str, names: list[str]) -> DeltafoldError:
-        readers = sorted({r for n in names for r in self.slots.reading(n)})
-        return self._unsupported(
-            f"the model reads {tensor} where no variant's value can be brought in for some requests "
-            "alone, so a delta there would have no effect",
-            facts=[("read by", name_some(readers, len(readers)) if readers else "no module")],
-        )
-
-    def _unsupported(self, what: str, facts: Sequence[tuple[str, object]] = ()) -> DeltafoldError:
-        return DeltafoldError(
-            "engine-unsupported",
-            f"{self.repo.folder}: {what}.",
-            facts=facts,
-            fix="restore this variant and serve it by itself",
-        )
+    def _unsupported(self, tensor: str, what: str) -> NotAppliableError:
+        return not_appliable(self.repo, tensor, what)
 
 
 def turned_form(

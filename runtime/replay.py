@@ -7,7 +7,9 @@ in question do not decide what goes into the cache; `rehearse` tries that out be
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,24 +19,44 @@ from torch import nn
 from deltafold.compress import DeltafoldError
 from deltafold.runtime.batch import BatchState
 from deltafold.runtime.layers import unwrap, wrap
-from deltafold.runtime.layout import WARM_ROWS, answer_of, is_cache
+from deltafold.runtime.layout import WARM_ROWS, is_cache
+from deltafold.runtime.uses import Answers
+from deltafold.runtime.warm_up import later_inputs
 
 if TYPE_CHECKING:
     from deltafold.runtime.slots import Home
 
 
+#: What a plain answer may be: it says something of the cache and cannot be changed through it.
+_PLAIN = (type(None), bool, int, float, str)
+
+
 class Recorder:
-    """Stands in for a cache and writes down what its methods return."""
+    """Stands in for a cache and writes down what its methods return.
+
+    A cache of two caches (what the decoder said, and what it was told) hands out two of these, which
+    write to the same list. To `isinstance` it is the cache that it stands for.
+    """
 
     deltafold_cache = True
 
-    def __init__(self, cache: Any) -> None:
+    def __init__(self, cache: Any, answers: list[tuple[str, Any]] | None = None) -> None:
         self._cache = cache
-        self.answers: list[tuple[str, Any]] = []
+        self.answers: list[tuple[str, Any]] = [] if answers is None else answers
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._cache)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._cache, name)
+        if is_cache(value):
+            inner = Recorder(value, self.answers)
+            self.answers.append((name, inner))
+            return inner
         if not callable(value):
+            if _is_plain(value):
+                self.answers.append((name, _Plain(copy.copy(value))))
             return value
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -44,6 +66,19 @@ class Recorder:
             return answer
 
         return call
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """The value of an attribute, not of a call."""
+
+    value: Any
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(v, _PLAIN) for v in value.values())
+    return isinstance(value, _PLAIN)
 
 
 def _copy(answer: Any) -> Any:
@@ -57,14 +92,28 @@ class Replay:
 
     deltafold_cache = True
 
-    def __init__(self, recorder: Recorder, cut: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self._left = list(recorder.answers)
+    def __init__(
+        self,
+        recorder: Recorder,
+        cut: Callable[[torch.Tensor], torch.Tensor],
+        left: list[tuple[str, Any]] | None = None,
+    ) -> None:
+        self._kind = recorder.__class__
+        self._left = list(recorder.answers) if left is None else left
         self._cut = cut
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return self._kind
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not self._left or self._left[0][0] != name:
             raise AttributeError(f"{name} was not asked the first time")
         _, answer = self._left.pop(0)
+        if isinstance(answer, _Plain):
+            return copy.copy(answer.value)
+        if isinstance(answer, Recorder):
+            return Replay(answer, self._cut, self._left)
         return lambda *args, **kwargs: self._of(answer)
 
     def _of(self, answer: Any) -> Any:
@@ -82,18 +131,23 @@ def recorded(
 
 
 @torch.no_grad()
-def rehearse(model: nn.Module, inputs: dict[str, Any], homes: list[Home]) -> set[str]:
+def rehearse(
+    model: nn.Module, inputs: dict[str, Any], homes: list[Home], answers: Answers
+) -> set[str]:
     """Names of the homes that do not serve a changed parameter as a model that holds it does.
 
-    Reads a prompt and one more token, so that both ways of using a cache are tried.
+    Reads a prompt and one more token, so that both ways of using a cache are tried; models without
+    a cache read the prompt alone.
     """
-    if not homes or _serves(model, inputs, homes):
+    if not homes or _serves(model, inputs, homes, answers):
         return set()
     names = {h.name for h in homes}
-    return {n for n in names if not _serves(model, inputs, [h for h in homes if h.name == n])}
+    return {
+        n for n in names if not _serves(model, inputs, [h for h in homes if h.name == n], answers)
+    }
 
 
-def _serves(model: nn.Module, inputs: dict[str, Any], homes: list[Home]) -> bool:
+def _serves(model: nn.Module, inputs: dict[str, Any], homes: list[Home], answers: Answers) -> bool:
     from deltafold.runtime.loading import LoadedVariant
 
     variant = LoadedVariant("rehearsal", Path())
@@ -104,14 +158,15 @@ def _serves(model: nn.Module, inputs: dict[str, Any], homes: list[Home]) -> bool
         variant.add_vector(home, (moved[key].float() - values[key].float()))
     state = BatchState(next(model.parameters()).device)
     modules = {h.name: h for h in homes}
+    passes = _Passes(model, inputs, answers)
     rows = [(variant if i % 2 else None, 1.0) for i in range(WARM_ROWS)]
     try:
-        plain = _two_passes(model, inputs)
-        expected = _with_values(model, inputs, homes, moved)
+        plain = passes.run()
+        expected = _with_values(passes, homes, moved)
         for name, home in modules.items():
             wrap(name, home.module, state, home.layout)
         with state.running(rows):
-            found = _two_passes(model, inputs)
+            found = passes.run()
     except (DeltafoldError, RuntimeError, AttributeError, TypeError, ValueError, IndexError):
         return False
     finally:
@@ -130,27 +185,29 @@ def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool(((found - expected).abs() <= limit).all())
 
 
-def _two_passes(model: nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor]:
-    first = model(**inputs)
-    cache = {n: getattr(first, n, None) for n in ("past_key_values", "cache_params")}
-    cache = {n: c for n, c in cache.items() if c is not None}
-    if not cache:
-        raise ValueError("the model was given a cache and returns none")
-    second = model(input_ids=inputs["input_ids"][:, :1], use_cache=True, **cache)
-    return [answer_of(first), answer_of(second)]
+@dataclass(frozen=True)
+class _Passes:
+    """A prompt, and one more token where the model has a cache."""
+
+    model: nn.Module
+    inputs: dict[str, Any]
+    answers: Answers
+
+    def run(self) -> list[torch.Tensor]:
+        """What the model says in each pass."""
+        first = self.model(**self.inputs)
+        told, later = self.answers.of(first), later_inputs(self.inputs, first)
+        return told if later is None else [*told, *self.answers.of(self.model(**later))]
 
 
 def _with_values(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    homes: list[Home],
-    values: dict[tuple[str, str], torch.Tensor],
+    passes: _Passes, homes: list[Home], values: dict[tuple[str, str], torch.Tensor]
 ) -> list[torch.Tensor]:
     kept = {key: value.clone() for key, value in ((k, _parameter_of(homes, k)) for k in values)}
     try:
         for key, value in values.items():
             _parameter_of(homes, key).data.copy_(value)
-        return _two_passes(model, inputs)
+        return passes.run()
     finally:
         for key, value in kept.items():
             _parameter_of(homes, key).data.copy_(value)

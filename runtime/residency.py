@@ -7,17 +7,20 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from deltafold.runtime.loading import LoadedVariant
+from deltafold.runtime.loading import LoadedVariant, RebuiltVariant
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+#: What takes a place in memory: a delta in its fastest form, or a dense model.
+Resident: TypeAlias = LoadedVariant | RebuiltVariant
+
 
 @dataclass
 class _Seat:
-    loaded: LoadedVariant
+    loaded: Resident
     users: int = 0
 
 
@@ -34,14 +37,14 @@ class Residency:
     def __init__(
         self,
         limit: int | None,
-        on_drop: Callable[[LoadedVariant], None] = lambda loaded: None,
+        on_drop: Callable[[Resident], None] = lambda loaded: None,
     ) -> None:
         self._limit, self._on_drop = limit, on_drop
         self._seats: OrderedDict[str, _Seat] = OrderedDict()
         self._lock = threading.Lock()
         self._loading: dict[str, threading.Lock] = {}
 
-    def acquire(self, digest: str, load: Callable[[], LoadedVariant]) -> LoadedVariant:
+    def acquire(self, digest: str, load: Callable[[], Resident]) -> Resident:
         """The variant behind a digest, loaded if need be; it stays until `release`."""
         with self._single_flight(digest):
             seat = self._take(digest)
@@ -61,7 +64,7 @@ class Residency:
             seat.users -= 1
         self._shrink()
 
-    def resident(self) -> dict[str, LoadedVariant]:
+    def resident(self) -> dict[str, Resident]:
         """What is in memory, least recently used first."""
         with self._lock:
             return {digest: seat.loaded for digest, seat in self._seats.items()}

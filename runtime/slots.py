@@ -14,12 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltafold.runtime.layout import WARM_ROWS, WARM_TOKENS, Layout
+from deltafold.runtime.idle import idle
+from deltafold.runtime.layers import is_embedding, is_linear, is_transposed_linear
+from deltafold.runtime.layout import Layout
 from deltafold.runtime.quantized import is_quantized
 from deltafold.runtime.regions import Region, find_region
+from deltafold.runtime.renaming import renaming
 from deltafold.runtime.replay import rehearse
 from deltafold.runtime.reports import bypassed
-from deltafold.runtime.uses import Uses, mixing
+from deltafold.runtime.uses import Answers, Uses, mixing
+
+#: Largest parameter that is moved to see whether its module can be run again for some requests.
+_REHEARSED_BELOW = 2**22
 
 #: Of looking for homes; each sends some parameters to a module further out.
 _MOST_ROUNDS = 6
@@ -61,6 +67,13 @@ class Home:
     layout: Layout
 
     @property
+    def size(self) -> int:
+        """Elements of the parameter."""
+        *inner, attribute = self.path.split(".")
+        value: torch.Tensor = getattr(self.module.get_submodule(".".join(inner)), attribute)
+        return value.numel()
+
+    @property
     def own(self) -> bool:
         """Whether the module itself owns the parameter."""
         return "." not in self.path
@@ -79,20 +92,27 @@ class SlotMap:
                 self.slots[name] = Slot(name, module, module_name, attribute, value)
                 self._tied.setdefault(id(value), []).append(name)
         self._prefix = str(getattr(model, "base_model_prefix", "") or "")
+        self._rename = renaming(model)
+        self._found: dict[str, str | None] = {}
         self._uses = Uses()
         self._bad: set[str] = set()
         self._captured: set[int] = set()
+        self._idle: set[str] = set()
         self._regions: dict[str, Region | None] = {}
-        self.vocabulary = _vocabulary_modules(model)
+        self.vocabulary = _vocabulary_modules(model, self.slots.values())
 
     def find(self, tensor: str) -> str | None:
-        """The slot that a checkpoint's tensor belongs to: its own name, or with the prefix that
-        transformers adds or drops between a bare model and one with a head.
+        """The slot that a checkpoint's tensor belongs to: its own name or the one that the loader
+        gives it, also with the prefix that transformers adds or drops between a bare model and one
+        with a head.
         """
-        candidates = [tensor]
-        if self._prefix:
-            candidates += [f"{self._prefix}.{tensor}", tensor.removeprefix(f"{self._prefix}.")]
-        return next((name for name in candidates if name in self.slots), None)
+        if tensor not in self._found:
+            candidates = [tensor]
+            if self._prefix:
+                candidates += [f"{self._prefix}.{tensor}", tensor.removeprefix(f"{self._prefix}.")]
+            candidates += [self._rename(name) for name in candidates]
+            self._found[tensor] = next((n for n in candidates if n in self.slots), None)
+        return self._found[tensor]
 
     def region(self, tensor: str, value: torch.Tensor, names: Iterable[str]) -> Region | None:
         """The part of a parameter that holds a tensor whose name or layout the model changed.
@@ -119,27 +139,40 @@ class SlotMap:
         return self._tied[id(self.slots[name].tensor)]
 
     @torch.no_grad()
-    def observe(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+    def observe(self, model: nn.Module, inputs: dict[str, Any], *, find_idle: bool = False) -> None:
         """Run warm-up passes: who reads which parameter, and which modules keep requests apart.
 
         Args:
             model: the model, in eval mode.
-            inputs: keyword arguments of a forward pass over a batch of `warm_up_shape()`.
+            inputs: keyword arguments of a forward pass, as `warm_up_inputs` gives them.
+            find_idle: look for parameters that have no say in any answer. Right where requests use
+                no other inputs than these.
         """
+        answers = Answers.observe(model, inputs)
         self._uses = Uses.watch(model, inputs, self._tied)
         saved = [n for n in model.state_dict() if n in self.slots]
         # A module that mixes requests, or whose hook is passed by, sends its parameters to one around.
         for _ in range(_MOST_ROUNDS):
             found = {h.name: h.module for name in saved for h in self.homes(name)}
-            bad = mixing(model, inputs, found, self._uses.layouts)
-            homes = [h for name in saved for h in self.homes(name) if h.layout.cached]
-            bad |= rehearse(model, inputs, [h for h in homes if h.name not in bad])
+            bad = mixing(model, inputs, found, self._uses.layouts, answers)
+            homes = [h for name in saved for h in self.homes(name) if _is_risky(h)]
+            bad |= rehearse(model, inputs, [h for h in homes if h.name not in bad], answers)
             if not bad:
                 bad = bypassed(model, inputs, [h for name in saved for h in self.homes(name)])
             if not bad:
                 break
             self._bad |= bad
         self._captured = self._kept_elsewhere(model, inputs)
+        if find_idle:
+            homeless = {n: self.slots[n].tensor for n in saved if not self._served(n)}
+            self._idle = idle(model, inputs, answers, homeless)
+
+    def is_idle(self, names: Iterable[str]) -> bool:
+        """Whether the parameters of these slots have no say in any answer."""
+        return set(names) <= self._idle
+
+    def _served(self, name: str) -> bool:
+        return any(self.homes(tied) for tied in self.tied_to(name))
 
     def homes(self, name: str) -> list[Home]:
         """The modules to wrap for a slot; empty where a variant's value cannot be brought in.
@@ -210,18 +243,22 @@ class _values:  # noqa: N801
             home[attribute] = value
 
 
-def warm_up_shape() -> tuple[int, int]:
-    """Batch rows and tokens of the warm-up pass."""
-    return WARM_ROWS, WARM_TOKENS
+def _is_risky(home: Home) -> bool:
+    """Whether only a rehearsal tells that the home's module can be run again for some requests."""
+    if home.layout.cached:
+        return True
+    plain = is_linear(home.module) or is_transposed_linear(home.module) or is_embedding(home.module)
+    # A rehearsal holds the parameter three times over, which experts may be too large for.
+    return home.layout.guessed and not plain and home.size <= _REHEARSED_BELOW
 
 
 def _inside(name: str, other: str) -> bool:
     return name.startswith(f"{other}.")
 
 
-def _vocabulary_modules(model: nn.Module) -> set[int]:
-    """`id` of the modules that read and write tokens."""
-    found = set()
+def _vocabulary_modules(model: nn.Module, slots: Iterable[Slot]) -> set[int]:
+    """`id` of the modules that read and write tokens, those with a tied table included."""
+    found, tables = set(), set()
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
             module = getattr(model, getter)()
@@ -229,7 +266,8 @@ def _vocabulary_modules(model: nn.Module) -> set[int]:
             continue
         if isinstance(module, nn.Module):
             found.add(id(module))
-    return found
+            tables.add(id(getattr(module, "weight", None)))
+    return found | {id(slot.module) for slot in slots if id(slot.tensor) in tables}
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

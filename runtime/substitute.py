@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,19 +166,26 @@ class _Call:
             kinds = kind if isinstance(kind, tuple) else (kind,) * len(y)
             parts = [self.merge(a, b, rows, k) for a, b, k in zip(y, again, kinds, strict=True)]
             return type(y)(*parts) if hasattr(y, "_fields") else type(y)(parts)
+        if isinstance(y, Mapping):
+            parts = self.merge(list(y.values()), list(again.values()), rows, kind)
+            return type(y)(**dict(zip(y, parts, strict=True)))
         if not isinstance(y, torch.Tensor) or kind == "whole":
             return y
         y = self.state.for_each_row(y)
         where = self._spread(self.state.rows if rows is None else rows, y)
         if again.shape[0] == 1 != len(where):
             again = again.expand(len(where), *again.shape[1:])
-        return y.index_copy(0, where, again.to(y.dtype))
+        # A clone keeps the order in memory, on which the bits of later products may depend.
+        return y.clone().index_copy_(0, where, again.to(y.dtype))
 
     def _pick(self, value: Any, kind: Tree | None, rows: torch.Tensor) -> Any:
         if isinstance(value, tuple | list):
             kinds = kind if isinstance(kind, tuple) else (None,) * len(value)
             parts = [self._pick(v, k, rows) for v, k in zip(value, kinds, strict=False)]
             return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        if isinstance(value, Mapping):
+            parts = self._pick(list(value.values()), kind, rows)
+            return type(value)(**dict(zip(value, parts, strict=True)))
         if isinstance(value, torch.Tensor):
             return self._pick_tensor(value, kind, rows)
         if value is None or isinstance(value, bool | int | float | str | torch.dtype):

@@ -6,15 +6,17 @@ decides which module has to run again with a variant's value. Models are watched
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from deltafold.runtime.layout import WARM_ROWS, WARM_TOKENS, Layout, answer_of, kind_of
+from deltafold.compress import DeltafoldError
+from deltafold.runtime.layout import WARM_ROWS, Layout, answers_of, kind_of
 
 #: Descriptors that give a tensor's values; all others tell its shape, dtype or place.
 _VALUES = {"T", "mT", "H", "mH", "data", "real"}
@@ -103,6 +105,58 @@ def _flat(values: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield value
         elif isinstance(value, tuple | list):
             yield from _flat(value)
+        elif isinstance(value, dict):
+            yield from _flat(value.values())
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The parts of a model's output that speak of one request each.
+
+    Attributes:
+        places: of these tensors in the output. Scores of every text for every image, say, are none.
+    """
+
+    places: tuple[str, ...]
+
+    @classmethod
+    @torch.no_grad()
+    def observe(cls, model: nn.Module, inputs: dict[str, Any]) -> Answers:
+        """Find them: they move along when the requests of a warm-up batch change places.
+
+        Raises:
+            DeltafoldError: `engine-unsupported` where there are none.
+        """
+        plain = answers_of(model(**inputs))
+        moved = answers_of(model(**{name: _moved_on(value) for name, value in inputs.items()}))
+        places = [p for p, v in plain.items() if p in moved and _same(_moved_on(v), moved[p])]
+        if not places:
+            raise DeltafoldError(
+                "engine-unsupported",
+                f"nothing that {type(model).__name__} returns keeps requests apart.",
+                fix="restore this model's variants and serve each by itself",
+            )
+        return cls(tuple(places))
+
+    def of(self, output: Any) -> list[torch.Tensor]:
+        """These tensors of one output, in a fixed order."""
+        found = answers_of(output)
+        return [found[place] for place in self.places]
+
+
+def _moved_on(value: Any) -> Any:
+    batched = isinstance(value, torch.Tensor) and value.dim() and len(value) % WARM_ROWS == 0
+    return value.roll(len(value) // WARM_ROWS, 0) if batched else value
+
+
+def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return found.shape == expected.shape and bool(
+        ((found - expected).abs() <= _limit(expected)).all()
+    )
+
+
+def _limit(expected: torch.Tensor) -> torch.Tensor:
+    return expected.abs().max() * (1e-3 if expected.dtype == torch.float32 else 5e-2)
 
 
 @torch.no_grad()
@@ -111,18 +165,19 @@ def mixing(
     inputs: dict[str, Any],
     modules: dict[str, nn.Module],
     layouts: dict[str, Layout | None],
+    answers: Answers,
 ) -> set[str]:
     """Names of modules whose rows do not stay with their request, found by disturbing one request.
 
     The output of each module is changed for one request alone; the model's answers to the others
     must stay as they were, and its own must change where the module gives one output for all.
     """
-    logits = answer_of(model(**inputs))
+    trial = _Trial(model, inputs, answers, answers.of(model(**inputs)))
     shared = {n: m for n, m in modules.items() if _is_shared(layouts.get(n))}
-    bad = {n for n, m in shared.items() if not _apart(model, inputs, {n: m}, logits, own=True)}
+    bad = {n for n, m in shared.items() if not trial.apart({n: m}, own=True)}
     others = {n: m for n, m in modules.items() if n not in shared}
-    if not _apart(model, inputs, others, logits):
-        bad |= {n for n, m in others.items() if not _apart(model, inputs, {n: m}, logits)}
+    if not trial.apart(others):
+        bad |= {n for n, m in others.items() if not trial.apart({n: m})}
     return bad
 
 
@@ -130,27 +185,35 @@ def _is_shared(layout: Layout | None) -> bool:
     return layout is not None and layout.shared
 
 
-def _apart(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    modules: dict[str, nn.Module],
-    expected: torch.Tensor,
-    *,
-    own: bool = False,
-) -> bool:
-    try:
-        with _disturbed(modules):
-            found = answer_of(model(**inputs))
-    except (RuntimeError, ValueError, IndexError):
-        return False
-    moved = (found - expected).abs().flatten(1).amax(1)
-    limit = expected.abs().max() * (1e-3 if expected.dtype == torch.float32 else 5e-2)
-    others = torch.cat([moved[:_DISTURBED], moved[_DISTURBED + 1 :]])
-    return bool((others <= limit).all()) and not (own and moved[_DISTURBED] == 0)
+@dataclass(frozen=True)
+class _Trial:
+    """A model, and what it says while nothing is disturbed."""
+
+    model: nn.Module
+    inputs: dict[str, Any]
+    answers: Answers
+    expected: list[torch.Tensor]
+
+    def apart(self, modules: dict[str, nn.Module], *, own: bool = False) -> bool:
+        """Whether one request's part of the modules' outputs reaches this request alone."""
+        try:
+            with disturbed(modules):
+                found = self.answers.of(self.model(**self.inputs))
+        except (RuntimeError, ValueError, IndexError, KeyError):
+            return False
+        reached = False
+        for value, plain in zip(found, self.expected, strict=True):
+            moved = (value - plain).abs().flatten(1).amax(1)
+            others = torch.cat([moved[:_DISTURBED], moved[_DISTURBED + 1 :]])
+            if not (others <= _limit(plain)).all():
+                return False
+            reached = reached or bool(moved[_DISTURBED] != 0)
+        return reached or not own
 
 
 @contextmanager
-def _disturbed(modules: dict[str, nn.Module]) -> Iterator[None]:
+def disturbed(modules: dict[str, nn.Module]) -> Iterator[None]:
+    """Within it, the modules' outputs are changed for one request of the warm-up batch."""
     handles = [m.register_forward_hook(lambda _m, _a, out: _disturb(out)) for m in modules.values()]
     try:
         yield
@@ -162,11 +225,13 @@ def _disturbed(modules: dict[str, nn.Module]) -> Iterator[None]:
 def _disturb(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(_disturb(v) for v in value)
+    if isinstance(value, Mapping):
+        return type(value)(**{key: _disturb(v) for key, v in value.items()})
     kind = kind_of(value)
-    if kind not in ("rows", "tokens", "one") or not value.is_floating_point():
+    if kind not in ("rows", "tokens", "parts", "one") or not value.is_floating_point():
         return value
     out = value.expand(WARM_ROWS, *value.shape[1:]).clone() if kind == "one" else value.clone()
-    each = WARM_TOKENS if kind == "tokens" else 1
+    each = len(out) // WARM_ROWS
     mine = out[_DISTURBED * each : (_DISTURBED + 1) * each]
     mine += mine.flip(-1) * 0.5 + 0.1
     return out

@@ -113,6 +113,12 @@ class Zoo:
             raise self._not_found(name)
         return entry
 
+    def holds(self, name: str) -> bool:
+        """Whether a folder of the zoo has this name, read before or not."""
+        return self._current(name) is not None or any(
+            folder.name == name for folder in self._delta_folders()
+        )
+
     def _current(self, name: str) -> ZooEntry | None:
         with self._lock:
             entry = self._entries.get(name)

@@ -8,14 +8,14 @@ from concurrent.futures import Future
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
-from deltafold.runtime.engine import Engine
+from deltafold.runtime.engine import Served
 from deltafold.server import ops
 from deltafold.server.auth import KeyAuth
 from deltafold.server.context import RequestContext
 from deltafold.server.desk import Desk
 from deltafold.server.errors import install_handlers
 from deltafold.server.metrics import package_version
-from deltafold.server.openai import chat, completions, models, tokens
+from deltafold.server.openai import chat, classify, completions, embeddings, models, tokens
 
 _ABOUT = """\
 One base model and many full fine-tunes as small deltas; `model` chooses the variant.
@@ -26,7 +26,7 @@ be sent at their defaults (`frequency_penalty: 0`, `tools: []`, ...); any other 
 
 
 def create_app(
-    engine: Engine | Future[Engine],
+    engine: Served | Future[Served],
     *,
     api_keys: Sequence[str] = (),
     served_model_name: str | None = None,
@@ -53,6 +53,6 @@ def create_app(
     )
     app.state.desk = desk
     install_handlers(app)
-    for room in (models, chat, completions, tokens, ops):
+    for room in (models, chat, completions, embeddings, classify, tokens, ops):
         app.include_router(room.router)
     return app

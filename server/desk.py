@@ -11,7 +11,8 @@ from typing import Literal, ParamSpec, TypeVar, cast
 
 from fastapi import Request
 
-from deltafold.runtime.engine import Engine, Stats, VariantInfo
+from deltafold.runtime.engine import Engine, Served, Stats, VariantInfo
+from deltafold.runtime.pooled import Pooler
 from deltafold.server.errors import ApiError
 from deltafold.server.metrics import Metrics
 
@@ -35,7 +36,7 @@ class Desk:
 
     def __init__(
         self,
-        engine: Engine | Future[Engine],
+        engine: Served | Future[Served],
         *,
         served_model_name: str | None = None,
         max_variant_labels: int = 100,
@@ -56,8 +57,8 @@ class Desk:
         return "failed" if failed else "ready"
 
     @property
-    def engine(self) -> Engine:
-        """The engine.
+    def engine(self) -> Served:
+        """The engine, whichever kind it is.
 
         Raises:
             ApiError: 503 while it loads, or when it could not be loaded.
@@ -68,6 +69,42 @@ class Desk:
             message = "the base model could not be loaded; the server's log says why"
             raise ApiError(503, message, code="engine_failed")
         return self._engine.result() if isinstance(self._engine, Future) else self._engine
+
+    @property
+    def generator(self) -> Engine:
+        """The engine, for routes that generate.
+
+        Raises:
+            ApiError: as `engine`, and where the base does not generate.
+        """
+        engine = self.engine
+        if not hasattr(engine, "submit"):
+            raise ApiError(
+                400,
+                f"{engine.base_name} does not generate text; it is served on /v1/embeddings and"
+                " /classify",
+                code="not_a_generating_model",
+                param="model",
+            )
+        return cast(Engine, engine)
+
+    @property
+    def pooler(self) -> Pooler:
+        """The engine, for routes that give labels and vectors.
+
+        Raises:
+            ApiError: as `engine`, and where the base generates.
+        """
+        engine = self.engine
+        if not hasattr(engine, "embed"):
+            raise ApiError(
+                400,
+                f"{engine.base_name} is served to generate text, not to embed or classify; start the"
+                " server with --runner pooling for that",
+                code="not_a_pooling_model",
+                param="model",
+            )
+        return cast(Pooler, engine)
 
     async def call(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run on a thread what may block: loading a variant, reading the zoo."""

@@ -40,6 +40,7 @@ STATUSES: Final[dict[str, tuple[int, str]]] = {
     "engine-unsupported": (501, "engine_unsupported"),
     "missing-extra": (501, "missing_extra"),
     "unknown-codec": _UNAVAILABLE,
+    "needs-calibration": _UNAVAILABLE,
     "unexpected-tensor": _UNAVAILABLE,
     "missing-tensor": _UNAVAILABLE,
     "shape-mismatch": _UNAVAILABLE,

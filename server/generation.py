@@ -65,7 +65,7 @@ class Generation:
 
     def __init__(self, desk: Desk, jobs: Sequence[Job], request_id: str) -> None:
         self.desk = desk
-        self.engine: Engine = desk.engine
+        self.engine: Engine = desk.generator
         self.jobs = jobs
         self.request_id = request_id
         self.tickets: list[Ticket] = []

@@ -1,14 +1,14 @@
 """Prometheus metrics: one registry per application, so that two apps in one process never collide.
 
 Two sources: what the server sees of each request (`Watch`), and `Engine.stats()`, read at scrape
-time. A *request* here is one generation: `n=3` counts three.
+time. A *request* here is one generation, text or picture: `n=3` counts three.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
@@ -17,9 +17,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from deltafold.runtime.engine import Chunk, Stats
+from deltafold.runtime.mixtures import is_mixture
 
 #: The label of every variant beyond the cap.
 OTHER: Final = "_other"
+#: The label of all mixtures.
+MIXTURES: Final = "_mixture"
 
 _SECONDS: Final = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 _TOKEN_SECONDS: Final = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0)
@@ -42,7 +45,9 @@ class LabelCap:
         self._lock = threading.Lock()  # scrapes run on another thread than requests
 
     def __call__(self, variant: str) -> str:
-        """The variant's label."""
+        """The variant's label; all mixtures share one, since their names are without number."""
+        if is_mixture(variant):
+            return MIXTURES
         with self._lock:
             if variant in self._seen:
                 return variant
@@ -101,6 +106,14 @@ class Metrics:
     def count_reply(self, route: str, status: int) -> None:
         """Count one HTTP reply; status 0 stands for a client that left."""
         self.replies.labels(route, str(status)).inc()
+
+    def count_pooled(self, variant: str, tokens: Sequence[int], seconds: float) -> None:
+        """Count requests that gave labels or vectors, by their tokens."""
+        label = self.label(variant)
+        self.requests.labels(label, "stop").inc(len(tokens))
+        self.prompt_tokens.labels(label).inc(sum(tokens))
+        for _ in tokens:
+            self.request_seconds.labels(label).observe(seconds)
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""

@@ -9,8 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import arch_encoders
+import arch_sequences
 import torch
 import transformers
+from arch_homes import homes_of
 
 # Threads of a pool cost more than they bring on matrices this small.
 torch.set_num_threads(1)
@@ -72,13 +75,14 @@ class Family:
         name: of its configuration class without "Config".
         changes: to the common sizes; `...` leaves a size out.
         sizes: the common sizes.
-        refused: why the engine refuses it (part of the error's text); empty where it is served.
+        rebuilt: the tensor (its name's end) for which a variant gets a dense model of its own; empty
+            where deltas are applied to the shared one.
     """
 
     name: str
     changes: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=lambda: _SIZES)
-    refused: str = ""
+    rebuilt: str = ""
 
     @property
     def experts(self) -> bool:
@@ -201,19 +205,19 @@ FAMILIES = [
     Family(
         "Mamba2",
         {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8},
-        refused="mixer.A_log",
+        rebuilt="mixer.A_log",
     ),
     Family(
         "MiniMax",
         {**_EXPERTS, "layer_types": ["linear_attention", "full_attention"]},
-        refused="self_attn.diagonal_decay",
+        rebuilt="self_attn.diagonal_decay",
     ),
     Family("Lfm2", {"layer_types": ["conv", "full_attention"]}),
-    Family("Mamba", {"state_size": 4}, refused="mixer.A_log"),
+    Family("Mamba", {"state_size": 4}, rebuilt="mixer.A_log"),
     Family(
         "Jamba",
         {**_EXPERTS, "mamba_d_state": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
-        refused="mamba.A_log",
+        rebuilt="mamba.A_log",
     ),
 ]
 
@@ -223,7 +227,8 @@ _HEAD = """\
 What the embedded engine makes of a fine-tune that changes *every* tensor of a model. The table is
 written from `tests/arch_table.py` (`python tests/arch_table.py` prints it), and
 `tests/runtime/test_architectures.py` holds each line against the truth: mixed batches of base, lossy
-and lossless rows answer as separately restored dense models do, or the variant is refused.
+and lossless rows answer as separately restored dense models do. Deltas are *applied* to rows of the
+shared model, or the variant is *rebuilt*.
 
 No code lists architectures. A warm-up pass at the start watches which modules read each parameter
 and how requests lie in their inputs. From that every parameter gets a home:
@@ -238,12 +243,14 @@ and how requests lie in their inputs. From that every parameter gets a home:
 Where a loader fused or renamed tensors (experts, mostly), the place of each is found by its bytes.
 Vocabularies of variants may be larger or smaller than the base's.
 
-A variant is refused with `engine-unsupported` where this finds no home for one of its tensors.
+A variant is rebuilt where this finds no home for one of its tensors: the engine makes a dense model of
+it in memory, from base and delta, and runs its requests there (see [serving.md](serving.md)).
 The usual reason is a parameter that decides what a layer remembers (a recurrent state). A layer that
 is given a cache is run again with the answers that the cache gave before, so its memory moves once;
 at the start a rehearsal of a prompt and one more token tells whether that gives what a model with the
 changed parameter gives. Attention sinks and short convolutions pass, state space models do not.
-Fine-tunes of such models that leave these parameters alone are served.
+Fine-tunes of such models that leave these parameters alone are applied. The table names the first
+tensor in the way.
 
 Experts are held dense in memory, and the rows of the base are then equal to what the plain model
 computes up to the last bits of float32: an expert multiplies the tokens of all requests at once.
@@ -256,28 +263,18 @@ Everywhere else rows of the base are bit for bit the plain model's.
 
 def document() -> str:
     """The text of `docs/architectures.md`."""
-    return _HEAD + "".join(f"| {' | '.join(_line(f))} |\n" for f in FAMILIES)
+    table = "".join(f"| {' | '.join(_line(f))} |\n" for f in FAMILIES)
+    return _HEAD + table + arch_sequences.document() + arch_encoders.document()
 
 
 def _line(family: Family) -> list[str]:
-    from deltafold.runtime.layers import is_embedding, is_linear, is_transposed_linear
-    from deltafold.runtime.slots import SlotMap, warm_up_shape
-
     model = family.build()
-    rows, tokens = warm_up_shape()
-    slots = SlotMap(model)
-    ids = torch.arange(rows * tokens).reshape(rows, tokens)
-    slots.observe(model, {"input_ids": ids, "use_cache": True})
-    # What is saved can be changed; tables of angles, say, are made anew at every start.
-    modules = {h.name: h.module for n in model.state_dict() for h in slots.homes(n)}
-    products = {n for n, m in modules.items() if is_linear(m) or is_transposed_linear(m)}
-    tables = {n for n, m in modules.items() if is_embedding(m)}
-    again = sorted({type(m).__name__ for n, m in modules.items() if n not in products | tables})
-    refused = f"refused: `{family.refused}` decides what is remembered" if family.refused else "yes"
+    served = (
+        f"rebuilt: `{family.rebuilt}` decides what is remembered" if family.rebuilt else "applied"
+    )
     tied = bool(model.config.get_text_config().tie_word_embeddings)
     flags = ["yes" if flag else "" for flag in (tied, family.experts)]
-    names = ", ".join(f"`{n}`" for n in again)
-    return [family.name, *flags, str(len(products)), str(len(tables)), names, refused]
+    return [family.name, *flags, *homes_of(model), served]
 
 
 if __name__ == "__main__":

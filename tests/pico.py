@@ -107,6 +107,7 @@ class PicoVariant:
     digest: str
     folder: Path
     deltas: dict[str, torch.Tensor] = field(default_factory=dict)
+    model: Any | None = None
 
 
 class PicoHost:

@@ -56,7 +56,10 @@ def test_imports_point_one_way(room):
 def test_compress_knows_no_transformers_and_no_web():
     known = {"transformers", "fastapi", "starlette", "uvicorn", "httpx", "requests", "click"}
     for path in sources("compress"):
-        assert not {name.partition(".")[0] for name in imports(path)} & known, path
+        # Where models are run for calibration; `test_importing_compress_is_light` holds that
+        # nothing is imported before.
+        forgiven = {"transformers"} if path.parent.name == "calibration" else set()
+        assert not {name.partition(".")[0] for name in imports(path)} & (known - forgiven), path
 
 
 def test_the_package_list_is_the_folders():
@@ -71,6 +74,7 @@ def test_importing_compress_is_light():
     code = """
 import sys
 import deltafold.compress
+import deltafold.compress.calibration
 import torch
 heavy = {"transformers", "fastapi", "huggingface_hub", "click"} & set(sys.modules)
 assert not heavy, heavy

@@ -36,7 +36,10 @@ class SurveyedEdit(Edit, Protocol):
     """An edit that looks at every tensor before it changes the first."""
 
     def survey(self, deltas: Iterable[tuple[str, torch.Tensor]]) -> Self:
-        """The edit with what it needs to know of the whole model filled in."""
+        """The edit with what it needs to know of the whole model filled in.
+
+        `deltas` can be gone through several times; each time the model is read anew.
+        """
         ...
 
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 
 from deltafold.compress.evidence import Need
-from deltafold.compress.merges.base import merge
+from deltafold.compress.merges.base import check_number, merge, weighted_sum
 from deltafold.compress.terms import Context
 
 
@@ -33,11 +33,11 @@ class Task:
 
     scale: float = 0.4
 
+    def __post_init__(self) -> None:
+        check_number("task", "scale", self.scale)
+
     def merge(
         self, deltas: Sequence[torch.Tensor], weights: Sequence[float], context: Context
     ) -> torch.Tensor:
         """The weighted sum, float32."""
-        total = torch.zeros_like(deltas[0])
-        for delta, weight in zip(deltas, weights, strict=True):
-            total += weight * delta
-        return total * self.scale
+        return weighted_sum(deltas, weights) * self.scale

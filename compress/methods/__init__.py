@@ -1,8 +1,10 @@
 """Methods by name, one file each. Importing this package registers them all."""
 
+from deltafold.compress.methods.axis_signs import AxisSigns
 from deltafold.compress.methods.base import (
     METHODS,
     Method,
+    bits_per_weight,
     build,
     method_class,
     parse_spec,
@@ -10,21 +12,50 @@ from deltafold.compress.methods.base import (
 )
 from deltafold.compress.methods.bitdelta import BitDelta
 from deltafold.compress.methods.chain import Chain
+from deltafold.compress.methods.codebook import CodebookMethod, Lloyd
 from deltafold.compress.methods.dare import Dare
+from deltafold.compress.methods.dct import Dct
+from deltafold.compress.methods.delta_come import DeltaCome
+from deltafold.compress.methods.deltazip import DeltaZip
+from deltafold.compress.methods.dqrelo import DQrelo
 from deltafold.compress.methods.exact import ExactMethod, LosslessMethod
+from deltafold.compress.methods.impart import ImPart
+from deltafold.compress.methods.int_hessian import IntegerHessian
 from deltafold.compress.methods.integer import Integer
+from deltafold.compress.methods.nm import NMMethod, Stratified
+from deltafold.compress.methods.quantize_and_drop import QuantizeAndDrop
+from deltafold.compress.methods.sparse import SparseMethod, TopK
 from deltafold.compress.methods.svd import Svd
+from deltafold.compress.methods.svd_act import SvdAct
+from deltafold.compress.methods.svd_widths import SvdWidths
 
 __all__ = [
     "METHODS",
+    "AxisSigns",
     "BitDelta",
     "Chain",
+    "CodebookMethod",
+    "DQrelo",
     "Dare",
+    "Dct",
+    "DeltaCome",
+    "DeltaZip",
     "ExactMethod",
+    "ImPart",
     "Integer",
+    "IntegerHessian",
+    "Lloyd",
     "LosslessMethod",
     "Method",
+    "NMMethod",
+    "QuantizeAndDrop",
+    "SparseMethod",
+    "Stratified",
     "Svd",
+    "SvdAct",
+    "SvdWidths",
+    "TopK",
+    "bits_per_weight",
     "build",
     "method_class",
     "parse_spec",

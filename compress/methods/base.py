@@ -7,6 +7,7 @@ are applied, so that `deltafold codecs` can print one honest table.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Protocol, runtime_checkable
@@ -17,7 +18,16 @@ from deltafold.compress.evidence import Need
 from deltafold.compress.spec import Kind, spec_of
 from deltafold.compress.terms import Context, Encoded, Term
 
-__all__ = ["METHODS", "Method", "build", "method", "method_class", "parse_spec", "spec_of"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "bits_per_weight",
+    "build",
+    "method",
+    "method_class",
+    "parse_spec",
+    "spec_of",
+]
 
 
 @runtime_checkable
@@ -79,6 +89,15 @@ def parse_spec(spec: str) -> Method:
 
         built = Chain(tuple(parse_edit(e) for e in edits), built)
     return built
+
+
+def bits_per_weight(chosen: Method, shape: tuple[int, ...], dtype: str) -> float:
+    """Stored bits a weight of a tensor of `shape`, all parts counted, by the method's plan.
+
+    Where the size depends on the data (a mask, a compressed stream) it is what the plan expects.
+    """
+    promised = sum(s.nbytes for t in chosen.plan(shape, dtype) for s in t.parts(shape).values())
+    return 8 * promised / max(math.prod(shape), 1)
 
 
 def build(name: str, options: Mapping[str, Any], *, where: str) -> Method:

@@ -1,19 +1,23 @@
 """`bitdelta`: signs and scales, one bit a weight; with `bits` > 1, residual planes.
 
 Source: Liu et al. (arXiv 2402.10193), sections 3.1 and 3.3, with the scales that need no data (the
-paper's "initial" scales). Distilling the scales needs logits and is not done here.
+paper's "initial" scales). Distilling the scales needs logits and is not done here. Scales a row or a
+column after arXiv 2512.19720; `factor` after arXiv 2410.13841, section 4.2 (`c * mean|D|`), where 1 is
+found to be best.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
+from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import Need
 from deltafold.compress.methods.base import method
-from deltafold.compress.terms import Context, Encoded, Planes, Term
+from deltafold.compress.terms import ColumnPlanes, Context, Encoded, Planes, Term
 
 
 @method
@@ -25,6 +29,7 @@ class BitDelta:
         bits: planes, 1 to 8.
         scale: what a scale covers; "tensor" is the paper's.
         group: columns of a group; giving it means scale=group.
+        factor: of every scale; for study, since 1 has the least squared error.
     """
 
     id: ClassVar[str] = "bitdelta"
@@ -34,10 +39,15 @@ class BitDelta:
     applied: ClassVar[str] = "sign planes on the fly"
 
     bits: int = 1
-    scale: Literal["tensor", "row", "group"] = "row"
+    scale: Literal["tensor", "row", "group", "column"] = "row"
     group: int = 0
+    factor: float = 1.0
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.factor) and self.factor > 0):
+            raise DeltafoldError(
+                "bad-recipe", f"bitdelta: factor must be above 0, not {self.factor}"
+            )
         self._term()
 
     @property
@@ -46,19 +56,21 @@ class BitDelta:
         return self._term().scale != "tensor"
 
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
-        """One `planes` term."""
-        return [self._term().encode(delta, context)]
+        """One term of planes."""
+        term, parts = self._term().encode(delta, context)
+        if self.factor != 1:
+            key = "scales_unit" if "scales_unit" in parts else "scales"
+            parts[key] = parts[key] * self.factor
+        return [Encoded(term, parts)]
 
     def plan(self, shape: tuple[int, ...], dtype: str) -> list[Term]:
-        """One `planes` term."""
+        """One term of planes."""
         return [self._term()]
 
-    def _term(self) -> Planes:
-        scale: Literal["tensor", "row", "group"] = "group" if self.group else self.scale
+    def _term(self) -> Planes | ColumnPlanes:
         # A scale a tensor or row is too few bytes to save on; groups are where half pays.
-        return Planes(
-            bits=self.bits,
-            scale=scale,
-            group=self.group,
-            scale_format="float16" if scale == "group" else "float32",
-        )
+        if self.group:
+            return Planes(self.bits, "group", self.group, "float16")
+        if self.scale == "column":
+            return ColumnPlanes(self.bits, "float32")
+        return Planes(self.bits, self.scale, 0, "float32")

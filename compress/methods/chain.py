@@ -11,6 +11,7 @@ from deltafold.compress.edits.base import Edit
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import NEEDS, Need
 from deltafold.compress.methods.base import Method
+from deltafold.compress.methods.exact import ExactMethod
 from deltafold.compress.spec import spec_of
 from deltafold.compress.terms import Context, Dense, Encoded, Term, is_exact
 
@@ -63,6 +64,11 @@ class Chain:
     def plan(self, shape: tuple[int, ...], dtype: str) -> list[Term]:
         """The codec's terms."""
         return [Dense()] if self._keeps_values(shape) else self.codec.plan(shape, dtype)
+
+    def for_scalars(self) -> Chain:
+        """The same edits before a codec that takes tensors without dimensions."""
+        inner = self.codec.for_scalars() if isinstance(self.codec, Chain) else ExactMethod()
+        return Chain(self.edits, inner)
 
     def spec(self) -> str:
         """Edits and codec, joined by plus signs."""

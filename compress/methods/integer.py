@@ -1,4 +1,4 @@
-"""`int`: plain round-to-nearest codes of 2, 4 or 8 bits with a scale a row or group."""
+"""`int`: plain round-to-nearest codes of 2 to 8 bits with a scale a row or group."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Integer:
     """Uniform codes.
 
     Attributes:
-        bits: 2, 4 or 8.
+        bits: 2 to 8.
         group: columns that share a scale; 0 is the whole row.
     """
 
     id: ClassVar[str] = "int"
-    summary: ClassVar[str] = "uniform codes of 2, 4 or 8 bits, a scale a row or group"
+    summary: ClassVar[str] = "uniform codes of 2 to 8 bits, a scale a row or group"
     paper: ClassVar[str] = "-"
     needs: ClassVar[tuple[Need, ...]] = ()
     blockwise: ClassVar[bool] = True

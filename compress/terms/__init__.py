@@ -1,5 +1,6 @@
 """Representations of a delta, one file each. Importing this package registers them all."""
 
+from deltafold.compress.terms.banded import Banded
 from deltafold.compress.terms.base import (
     REGISTRY,
     Context,
@@ -14,19 +15,28 @@ from deltafold.compress.terms.base import (
     term_from_config,
 )
 from deltafold.compress.terms.blocks import Blocks
+from deltafold.compress.terms.codebook import Codebook
 from deltafold.compress.terms.codes import Codes
+from deltafold.compress.terms.column_planes import ColumnPlanes
 from deltafold.compress.terms.dense import Dense
 from deltafold.compress.terms.exact import Exact
 from deltafold.compress.terms.lossless import Lossless
 from deltafold.compress.terms.lowrank import LowRank
+from deltafold.compress.terms.nm import NM
+from deltafold.compress.terms.patches import Patches
 from deltafold.compress.terms.planes import Planes
 from deltafold.compress.terms.rows import Rows
 from deltafold.compress.terms.sparse import Sparse
+from deltafold.compress.terms.sparse_codes import SparseCodes
 
 __all__ = [
+    "NM",
     "REGISTRY",
+    "Banded",
     "Blocks",
+    "Codebook",
     "Codes",
+    "ColumnPlanes",
     "Context",
     "Dense",
     "Encoded",
@@ -36,9 +46,11 @@ __all__ = [
     "LowRank",
     "PartSpec",
     "Parts",
+    "Patches",
     "Planes",
     "Rows",
     "Sparse",
+    "SparseCodes",
     "Term",
     "config_of",
     "is_exact",

@@ -57,7 +57,9 @@ class Blocks(Checked):
         assert len(self.inner) == 1, "one term to code all blocks with"
         matrix = delta.reshape(rows_and_columns(tuple(delta.shape)))
         pieces = [
-            self.inner[0].encode(matrix[start:stop], block_context(context, start, stop, index))
+            self.inner[0].encode(
+                matrix[start:stop], block_context(context, start, self.rows, index)
+            )
             for index, (start, stop) in enumerate(self._spans(matrix.shape[0]))
         ]
         return join(self.rows, pieces)
@@ -88,7 +90,7 @@ class Blocks(Checked):
         for index, (start, stop) in enumerate(self._spans(rows)):
             prefix = f"{index}."
             inner = {k[len(prefix) :]: v for k, v in parts.items() if k.startswith(prefix)}
-            block = block_context(context, start, stop, index)
+            block = block_context(context, start, self.rows, index)
             yield self._term(index), inner, (stop - start, columns), block
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, PartSpec]:
@@ -125,8 +127,12 @@ def join(rows: int, pieces: Iterable[Encoded]) -> Encoded:
     return Encoded(Blocks(rows, tuple(terms[:1] if same else terms)), parts)
 
 
-def block_context(context: Context, start: int, stop: int, index: int) -> Context:
-    """A tensor's context cut to some rows of its matrix; random masks differ by block."""
+def block_context(context: Context, start: int, rows: int, index: int) -> Context:
+    """A tensor's context cut to `rows` rows of its matrix (fewer at its end) from `start`.
+
+    Random masks differ by block.
+    """
+    stop = start + rows
 
     def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
         if tensor is None:

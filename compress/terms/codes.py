@@ -25,7 +25,15 @@ from deltafold.compress.terms.base import (
 )
 
 #: Shares of the absolute maximum that are tried as the grid's end. Low-bit grids clip hard.
-_SHRINK = {2: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.7), 8: (1.0,)}
+_SHRINK = {
+    2: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4),
+    3: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5),
+    4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.7),
+    5: (1.0, 0.95, 0.9, 0.85, 0.8),
+    6: (1.0, 0.95, 0.9),
+    7: (1.0,),
+    8: (1.0,),
+}
 
 
 @register
@@ -45,7 +53,7 @@ class Codes(Checked):
     scale_format: str = "float16"
 
     def __post_init__(self) -> None:
-        self._require(self.bits in (2, 4, 8), f"bits must be 2, 4 or 8, not {self.bits}")
+        self._require(2 <= self.bits <= 8, f"bits must be 2 to 8, not {self.bits}")
         self._require(self.group >= 0, "group must not be negative")
         self._require(self.scale_format in scales.FORMATS, "scale_format: float32 or float16")
 

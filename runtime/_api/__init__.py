@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from deltafold.compress import restore_checkpoint as restore_checkpoint
     from deltafold.compress import verify_delta as verify_delta
     from deltafold.runtime import EmbeddedEngine as EmbeddedEngine
+    from deltafold.runtime import PoolingEngine as PoolingEngine
+    from deltafold.runtime import PoolRequest as PoolRequest
     from deltafold.runtime import Request as Request
     from deltafold.runtime import Sampling as Sampling
 
@@ -27,6 +29,8 @@ _HOMES = {
     "restore_checkpoint": "deltafold.compress",
     "verify_delta": "deltafold.compress",
     "EmbeddedEngine": "deltafold.runtime",
+    "PoolRequest": "deltafold.runtime",
+    "PoolingEngine": "deltafold.runtime",
     "Request": "deltafold.runtime",
     "Sampling": "deltafold.runtime",
 }

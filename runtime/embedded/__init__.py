@@ -1,5 +1,6 @@
-"""The embedded engine: transformers models with variants, in one process."""
+"""The embedded engines: transformers models with variants, in one process."""
 
 from deltafold.runtime.embedded.engine import EmbeddedEngine
+from deltafold.runtime.embedded.pooling import PoolingEngine
 
-__all__ = ["EmbeddedEngine"]
+__all__ = ["EmbeddedEngine", "PoolingEngine"]

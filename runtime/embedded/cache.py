@@ -8,7 +8,10 @@ concatenation and a selection along the rows.
 from __future__ import annotations
 
 import copy
+import inspect
+import typing
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -52,6 +55,8 @@ class BatchCache(Cache):  # type: ignore[misc]
             else:
                 for name, states in _states(mine):
                     setattr(mine, name, _below(states, getattr(theirs, name)))
+        for name, values in _lists(self):
+            setattr(self, name, list(map(_joined, values, getattr(other, name))))
 
     def drop(self, gone: Iterable[int], rows: int) -> list[int]:
         """Forget rows of a batch of `rows`; the last ones move into the gaps.
@@ -67,6 +72,9 @@ class BatchCache(Cache):  # type: ignore[misc]
             else:
                 for name, states in _states(layer):
                     setattr(layer, name, {i: _select(s, order) for i, s in states.items()})
+        for name, values in _lists(self):
+            rows_of = [_select(v, order) if isinstance(v, torch.Tensor) else v for v in values]
+            setattr(self, name, rows_of)
         return order
 
     def trim(self, columns: int) -> None:
@@ -76,6 +84,19 @@ class BatchCache(Cache):  # type: ignore[misc]
 
     def _attention(self) -> list[KVLayer]:
         return [x for x in self.layers if isinstance(x, KVLayer) and x.is_initialized]
+
+
+def _lists(cache: Cache) -> list[tuple[str, list[Any]]]:
+    """What a model's own cache class keeps for each row besides the layers: lists of tensors."""
+    return [
+        (name, value)
+        for name, value in vars(cache).items()
+        if name != "layers" and isinstance(value, list)
+    ]
+
+
+def _joined(upper: Any, lower: Any) -> Any:
+    return torch.cat([upper, lower]) if isinstance(upper, torch.Tensor) else upper
 
 
 _States: TypeAlias = dict[int, torch.Tensor | None]
@@ -119,22 +140,39 @@ class CachePlan:
 
     def __init__(self, model: Any) -> None:
         """Raises `engine-unsupported` for layers that remember in a way not known here."""
+        self._kind = _own_class(model)
         # transformers' own table of layer types decides, so new families need no list of ours.
         self._templates = list(hf.DynamicCache(config=model.config).layers)
         for i, layer in enumerate(self._templates):
             if not (_is_attention(layer) or type(layer) in (_STATE_LAYER, _EMPTY_LAYER)):
                 raise _unsupported(f"layer {i} keeps a {type(layer).__name__}")
-        self.recurrent = any(type(layer) is _STATE_LAYER for layer in self._templates)
+        states = any(type(layer) is _STATE_LAYER for layer in self._templates)
+        self.recurrent = states or self._kind is not None
         if _STATE_LAYER is None and _keeps_states(model):
             raise _unsupported("this release of transformers is too old for its recurrent layers")
 
     def new(self, columns: int) -> BatchCache:
         """An empty cache with room for this many columns."""
+        if self._kind is not None:
+            made: BatchCache = self._kind()
+            made.layer_class_to_replicate = partial(KVLayer, columns)
+            return made
         layers = [
             KVLayer(columns) if _is_attention(layer) else copy.deepcopy(layer)
             for layer in self._templates
         ]
         return BatchCache(layers)
+
+
+def _own_class(model: Any) -> type | None:
+    """A class for models that accept no cache but one of a class of their own: it is one, too."""
+    body = inspect.signature(type(model.base_model).forward).parameters
+    named = getattr(body.get("past_key_values"), "annotation", None)
+    for kind in (named, *typing.get_args(named)):
+        if isinstance(kind, type) and issubclass(kind, Cache) and kind.__module__ != hf.__name__:
+            begin = kind.__dict__["__init__"]
+            return type(f"Batch{kind.__name__}", (BatchCache, kind), {"__init__": begin})
+    return None
 
 
 def _keeps_states(model: Any) -> bool:

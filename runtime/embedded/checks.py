@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deltafold.compress.errors import DeltafoldError
-from deltafold.runtime.engine import Sampling
+from deltafold.runtime.engine import Sampling, VariantInfo
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -22,6 +22,27 @@ def check_sampling(sampling: Sampling) -> None:
     _need(all(_whole(x) for x in s.stop_token_ids), "stop_token_ids", "ids", s.stop_token_ids)
     _need(s.logprobs is None or _whole(s.logprobs, 0), "logprobs", "0 or more", s.logprobs)
     _need(_real(s.scale), "scale", "a finite number", s.scale)
+
+
+def check_scale(sampling: Sampling, info: VariantInfo) -> None:
+    """Raises `bad-argument` for a scale other than 1 of a variant that was rebuilt."""
+    if sampling.scale != 1:
+        raise DeltafoldError(
+            "bad-argument",
+            f"{info.name} is served by a model of its own, at scale 1 alone.",
+            facts=[("scale", sampling.scale), ("rebuilt because of", info.obstacle)],
+            fix="leave the scale out, or name the base for scale 0",
+        )
+
+
+def check_whole(sampling: Sampling) -> None:
+    """Raises `bad-argument` for what requests that are written in whole batches cannot have."""
+    if sampling.echo:
+        raise DeltafoldError(
+            "bad-argument",
+            "echo is for models that read and write one text; this one's prompt is not its output.",
+            fix="leave echo out",
+        )
 
 
 def check_prompt(token_ids: Sequence[int], vocabulary: int) -> None:

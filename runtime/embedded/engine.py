@@ -14,10 +14,21 @@ from typing import Any, Self
 import torch
 
 from deltafold.compress.errors import DeltafoldError
-from deltafold.runtime.embedded.checks import check_prompt, check_sampling, output_limit
+from deltafold.runtime.deltas import Rebuild
+from deltafold.runtime.embedded.batches import Batches
+from deltafold.runtime.embedded.checks import (
+    check_prompt,
+    check_sampling,
+    check_scale,
+    check_whole,
+    output_limit,
+)
+from deltafold.runtime.embedded.delivery import Delivery
+from deltafold.runtime.embedded.drafts import Drafts, output_context
 from deltafold.runtime.embedded.gather import gather
+from deltafold.runtime.embedded.inputs import is_plain
 from deltafold.runtime.embedded.job import Job
-from deltafold.runtime.embedded.loop import Loop
+from deltafold.runtime.embedded.lanes import Lanes
 from deltafold.runtime.embedded.opening import open_model
 from deltafold.runtime.embedded.runner import Runner
 from deltafold.runtime.embedded.scheduler import Limits
@@ -32,6 +43,7 @@ from deltafold.runtime.engine import (
     VariantInfo,
 )
 from deltafold.runtime.host import DeltaHost, Variant
+from deltafold.runtime.mixtures import variant_name
 
 _log = logging.getLogger(__name__)
 
@@ -60,9 +72,12 @@ class EmbeddedEngine:
         """Start the engine; nothing runs until the first request.
 
         Args:
-            model: a causal language model of transformers, already prepared by `host`.
+            model: a model of transformers that generates, already prepared by `host`. Requests of
+                models with an encoder, and all that bring images or sounds, are written in whole
+                batches (see `batches`); others join and leave the running batch at every token.
             host: holder of the variants. The engine does not close it.
-            max_batch: most requests that run together.
+            max_batch: most requests that run together on one model. A variant with a dense model of
+                its own has a batch of its own, and the bounds below hold for each.
             max_model_len: most tokens of one request; never more than the model's own context.
             max_batch_tokens: bound of key-value memory, in rows times columns (every row takes as
                 many columns as the longest); None means that nothing but the two above bounds it.
@@ -82,20 +97,25 @@ class EmbeddedEngine:
         ):
             if value is not None and value < 1:
                 raise DeltafoldError("bad-argument", f"{name} must be 1 or more, not {value}.")
-        runner = Runner(model, host)
-        length = min(x for x in (runner.context, max_model_len, max_batch_tokens) if x)
+        # Encoders answer once and for a whole batch, so nobody can join it later.
+        runner = None if model.config.is_encoder_decoder else Runner(model, host)
+        context = output_context(model) if runner is None else runner.context
+        length = min(x for x in (context, max_model_len, max_batch_tokens) if x)
         self.base_name = host.base_name
-        self._host = host
-        self._base_vocabulary = runner.vocabulary
+        self._host, self._model = host, model
+        self._base_vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
         self._limits = Limits(
             rows=max_batch,
             tokens=max_batch_tokens or max_batch * length,
             model_len=length,
             chunk=prefill_chunk,
-            whole_prompts=runner.recurrent,
+            whole_prompts=runner is not None and runner.recurrent,
         )
         self._fronts = TextFronts(host.base_name, host.base_folder)
-        self._loop = Loop(runner, self._limits, self._on_end)
+        self._drafts = Drafts(model, host.base_folder)
+        delivery = Delivery(self._on_end)
+        batches = Batches(model, host, max_batch, delivery)
+        self._lanes = Lanes(runner, self._limits, delivery, batches)
         self._numbers = itertools.count()
         # Guards what follows; the thread sleeps on it.
         self._wake = threading.Condition()
@@ -117,6 +137,7 @@ class EmbeddedEngine:
         max_deltas: int | None = None,
         strict: bool = True,
         base_quantization: str | None = None,
+        rebuild: Rebuild = "auto",
         max_batch: int = 32,
         max_model_len: int | None = None,
         max_batch_tokens: int | None = None,
@@ -133,6 +154,8 @@ class EmbeddedEngine:
             max_deltas: most variants in memory; None keeps all that were used.
             strict: refuse to start while a delta of the zoo is broken or for another base.
             base_quantization: `nf4` or `int8` keeps the base's linear layers in 4 or 8 bits.
+            rebuild: "auto" serves a variant whose delta cannot be applied by a dense model of its
+                own in memory; "never" refuses it.
             max_batch: see `__init__`, as for what follows.
             max_model_len: see `__init__`.
             max_batch_tokens: see `__init__`.
@@ -150,6 +173,7 @@ class EmbeddedEngine:
             max_deltas=max_deltas,
             strict=strict,
             base_quantization=base_quantization,
+            rebuild=rebuild,
         )
         return cls(
             opened.model,
@@ -201,8 +225,9 @@ class EmbeddedEngine:
         """A request that holds its variant and waits to be put in line."""
         self._need_open()
         check_sampling(request.sampling)
-        info = self._host.resolve(request.variant)
-        variant = self._host.acquire(request.variant)
+        name = variant_name(request.variant)
+        info = self._host.resolve(name)
+        variant = self._host.acquire(name)
         try:
             return self._accept(request, on_chunk, info, variant)
         except BaseException:
@@ -231,19 +256,33 @@ class EmbeddedEngine:
     def _accept(
         self, request: Request, on_chunk: OnChunk, info: VariantInfo, variant: Variant | None
     ) -> Job:
-        front = self._front_of(variant)
-        ids = front.encode(request.prompt)
+        front, sampling = self._front_of(variant), request.sampling
+        own = None if variant is None else variant.model
+        if own is not None:
+            check_scale(sampling, info)
+        writing, runner, room = None, None, self._limits.model_len
+        if self._lanes.by_token and is_plain(request.prompt):
+            ids = front.encode(request.prompt)
+            runner = None if own is None else Runner(own, None)
+            room = room if runner is None else min(room, runner.context)
+            limit = output_limit(len(ids), sampling.max_tokens, room)
+        else:
+            check_whole(sampling)
+            writing = self._drafts.make(request.prompt, front, variant)
+            ids = list(writing.brought.ids)
+            limit = self._drafts.limit(writing, sampling.max_tokens, room)
         check_prompt(ids, front.vocabulary or self._base_vocabulary)
-        limit = output_limit(len(ids), request.sampling.max_tokens, self._limits.model_len)
         digest = info.digest if variant is None else variant.digest
         return Job(
             ticket=Ticket(uuid.uuid4().hex, info.name, digest, tuple(ids)),
-            sampling=request.sampling,
+            sampling=sampling,
             variant=variant,
             front=front,
             on_chunk=on_chunk,
             order=next(self._numbers),
             limit=limit,
+            runner=runner,
+            writing=writing,
         )
 
     # Variants and text.
@@ -289,11 +328,11 @@ class EmbeddedEngine:
 
     def stats(self) -> Stats:
         """A snapshot for metrics."""
-        counters = self._loop.counters
+        counters = self._lanes.counters
         with self._wake:
             live = [s for s in self._live.values() if not s.ended]
         # A request that holds key-value memory, or whose prompt is being read, runs.
-        reading = set(map(id, self._loop.reading))
+        reading = set(map(id, self._lanes.reading))
         running = [s for s in live if s.cached or id(s) in reading]
         by_variant = Counter(s.ticket.variant for s in running)
         return Stats(
@@ -305,7 +344,7 @@ class EmbeddedEngine:
             generated_tokens=counters.generated_tokens,
             batch_variants=len({s.ticket.digest for s in running}),
             kv_tokens=sum(s.cached for s in running),
-            kv_capacity=self._limits.tokens,
+            kv_capacity=self._limits.tokens * self._lanes.models,
             running_by_variant=dict(by_variant),
             resident=self._host.resident(),
         )
@@ -336,28 +375,30 @@ class EmbeddedEngine:
     def _run(self) -> None:
         error: Exception | None = None
         try:
-            self._loop.enter_thread()
+            # The current device belongs to a thread, and kernels start on the current one.
+            if self._model.device.type == "cuda":
+                torch.cuda.set_device(self._model.device)
             while self._collect():
-                self._loop.step()
+                self._lanes.step(lambda: self._closing)
         except Exception as problem:  # a bug of ours: nobody may be left waiting
             _log.exception("the engine's thread stopped")
             error = problem
         with self._wake:
             self._closing = True
         self._take_inbox()
-        self._loop.end_all("error" if error else "cancelled", error)
+        self._lanes.end_all("error" if error else "cancelled", error)
 
     def _collect(self) -> bool:
         """Sleep until there is work; False when the engine is closing."""
         with self._wake:
-            while not (self._closing or self._inbox or self._loop.busy):
+            while not (self._closing or self._inbox or self._lanes.busy):
                 self._wake.wait()
         self._take_inbox()
         return not self._closing
 
     def _take_inbox(self) -> None:
         while self._inbox:
-            self._loop.waiting.add(self._inbox.popleft())
+            self._lanes.add(self._inbox.popleft())
 
     def _on_end(self, job: Job) -> None:
         """Called once per request, before its last chunk."""

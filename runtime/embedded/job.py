@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
+from deltafold.runtime.embedded.runner import Runner
 from deltafold.runtime.embedded.sampler import Choice, RawLogprob, generator
 from deltafold.runtime.embedded.stream import Detokenizer, StopStrings
 from deltafold.runtime.embedded.text import TextFront
@@ -26,6 +28,8 @@ class Job:
     Attributes:
         order: position in the order of arrival.
         limit: most tokens to generate.
+        runner: of the variant's own dense model; None where it runs on the shared one.
+        writing: for requests that are written in whole batches; see `batches`.
         cached: tokens that key-value memory holds; the rest must still be run.
     """
 
@@ -36,6 +40,8 @@ class Job:
     on_chunk: OnChunk
     order: int
     limit: int
+    runner: Runner | None = None
+    writing: Any | None = None
     cancelled: bool = False
     ended: bool = False
     counted: bool = False

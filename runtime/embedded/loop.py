@@ -7,33 +7,18 @@ longer than one piece takes.
 
 from __future__ import annotations
 
-import logging
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
-from deltafold.compress.errors import DeltafoldError
 from deltafold.runtime.embedded.cache import BatchCache
+from deltafold.runtime.embedded.delivery import Delivery
 from deltafold.runtime.embedded.job import Job
 from deltafold.runtime.embedded.runner import Runner
 from deltafold.runtime.embedded.sampler import Choice, choose, prompt_logprobs
 from deltafold.runtime.embedded.scheduler import Limits, Prefill, find_victims, pick_group
 from deltafold.runtime.embedded.waiting import Waiting
-from deltafold.runtime.engine import Chunk, FinishReason
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Counters:
-    """Totals since the start; read by other threads, each field on its own."""
-
-    steps: int = 0
-    base_only_steps: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
+from deltafold.runtime.engine import FinishReason
 
 
 class Loop:
@@ -44,14 +29,14 @@ class Loop:
         running: requests with a row; index = row of the cache.
     """
 
-    def __init__(self, runner: Runner, limits: Limits, on_end: Callable[[Job], None]) -> None:
-        """`on_end` is called once per request, before its last chunk goes out."""
+    def __init__(self, runner: Runner, limits: Limits, delivery: Delivery) -> None:
+        """An idle loop of one model."""
         self.waiting = Waiting()
         self.running: list[Job] = []
-        self.counters = Counters()
+        self.counters = delivery.counters
         self._runner = runner
         self._limits = limits
-        self._on_end = on_end
+        self._delivery = delivery
         self._cache: BatchCache | None = None
         self._prefill: Prefill | None = None
 
@@ -71,12 +56,6 @@ class Loop:
         """Rows and columns that memory is allocated for."""
         return self._cache.capacity if self._cache else (0, 0)
 
-    def enter_thread(self) -> None:
-        """Called first on the thread that will step."""
-        # The current device belongs to a thread, and kernels start on the current one.
-        if self._runner.device.type == "cuda":
-            torch.cuda.set_device(self._runner.device)
-
     @torch.inference_mode()
     def step(self) -> None:
         """Advance everything a little."""
@@ -95,7 +74,7 @@ class Loop:
         self.waiting = Waiting()
         self.running, self._prefill, self._cache = [], None, None
         for job in left:
-            self._end(job, reason, error)
+            self._delivery.end(job, reason, error)
 
     # Rows come.
 
@@ -113,7 +92,7 @@ class Loop:
             choices = self._choose(logits, group) if prefill.done == prefill.width else None
         except Exception as error:
             self._prefill = None
-            self._fail(group, error)
+            self._delivery.fail(group, error)
             return
         if choices is None:
             return
@@ -168,7 +147,7 @@ class Loop:
         except Exception as error:
             # The pass may have stopped half way, so the cache cannot be trusted any more.
             self.running, self._cache = [], None
-            self._fail(rows, error)
+            self._delivery.fail(rows, error)
             return
         for job in rows:
             job.cached += 1
@@ -209,73 +188,22 @@ class Loop:
 
     def _deliver(self, rows: Sequence[Job], choices: Sequence[Choice]) -> list[Job]:
         """Hand out a step's tokens; the requests that go on."""
-        stay = []
-        for job, choice in zip(rows, choices, strict=True):
-            if job.limit == 0:  # wanted the prompt's log-probabilities alone
-                self._end(job, "length")
-            elif not choice.finite:
-                self._end(job, "error", _not_finite(job))
-            elif self._hand_out(job, choice):
-                stay.append(job)
-        return stay
-
-    def _hand_out(self, job: Job, choice: Choice) -> bool:
-        """Whether the request goes on."""
-        try:
-            chunk = job.accept(choice)
-        except Exception as error:
-            self._fail([job], error)
-            return False
-        self.counters.generated_tokens += 1
-        if chunk.finish_reason is not None:
-            self._finish(job, chunk)
-            return False
-        return self._send(job, chunk)
-
-    def _send(self, job: Job, chunk: Chunk) -> bool:
-        try:
-            job.on_chunk(chunk)
-        except Exception:
-            # The receiver is broken, not the request; nobody is left to tell.
-            _log.exception("the receiver of request %s failed", job.ticket.id)
-            if not job.ended:
-                job.ended = True
-                self._on_end(job)
-            return False
-        return True
-
-    def _finish(self, job: Job, last: Chunk) -> None:
-        """The one place where a request ends."""
-        assert not job.ended
-        job.ended = True
-        # First give back what the request held: who sees the last chunk may count on it.
-        self._on_end(job)
-        self._send(job, last)
-
-    def _end(self, job: Job, reason: FinishReason, error: Exception | None = None) -> None:
-        self._finish(job, Chunk("", finish_reason=reason, error=error))
-
-    def _fail(self, rows: Sequence[Job], error: Exception) -> None:
-        ids = ", ".join(s.ticket.id for s in rows)
-        _log.error("requests %s failed", ids, exc_info=error)
-        # Receivers keep the error; it must not keep a whole pass's tensors alive with it.
-        traceback.clear_frames(error.__traceback__)
-        for job in rows:
-            self._end(job, "error", error)
+        pairs = zip(rows, choices, strict=True)
+        return [job for job, choice in pairs if self._delivery.deliver(job, choice)]
 
     def _drop_cancelled(self) -> None:
         for job in [s for s in self.waiting if s.cancelled]:
             self.waiting.remove(job)
-            self._end(job, "cancelled")
+            self._delivery.end(job, "cancelled")
         # A group that is read in several passes is a single request.
         if any(s.cancelled for s in self.reading):
             gone, self._prefill = self.reading, None
             for job in gone:
-                self._end(job, "cancelled")
+                self._delivery.end(job, "cancelled")
         gone = [s for s in self.running if s.cancelled]
         self._leave(gone)
         for job in gone:
-            self._end(job, "cancelled")
+            self._delivery.end(job, "cancelled")
 
     def _yield_rows(self) -> None:
         """Take rows back where memory or fairness demands it; those requests start over later."""
@@ -305,12 +233,3 @@ class Loop:
         spare = self._cache.columns - max(s.cached for s in self.running)
         if spare:
             self._cache.trim(spare)
-
-
-def _not_finite(job: Job) -> DeltafoldError:
-    return DeltafoldError(
-        "not-finite",
-        f"{job.ticket.variant} computed logits that are not numbers.",
-        facts=[("scale", job.sampling.scale), ("tokens so far", len(job.tokens))],
-        fix="try a smaller scale, or check the delta with `deltafold verify`",
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,9 @@ import torch
 
 from deltafold.compress import Checkpoint, DeltafoldError
 from deltafold.compress.fingerprint import digest_source
-from deltafold.runtime.deltas import Deltas
+from deltafold.runtime.deltas import Deltas, Rebuild
 from deltafold.runtime.quantizing import check_quantization, quantize_base
+from deltafold.runtime.quiet import quiet
 
 #: On a CPU, models up to this size in float32 run in float32: most CPUs are no slower at it, and
 #: answers are then exact to the last printed digit.
@@ -41,6 +43,7 @@ def open_model(
     max_deltas: int | None = None,
     strict: bool = True,
     base_quantization: str | None = None,
+    rebuild: Rebuild = "auto",
 ) -> Opened:
     """Load a base checkpoint with transformers and wrap it.
 
@@ -54,25 +57,19 @@ def open_model(
         max_deltas: most variants in memory.
         strict: refuse to start while a delta of the zoo is broken.
         base_quantization: `nf4` or `int8`: keep the weights of linear layers so; see `quantizing`.
+        rebuild: see `Deltas`.
 
     Raises:
         DeltafoldError: `not-found`, `not-a-checkpoint`, `bad-argument`, `missing-extra`,
             `engine-unsupported`, and what is wrong with a delta.
     """
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise DeltafoldError(
-            "missing-extra",
-            "the embedded engine needs transformers.",
-            fix="pip install 'deltafold[hf]'",
-        ) from error
+    need_transformers()
     checkpoint = Checkpoint.open(base)
     where = _device(device)
     if base_quantization is not None:
         check_quantization(checkpoint, base_quantization)
-    with _quiet(checkpoint.nbytes() < _WORTH_A_BAR):
-        model = AutoModelForCausalLM.from_pretrained(
+    with quiet(checkpoint.nbytes() < _WORTH_A_BAR):
+        model = _generating_class(checkpoint.folder).from_pretrained(
             checkpoint.folder, dtype=_dtype(dtype, checkpoint, where), local_files_only=True
         )
     if base_quantization is not None:
@@ -85,23 +82,78 @@ def open_model(
         name=name or checkpoint.reference.name,
         max_deltas=max_deltas,
         strict=strict,
+        rebuild=rebuild,
         digests=digest_source(checkpoint),
     )
     return Opened(model, deltas)
 
 
+def generates(base: str | Path) -> bool:
+    """Whether a base was saved as a model that generates text; True where it does not say."""
+    need_transformers()
+    from deltafold.runtime.embedded.heads import named_class
+
+    _, cls = named_class(Checkpoint.open(base).folder)
+    return cls is None or bool(cls.can_generate())
+
+
+def load_bare(
+    checkpoint: Checkpoint, cls: Any, *, device: str, dtype: str | torch.dtype | None
+) -> tuple[Any, list[str]]:
+    """Load a checkpoint as a class that may leave its head out, or have more than it.
+
+    Returns:
+        The model, in eval mode, and the names of its tensors that the checkpoint does not bring.
+    """
+    where = _device(device)
+    with quiet(checkpoint.nbytes() < _WORTH_A_BAR), _no_report():
+        model, info = cls.from_pretrained(
+            checkpoint.folder,
+            dtype=_dtype(dtype, checkpoint, where),
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    return model.to(where).eval(), sorted(info["missing_keys"])
+
+
+def _generating_class(folder: Path) -> Any:
+    """What to load a checkpoint as: decoders by the automatic class, models that read something else
+    first by the class that they were saved as.
+    """
+    import transformers as hf
+
+    config = hf.AutoConfig.from_pretrained(folder, local_files_only=True)
+    pairs = getattr(config, "is_encoder_decoder", False)
+    if not pairs and not any(hasattr(config, n) for n in ("vision_config", "audio_config")):
+        return hf.AutoModelForCausalLM
+    for name in getattr(config, "architectures", None) or ():
+        cls = getattr(hf, name, None)
+        if cls is not None and issubclass(cls, hf.GenerationMixin):
+            return cls
+    return hf.AutoModelForSeq2SeqLM if pairs else hf.AutoModelForCausalLM
+
+
+def need_transformers() -> None:
+    """Raises `missing-extra` where transformers is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        raise DeltafoldError(
+            "missing-extra",
+            "the embedded engine needs transformers.",
+            fix="pip install 'deltafold[hf]'",
+        )
+
+
 @contextmanager
-def _quiet(quiet: bool) -> Iterator[None]:
+def _no_report() -> Iterator[None]:
+    """Without transformers' table of what a checkpoint has too many or too few of."""
     from transformers.utils import logging
 
-    hide = quiet and logging.is_progress_bar_enabled()
-    if hide:
-        logging.disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        if hide:
-            logging.enable_progress_bar()
+        logging.set_verbosity(level)
 
 
 def _device(device: str) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Final
 
 import torch
@@ -14,6 +15,15 @@ from deltafold.runtime.host import DeltaHost, Row
 
 #: Used where a configuration does not say how long a context the model knows.
 _UNSTATED_CONTEXT: Final = 2048
+_CONTEXTS: Final = ("max_position_embeddings", "seq_length")
+#: What models call the memory that they are given; the latter where it holds states alone.
+_CACHES: Final = ("past_key_values", "cache_params")
+
+
+def stated_context(config: Any, names: Sequence[str]) -> int | None:
+    """The first context length that a configuration states under one of some names, in tokens."""
+    found = (getattr(config, name, None) for name in names)
+    return next((int(length) for length in found if length), None)
 
 
 class Runner:
@@ -27,10 +37,15 @@ class Runner:
         device: where tokens go in.
     """
 
-    def __init__(self, model: Any, host: DeltaHost) -> None:
-        """Raises `engine-unsupported` where a model cannot continue from a cache."""
+    def __init__(self, model: Any, host: DeltaHost | None) -> None:
+        """A runner of the shared model, or without a host of one variant's own dense model.
+
+        Raises:
+            DeltafoldError: `engine-unsupported` where a model cannot continue from a cache.
+        """
         known = set(inspect.signature(type(model).forward).parameters)
-        if "past_key_values" not in known:
+        self._takes_cache = next((n for n in _CACHES if n in known), "")
+        if not self._takes_cache:
             raise DeltafoldError(
                 "engine-unsupported",
                 f"{type(model).__name__} takes no key-value cache, so it cannot generate here.",
@@ -48,11 +63,7 @@ class Runner:
     @property
     def context(self) -> int:
         """The longest sequence that the model's configuration allows, in tokens."""
-        config = self._model.config.get_text_config()
-        stated = getattr(config, "max_position_embeddings", None) or getattr(
-            config, "seq_length", None
-        )
-        return int(stated or _UNSTATED_CONTEXT)
+        return stated_context(self._model.config.get_text_config(), _CONTEXTS) or _UNSTATED_CONTEXT
 
     def new_cache(self, columns: int) -> BatchCache:
         """An empty cache with room for this many columns."""
@@ -98,13 +109,13 @@ class Runner:
         inputs: dict[str, Any] = {
             "input_ids": ids,
             "attention_mask": (columns >= hidden).long(),
-            "past_key_values": cache,
+            self._takes_cache: cache,
             "use_cache": True,
         }
         if self._takes_positions:
             inputs["position_ids"] = (columns[past:] - hidden).clamp_(min=0)
         if self._takes_keep:
             inputs["logits_to_keep"] = 0 if every_position else 1
-        with self._host.batch(rows):
+        with self._host.batch(rows) if self._host else nullcontext():
             logits: torch.Tensor = self._model(**inputs).logits
         return logits if every_position else logits[:, -1:]

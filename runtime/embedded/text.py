@@ -59,6 +59,11 @@ class TextFront:
         self._pieces: dict[int, str] = {}
         self._anchor: tuple[list[int], str] | None = None
 
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """Tokens with which a tokenizer for transcripts opens them (language, task)."""
+        return tuple(getattr(self._tokenizer, "prefix_tokens", None) or ())
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt.
 
@@ -77,6 +82,12 @@ class TextFront:
         if not ids:
             raise _bad("the prompt is empty")
         return ids
+
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int] | None]:
+        """Token ids of two texts as one input, and of which text each is (None: not told apart)."""
+        found = self._need_tokenizer()(first, second)
+        types = found.get("token_type_ids")
+        return list(found["input_ids"]), None if types is None else list(types)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out; empty without a tokenizer."""
@@ -248,7 +259,7 @@ def _content_key(folder: Path) -> str:
 def _eos(folder: Path) -> frozenset[int]:
     """End tokens by the generation config, or else by the model's config."""
     for name in ("generation_config.json", "config.json"):
-        config = _read_json(folder / name)
+        config = read_json(folder / name)
         value = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
         if value is not None:
             return frozenset(int(v) for v in (value if isinstance(value, list) else [value]))
@@ -256,12 +267,13 @@ def _eos(folder: Path) -> frozenset[int]:
 
 
 def _vocabulary(folder: Path) -> int | None:
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     value = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     return None if value is None else int(value)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty where there is none."""
     if not path.is_file():
         return {}
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

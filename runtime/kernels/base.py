@@ -96,3 +96,24 @@ class Stacked:
                 found = rows.new_empty(len(index), rows.shape[1])
             found[mine] = rows
         return self.blocks[0].gather(index) if found is None else found
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A form times a number: one component of a mixture."""
+
+    inner: DeltaMatrix
+    weight: float
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
+        return self.inner.nbytes
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """`x @ D^T`."""
+        return self.inner.matmul(x) * self.weight
+
+    def gather(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of D."""
+        return self.inner.gather(index) * self.weight

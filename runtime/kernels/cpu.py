@@ -2,8 +2,9 @@
 
 `aten::_weight_int4pack_mm_for_cpu` multiplies by `(q - 8) * s + z` with q of 4 bits and (s, z) a group
 of columns, reading half a byte a weight where a dense bfloat16 copy reads two. A sign plane is q in
-{9, 7} with z = 0; codes of 2 and 4 bits are q shifted to the middle; codes of 8 bits are two passes,
-16 * high + low. It is vectorised for bfloat16 activations; float32 models use dense deltas instead.
+{9, 7} with z = 0; codes of 2 to 4 bits are q shifted to the middle; codes of 5 to 8 bits are two
+passes, 16 * high + low. It is vectorised for bfloat16 activations; float32 models use dense deltas
+instead.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def planes_forms(term: Planes, parts: Parts, shape: tuple[int, ...]) -> list[Int
 
 
 def codes_forms(term: Codes, parts: Parts, shape: tuple[int, ...]) -> list[Int4] | None:
-    """One form (two for 8 bits), or None where the shape or group does not fit the op."""
+    """One form (two above 4 bits), or None where the shape or group does not fit the op."""
     rows, columns = shape
     group = _group(columns, term.group)
     if group is None:
@@ -75,7 +76,7 @@ def codes_forms(term: Codes, parts: Parts, shape: tuple[int, ...]) -> list[Int4]
     codes, scale = term.grid(parts, shape)
     step = term.group or columns
     levels = _per_group(scale[:, ::step] if scale.shape[1] > 1 else scale, rows, columns, group)
-    if term.bits < 8:
+    if term.bits <= 4:
         return [_pack(codes.to(torch.int32) + 8, levels, group)]
     # q in [-128, 127] is 16 * high + low with high in [-8, 7] and low in [0, 15]; low's zero point
     # moves by 8, which the op's z undoes.

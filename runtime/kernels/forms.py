@@ -7,14 +7,19 @@ from dataclasses import dataclass
 import torch
 
 from deltafold.compress.terms import (
+    NM,
+    Banded,
     Blocks,
+    Codebook,
     Codes,
+    ColumnPlanes,
     Context,
     Encoded,
     LowRank,
     Planes,
     Rows,
     Sparse,
+    SparseCodes,
     Term,
     rows_and_columns,
 )
@@ -22,9 +27,14 @@ from deltafold.compress.terms.base import Parts
 from deltafold.runtime.kernels.base import DeltaMatrix, Stacked, Sum
 from deltafold.runtime.kernels.cpu import codes_forms, planes_forms
 from deltafold.runtime.kernels.reference import Dense, RowSubset
-from deltafold.runtime.kernels.signs import codes_words, planes_words
+from deltafold.runtime.kernels.signs import (
+    codebook_words,
+    codes_words,
+    column_words,
+    planes_words,
+)
 from deltafold.runtime.kernels.simple import Factors, csr
-from deltafold.runtime.kernels.tables import PackedTable
+from deltafold.runtime.kernels.tables import TABLES, PackedTable
 
 #: Below this share of entries kept, compressed rows beat a dense product on a CPU, unless the matrix
 #: is so small that the call costs more than the product.
@@ -83,15 +93,42 @@ def _product(
         packed = _packed(term, parts, matrix, target.dtype)
         if packed is not None:
             return packed
-    if isinstance(term, LowRank):
-        a, b = term.factors(parts)
-        return Factors(a.to(target.device, target.dtype), b.to(target.device, target.dtype))
+    if isinstance(term, ColumnPlanes | Codebook) and target.device.type == "cpu":
+        words = _words(term, parts, matrix)
+        if words is not None:
+            return words
+    if isinstance(term, LowRank) or (isinstance(term, Banded) and _is_thin(term, shape)):
+        return _factors(term, parts, shape, context, target)
     if isinstance(term, Rows):
         return _row_subset(term, encoded, shape, context, target)
     delta = term.decode(parts, shape, context).reshape(matrix)
     if target.device.type == "cpu" and _is_sparse(term, delta):
         return csr(delta, target.device)
     return Dense(delta.to(target.device, target.dtype))
+
+
+def _words(
+    term: ColumnPlanes | Codebook, parts: Parts, matrix: tuple[int, int]
+) -> DeltaMatrix | None:
+    if isinstance(term, ColumnPlanes):
+        return column_words(term, parts, matrix) if term.bits <= _MOST_PLANES else None
+    return codebook_words(term, parts, matrix) if term.levels <= _MOST_PLANES else None
+
+
+def _is_thin(term: Banded, shape: tuple[int, ...]) -> bool:
+    """Whether two products by the factors cost less than one by the matrix."""
+    rows, columns = rows_and_columns(shape)
+    return term.rank(shape) * (rows + columns) < rows * columns
+
+
+def _factors(
+    term: LowRank | Banded, parts: Parts, shape: tuple[int, ...], context: Context, target: Target
+) -> Factors:
+    if isinstance(term, Banded):
+        a, b = term.factors(parts, shape, context)
+    else:
+        a, b = term.factors(parts)
+    return Factors(a.to(target.device, target.dtype), b.to(target.device, target.dtype))
 
 
 def _packed(
@@ -132,13 +169,12 @@ def _table(
         blocks = term.each(parts, shape, context)
         forms = [_table(Encoded(t, p), s, c, target) for t, p, s, c in blocks]
         return Stacked(forms, term.rows)
-    if isinstance(term, Planes | Codes) and len(shape) == 2 and target.device.type == "cpu":
+    if isinstance(term, TABLES) and len(shape) == 2 and target.device.type == "cpu":
         return PackedTable(term, dict(parts), shape[1], target.dtype, target.device)
     if isinstance(term, Rows):
         return _row_subset(term, encoded, shape, context, target)
-    if isinstance(term, LowRank):
-        a, b = term.factors(parts)
-        return Factors(a.to(target.device, target.dtype), b.to(target.device, target.dtype))
+    if isinstance(term, LowRank) or (isinstance(term, Banded) and _is_thin(term, shape)):
+        return _factors(term, parts, shape, context, target)
     delta = term.decode(parts, shape, context).reshape(rows_and_columns(shape))
     if _is_sparse(term, delta):
         return csr(delta, target.device)
@@ -146,5 +182,10 @@ def _table(
 
 
 def _is_sparse(term: Term, delta: torch.Tensor) -> bool:
-    few = isinstance(term, Sparse) and term.count < _SPARSE_BELOW * delta.numel()
-    return few and delta.numel() >= _SPARSE_FROM
+    if isinstance(term, NM):
+        share = term.keep / term.of
+    elif isinstance(term, Sparse | SparseCodes):
+        share = term.count / max(delta.numel(), 1)
+    else:
+        return False
+    return share < _SPARSE_BELOW and delta.numel() >= _SPARSE_FROM

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from deltafold.compress.terms import Codes, Planes
+from deltafold.compress.terms import Codebook, Codes, ColumnPlanes, Planes, scales
 from deltafold.compress.terms.base import Parts
 from deltafold.runtime.kernels.native import signs_library
 
@@ -106,6 +106,76 @@ def codes_words(term: Codes, parts: Parts, shape: tuple[int, int]) -> SignWords 
     per_group = (scale[:, ::width] if scale.shape[1] > 1 else scale).T
     levels = torch.stack([per_group * 2.0 ** (i - 1) for i in range(term.bits)])
     return _packed(plus, levels, per_group * -0.5, width, library)
+
+
+def codebook_words(term: Codebook, parts: Parts, shape: tuple[int, int]) -> SignWords | None:
+    """Signs with one of M levels as M planes, or None where this machine has no kernel for them.
+
+    With the index's bits as t_i in {-1, 1} any table is a sum over subsets of them, `level = sum_J c_J
+    prod_{i in J} t_i` (a Walsh-Hadamard transform), and each product with the sign is a plane.
+    """
+    library = signs_library()
+    if library is None:
+        return None
+    rows, columns = shape
+    plus, index = term.split(parts, shape)
+    table = scales.load(dict(parts), term.table_format, "table")
+    subsets = torch.arange(term.levels)
+    # Whether the product over subset J is negative for an index: the parity of the zeros it sees.
+    negative = _parity(subsets.unsqueeze(1) & ~subsets)
+    signs = 1.0 - 2.0 * negative.to(torch.float32)
+    levels = (table @ signs.T / term.levels).T.reshape(term.levels, 1, -1).expand(-1, 1, rows)
+    planes = torch.stack([plus ^ negative[j][index] for j in range(term.levels)])
+    return _packed(planes, levels, None, max(columns, 1), library)
+
+
+def _parity(values: torch.Tensor) -> torch.Tensor:
+    """Whether the number of ones in the low 7 bits is odd."""
+    return torch.stack([values >> i & 1 for i in range(7)]).sum(dim=0) % 2 == 1
+
+
+@dataclass(frozen=True)
+class ColumnScaled:
+    """Sign planes whose scales lie on the columns: `y = sum_i (x * c_i) S_i^T`.
+
+    Attributes:
+        planes: one form with unit levels for each plane.
+        scales: float32 `[planes, M]`.
+    """
+
+    planes: tuple[SignWords, ...]
+    scales: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
+        held = self.scales.numel() * self.scales.element_size()
+        return held + sum(plane.nbytes for plane in self.planes)
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """`x @ D^T`; computed in float32."""
+        wide = x.to(torch.float32)
+        total = self.planes[0].matmul(wide * self.scales[0])
+        for plane, scale in zip(self.planes[1:], self.scales[1:], strict=True):
+            total = total + plane.matmul(wide * scale)
+        return total.to(x.dtype)
+
+    def gather(self, index: torch.Tensor) -> torch.Tensor:
+        """Not for tables: the packed layout has no cheap rows."""
+        raise AssertionError("sign words are made for products only")
+
+
+def column_words(term: ColumnPlanes, parts: Parts, shape: tuple[int, int]) -> ColumnScaled | None:
+    """Sign planes with column scales, or None where this machine has no kernel for them."""
+    one = Planes(1, "tensor", 0, "float32")
+    planes = []
+    for signs in parts["signs"]:
+        unit = {"signs": signs.unsqueeze(0), "scales": torch.ones(1)}
+        words = planes_words(one, unit, shape)
+        if words is None:
+            return None
+        planes.append(words)
+    return ColumnScaled(tuple(planes), term.levels(parts))
 
 
 def _packed(

@@ -6,26 +6,30 @@ A table in its packed form is what a variant costs in memory; decoding a few row
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
-from deltafold.compress.terms import Codes, Context, Planes
+from deltafold.compress.terms import NM, Codebook, Codes, ColumnPlanes, Context, Planes
 from deltafold.compress.terms.base import Parts
+
+#: Terms whose rows can be decoded without the others.
+TABLES: Final = (NM, Codebook, Codes, ColumnPlanes, Planes)
 
 
 @dataclass(frozen=True)
 class PackedTable:
-    """Planes or codes in their disk layout, rows first.
+    """Planes or codes in their disk layout.
 
     Attributes:
-        term: `Planes` or `Codes`.
+        term: one of `TABLES`.
         parts: the stored parts, on the CPU.
         columns: M.
         dtype: of the rows that `gather` returns.
         device: where they are returned.
     """
 
-    term: Planes | Codes
+    term: NM | Codebook | Codes | ColumnPlanes | Planes
     parts: dict[str, torch.Tensor]
     columns: int
     dtype: torch.dtype
@@ -44,22 +48,22 @@ class PackedTable:
         """Rows of D."""
         rows = index.to("cpu")
         shape = (len(rows), self.columns)
-        parts = _planes_rows(self.parts, rows) if isinstance(self.term, Planes) else None
-        chosen = parts if parts is not None else _codes_rows(self.parts, rows)
-        decoded = self.term.decode(chosen, shape, Context(""))
+        decoded = self.term.decode(_rows(self.term, self.parts, rows), shape, Context(""))
         return decoded.to(device=self.device, dtype=self.dtype)
 
 
-def _planes_rows(parts: Parts, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+def _rows(term: object, parts: Parts, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The parts that stand for some rows."""
     out = dict(parts)
-    out["signs"] = parts["signs"].index_select(1, rows)
-    if parts["scales"].dim() > 1:
-        out["scales"] = parts["scales"].index_select(1, rows)
-    return out
-
-
-def _codes_rows(parts: Parts, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    out = dict(parts)
-    out["codes"] = parts["codes"].index_select(0, rows)
-    out["scales"] = parts["scales"].index_select(0, rows)
+    if isinstance(term, Planes | ColumnPlanes):
+        out["signs"] = parts["signs"].index_select(1, rows)
+        if isinstance(term, Planes) and term.scale != "tensor":
+            out["scales"] = parts["scales"].index_select(1, rows)
+        return out
+    by_row = ["codes", "scales", "positions", "values"]
+    if isinstance(term, Codebook) and term.scale == "row":
+        by_row.append("table")
+    for key in by_row:
+        if key in parts:
+            out[key] = parts[key].index_select(0, rows)
     return out

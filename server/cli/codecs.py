@@ -10,6 +10,9 @@ import click
 
 from deltafold.server.cli.output import Output, output_options, table
 
+#: The tensor for which sizes are listed.
+_MATRIX = (4096, 4096)
+
 
 @click.command("codecs")
 @output_options
@@ -17,7 +20,8 @@ from deltafold.server.cli.output import Output, output_options, table
 def codecs(output: Output) -> None:
     """List codecs, edits and merges with their options, needs and sources.
 
-    A spec is a codec's name, or its name and options: bitdelta:bits=2,scale=row.
+    A spec is a codec's name, or its name and options: bitdelta:bits=2,scale=row. The class is what
+    arXiv 2410.13841 says of the loss; `deltafold diagnose` measures it for a fine-tune of yours.
 
     \b
     deltafold codecs
@@ -27,19 +31,26 @@ def codecs(output: Output) -> None:
     from deltafold.compress.merges import MERGES
     from deltafold.compress.terms import REGISTRY
 
-    listed = [_describe(METHODS[name]) for name in sorted(METHODS)]
-    edits = [_describe(EDITS[name]) for name in sorted(EDITS)]
-    merges = [_describe(MERGES[name]) for name in sorted(MERGES)]
+    listed = [
+        _describe("codec", METHODS[name]) | {"bits": _bits(METHODS[name])}
+        for name in sorted(METHODS)
+    ]
+    edits = [_describe("edit", EDITS[name]) for name in sorted(EDITS)]
+    merges = [_describe("merge", MERGES[name]) for name in sorted(MERGES)]
     terms = [{"id": term_id, "v": version} for term_id, version in sorted(REGISTRY)]
     data = {"codecs": listed, "edits": edits, "merges": merges, "terms": terms}
     parts = [_text("codec", listed), _text("edit", edits), _text("merge", merges)]
     output.result(data, "\n\n".join(parts))
 
 
-def _describe(method: type[Any]) -> dict[str, Any]:
+def _describe(kind: str, method: type[Any]) -> dict[str, Any]:
+    from deltafold.compress.classes import CLASSES
+
     hints = typing.get_type_hints(method)
     described = {
         "id": method.id,
+        "kind": kind,
+        "class": CLASSES[kind].get(method.id),
         "summary": method.summary,
         "options": [_option(f, hints[f.name]) for f in dataclasses.fields(method)],
         "needs": list(method.needs),
@@ -48,6 +59,13 @@ def _describe(method: type[Any]) -> dict[str, Any]:
     if hasattr(method, "applied"):
         described["applied"] = method.applied
     return described
+
+
+def _bits(method: type[Any]) -> float:
+    """Bits a weight of a common matrix, with the options as they are listed."""
+    from deltafold.compress.methods import bits_per_weight
+
+    return round(bits_per_weight(method(), _MATRIX, "BF16"), 3)
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
@@ -64,10 +82,11 @@ def _text(word: str, listed: list[dict[str, Any]]) -> str:
     for item in listed:
         options = ",".join(f"{o['name']}={o['default']}" for o in item["options"]) or "-"
         needs = ", ".join(item["needs"]) or "nothing"
-        served = [item["applied"]] if "applied" in item else []
-        rows.append([item["id"], options, needs, *served, item["paper"], item["summary"]])
-    served = ["when served"] if listed and "applied" in listed[0] else []
-    head = [word, "options", "needs", *served, "source", "what it does"]
+        served = [f"{item['bits']:.2f}", item["applied"]] if "applied" in item else []
+        known = item["class"] or "-"
+        rows.append([item["id"], options, needs, *served, known, item["paper"], item["summary"]])
+    served = ["bits", "when served"] if listed and "applied" in listed[0] else []
+    head = [word, "options", "needs", *served, "class", "source", "what it does"]
     choices = [
         f"  {item['id']}: {o['name']} is {', '.join(o['choices'])}"
         for item in listed

@@ -10,9 +10,11 @@ import click
 from click.core import ParameterSource
 
 #: How a run was printed, or where it went, says nothing of what it made.
-_UNTOLD: Final = ("overwrite",)
+_UNTOLD: Final = ("overwrite", "device")
 #: Options that name files or folders of this machine.
-_PLACES: Final = ("out", "recipe", "calibrate")
+_PLACES: Final = ("out", "recipe", "file")
+#: Options that take a folder or a hub id.
+_REFERENCES: Final = ("base",)
 
 
 def command_line(name: str) -> str:
@@ -39,6 +41,11 @@ def _words(parameter: click.Parameter, value: Any) -> list[str]:
     flag = parameter.opts[0]
     if value is True:
         return [flag]
+    if parameter.name in _REFERENCES:
+        return [flag, public(str(value))]
+    if parameter.name == "references":
+        role, _, model = str(value).partition("=")
+        return [flag, f"{role}={public(model)}"]
     return [flag, Path(str(value)).name if parameter.name in _PLACES else str(value)]
 
 

@@ -7,8 +7,8 @@ import time
 import click
 
 from deltafold.server.cli.command import command_line
-from deltafold.server.cli.compress import pack_data, pack_text
 from deltafold.server.cli.output import Output, output_options, quiet_option
+from deltafold.server.cli.packed import pack_data, pack_text
 
 
 @click.command("import-lora")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltafold.server.cli.compress import against_text, quantization_data
 from deltafold.server.cli.output import Output, facts, output_options, size, table
+from deltafold.server.cli.packed import against_text, quantization_data
 
 if TYPE_CHECKING:
     from deltafold.compress import DeltaRepo, Manifest
@@ -179,7 +179,7 @@ def _text(data: dict[str, Any]) -> str:
         lines.insert(2, ("against", against_text(data["base_quantization"])))
     if data["accepted"]:
         lines.append(("accepted", ", ".join(data["accepted"])))
-    lines += [(f"quality {key}", str(value)) for key, value in data["quality"].items()]
+    lines += [(f"quality {key}", _figure(value)) for key, value in data["quality"].items()]
     lines.append(("made by", data["created_by"]))
     if data["command"]:
         lines.append(("command", data["command"]))
@@ -190,6 +190,16 @@ def _text(data: dict[str, Any]) -> str:
     if "tensors" in data:
         text += "\n\n" + _tensor_table(data["tensors"])
     return text
+
+
+def _figure(value: Any) -> str:
+    """A quality figure as people read it; of what was measured on, the name and the size."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        shown = [f"{key} {value[key]}" for key in ("name", "rows", "tokens") if key in value]
+        return ", ".join(shown) or ", ".join(map(str, value))
+    return str(value)
 
 
 def _tensor_table(tensors: list[dict[str, Any]]) -> str:

@@ -31,8 +31,15 @@ COMMANDS: Final[Mapping[str, Lazy]] = {
     "import-lora": Lazy(
         f"{_ROOM}.import_lora:import_lora", "Turn a PEFT LoRA into a delta against its base."
     ),
+    "merge": Lazy(f"{_ROOM}.merge:merge", "Merge several deltas of one base into one."),
     "inspect": Lazy(f"{_ROOM}.inspect:inspect", "Show what is in a delta, or in a zoo of deltas."),
     "verify": Lazy(f"{_ROOM}.verify:verify", "Check a delta's files, payload, base and coverage."),
+    "eval": Lazy(
+        f"{_ROOM}.eval:evaluate", "Measure a delta beside its fine-tune, and record it.", "hf"
+    ),
+    "diagnose": Lazy(
+        f"{_ROOM}.diagnose:diagnose", "Tell what codecs and edits would do to the loss.", "hf"
+    ),
     "restore": Lazy(f"{_ROOM}.restore:restore", "Write the fine-tune as a full checkpoint again."),
     "export": Lazy(
         f"{_ROOM}.export:export", "Write a delta as a LoRA folder or a full checkpoint."

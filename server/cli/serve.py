@@ -18,7 +18,7 @@ from deltafold.compress.errors import DeltafoldError
 from deltafold.server.addresses import is_loopback
 
 if TYPE_CHECKING:
-    from deltafold.runtime.engine import Engine
+    from deltafold.runtime.engine import Served
 
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _SHOWN_VARIANTS = 12
@@ -63,6 +63,13 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
     type=click.Choice(["nf4", "int8"]),
     help="Keep the base's linear layers in 4 or 8 bits.",
 )
+@click.option(
+    "--runner",
+    type=click.Choice(["auto", "generate", "pooling"]),
+    default="auto",
+    show_default=True,
+    help="What the model is for: text, or labels and vectors; auto asks the base.",
+)
 @click.option("--max-model-len", type=click.IntRange(1), help="Most tokens of prompt and output.")
 @click.option("--max-batch", type=click.IntRange(1), help="Most requests that run together.")
 @click.option("--max-deltas", type=click.IntRange(1), help="Most variants kept in memory.")
@@ -71,6 +78,13 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
     default=True,
     show_default=True,
     help="Check each delta against the base before it serves.",
+)
+@click.option(
+    "--rebuild",
+    type=click.Choice(["auto", "never"]),
+    default="auto",
+    show_default=True,
+    help="Give variants that cannot be applied a dense model of their own, or refuse them.",
 )
 @click.option(
     "--log-level",
@@ -87,31 +101,47 @@ def serve(
     api_keys: tuple[str, ...],
     served_model_name: str | None,
     log_level: str,
+    runner: str,
     **engine_options: Any,
 ) -> None:
     """Serve BASE and every delta of a zoo over HTTP.
 
-    The server listens at once and answers 503 until the base is loaded. Without --api-key it can
-    be reached from this machine only.
+    Models that generate answer chats and completions, others give labels and vectors. The server
+    listens at once and answers 503 until the base is loaded. Without --api-key it can be reached
+    from this machine only.
     """
     require_serve_extra()
     refuse_open_bind(host, api_keys)
     logging.basicConfig(level=log_level.upper(), stream=sys.stderr, format=_LOG_FORMAT)
     given = {name: value for name, value in engine_options.items() if value is not None}
 
-    def open_engine() -> Engine:
-        from deltafold.runtime import EmbeddedEngine
+    def open_engine() -> Served:
+        from deltafold.runtime import EmbeddedEngine, PoolingEngine
 
-        engine: Engine = EmbeddedEngine.open(
-            base, zoo=zoo, served_model_name=served_model_name, **given
-        )
+        text = _generates(base) if runner == "auto" else runner == "generate"
+        if not text and "base_quantization" in given:
+            raise DeltafoldError(
+                "bad-argument",
+                "models that give labels and vectors are served on a base as it is.",
+                fix="leave --base-quantization out",
+            )
+        kind: Any = EmbeddedEngine if text else PoolingEngine
+        if not text:
+            given.pop("rebuild")  # heads share one trunk; there is nothing to choose
+        engine: Served = kind.open(base, zoo=zoo, served_model_name=served_model_name, **given)
         return engine
 
     _run(open_engine, host, port, api_keys, served_model_name)
 
 
+def _generates(base: str) -> bool:
+    from deltafold.runtime.embedded.opening import generates
+
+    return generates(base)
+
+
 def _run(
-    open_engine: Callable[[], Engine],
+    open_engine: Callable[[], Served],
     host: str,
     port: int,
     api_keys: Sequence[str],
@@ -122,7 +152,7 @@ def _run(
 
     listener = bind(host, port)  # before the base is read: a taken port should fail at once
     url = url_of(listener)
-    promise: Future[Engine] = Future()
+    promise: Future[Served] = Future()
     server = make_server(
         create_app(promise, api_keys=api_keys, served_model_name=served_model_name)
     )
@@ -147,14 +177,19 @@ def _run(
     click.echo("deltafold stopped", err=True)
 
 
-def ready_text(url: str, engine: Engine, has_key: bool) -> str:
+def ready_text(url: str, engine: Served, has_key: bool) -> str:
     """What the terminal shows once requests can be answered."""
     names = [info.name for info in engine.variants() if info.parent is not None]
     shown = ", ".join(names[:_SHOWN_VARIANTS])
     if len(names) > _SHOWN_VARIANTS:
         shown += f", ... ({len(names) - _SHOWN_VARIANTS} more: GET /v1/models)"
     key = ' -H "Authorization: Bearer $DELTAFOLD_API_KEY"' if has_key else ""
-    body = f'{{"model": "{names[0] if names else "base"}", "prompt": "Hello", "max_tokens": 32}}'
+    model = names[0] if names else "base"
+    route, body = "/v1/completions", f'{{"model": "{model}", "prompt": "Hello", "max_tokens": 32}}'
+    chat = [f"    deltafold chat --url {url}"]
+    if not hasattr(engine, "submit"):
+        given = "Hello" if engine.max_model_len else "data:image/png;base64,..."
+        route, body, chat = "/v1/embeddings", f'{{"model": "{model}", "input": "{given}"}}', []
     return "\n".join(
         [
             "",
@@ -162,9 +197,9 @@ def ready_text(url: str, engine: Engine, has_key: bool) -> str:
             f"  base      {engine.base_name}",
             f"  variants  {shown or 'none: the zoo is empty'}",
             "  try it",
-            f"    curl {url}/v1/completions{key} \\",
+            f"    curl {url}{route}{key} \\",
             f"      -H 'content-type: application/json' -d '{body}'",
-            f"    deltafold chat --url {url}",
+            *chat,
             "  stop      Ctrl-C",
             "",
         ]

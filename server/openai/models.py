@@ -49,5 +49,7 @@ def _card(desk: Desk, info: VariantInfo) -> ModelCard:
             "tier": info.tier,
             "coverage": info.coverage,
             "quality": dict(info.quality),
+            "applied": info.applied,
+            "obstacle": info.obstacle or None,
         },
     }

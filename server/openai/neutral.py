@@ -72,6 +72,14 @@ MESSAGE: Final[dict[str, Any]] = {
     "annotations": ([],),
 }
 
+#: `/v1/embeddings` and `/classify`.
+POOL: Final[dict[str, Any]] = {
+    "user": ANY,
+    "priority": (0,),
+    "truncate_prompt_tokens": (),
+    "add_special_tokens": (True,),
+}
+
 TOKENIZE: Final[dict[str, Any]] = {
     "add_special_tokens": (True,),
     "add_generation_prompt": (True,),

@@ -136,6 +136,8 @@ class DeltaFacts(TypedDict):
     tier: str
     coverage: float
     quality: dict[str, Any]
+    applied: str | None
+    obstacle: str | None
 
 
 class ModelCard(TypedDict):

@@ -197,7 +197,8 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_prompt(value: Any) -> bool:
+def is_prompt(value: Any) -> bool:
+    """Whether a value is a text or a list of token ids, not empty."""
     return _is_text(value) or (
         isinstance(value, list) and bool(value) and all(map(_is_token, value))
     )
@@ -205,8 +206,8 @@ def _is_prompt(value: Any) -> bool:
 
 def _check_prompt(value: Any) -> Any:
     """One clear error instead of one for each member of the union."""
-    many = isinstance(value, list) and bool(value) and all(map(_is_prompt, value))
-    if not _is_prompt(value) and not (many and len({type(one) for one in value}) == 1):
+    many = isinstance(value, list) and bool(value) and all(map(is_prompt, value))
+    if not is_prompt(value) and not (many and len({type(one) for one in value}) == 1):
         raise ValueError(
             "expected a text, a list of texts, a list of token ids, or a list of such lists;"
             " none of the lists empty"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from deltafold.compress.errors import DeltafoldError
-from deltafold.runtime.engine import Engine, VariantInfo
+from deltafold.runtime.engine import Served, VariantInfo
 
 _DIGEST: Final = re.compile(r"(?P<name>.+)@(?:sha256:)?(?P<digest>[0-9a-fA-F]{4,64})", re.DOTALL)
 
@@ -54,7 +54,7 @@ def parse(text: str, base_names: Collection[str]) -> Selector:
     return Selector(name, digest)
 
 
-def find(engine: Engine, text: str, served_model_name: str | None) -> tuple[Selector, VariantInfo]:
+def find(engine: Served, text: str, served_model_name: str | None) -> tuple[Selector, VariantInfo]:
     """The variant that a `model` field means. May block: the engine may look at the zoo.
 
     Raises:
@@ -73,7 +73,7 @@ def find(engine: Engine, text: str, served_model_name: str | None) -> tuple[Sele
     return selector, info
 
 
-def _resolve(engine: Engine, name: str, base_names: Collection[str]) -> VariantInfo:
+def _resolve(engine: Served, name: str, base_names: Collection[str]) -> VariantInfo:
     return engine.resolve("base" if name in base_names else name)
 
 

@@ -240,9 +240,13 @@ def test_codecs():
     data = run_json("codecs")
     assert [codec["id"] for codec in data["codecs"]] == sorted(METHODS)
     assert {"id": "planes", "v": 1} in data["terms"]
+    bits = {codec["id"]: codec["bits"] for codec in data["codecs"]}
+    # A scale a row is 32 bits for 4096 weights; two bits and a position are kept of 2 in 4.
+    assert (bits["bitdelta"], bits["nm"], bits["exact"]) == (1.008, 3.004, 16.0)
     for codec in data["codecs"]:
         assert codec["id"] in text
         assert codec["summary"] in text
+        assert f"{codec['bits']:.2f}" in text
         for option in codec["options"]:
             assert f"{option['name']}={option['default']}" in text
 
@@ -288,6 +292,26 @@ def test_import_lora_refuses(pair, lora):
     data = run_json("import-lora", pair.base, lora, "-o", pair.out, status=3)
     assert data["error"]["code"] == "unexpected-tensor"
     assert not pair.out.exists()
+
+
+def test_merge(packed):
+    other = packed.root / "out" / "law"
+    run("compress", packed.base, packed.variant, "-o", other, "--codec", "int:bits=8", "--quiet")
+    deltas, out = (packed.out, other), packed.root / "out" / "both"
+    options = ("--base", packed.base, "--method", "ties:keep=0.5", "--weights", "1,2", "--quiet")
+    result = run("merge", *deltas, *options, "-o", out, "--codec", "int:bits=8")
+    assert "written and verified" in result.stdout
+    assert run_json("verify", out, "--base", packed.base)["ok"]
+    data = run_json("merge", *deltas, *options, "-o", out, "--companions", 2, "--overwrite")
+    assert data["recipe"]["merge"]["method"] == "ties:keep=0.5"
+    assert data["recipe"]["merge"]["weights"] == [1.0, 2.0]
+    command = run_json("inspect", out)["command"]
+    assert command.startswith("deltafold merge delta law --base base --method ties:keep=0.5")
+    assert str(packed.root) not in command
+    twin = packed.root / "out" / "zoo"
+    data = run_json("merge", *deltas, "--base", packed.base, "--method", "twin", "-o", twin)
+    assert [d["out"] for d in data["own"]] == [str(twin / "delta"), str(twin / "law")]
+    assert len(run_json("inspect", twin)["deltas"]) == 3
 
 
 def test_export_to_peft(pair, lora):

@@ -24,10 +24,18 @@ ROOT = Path(__file__).parents[2]
 #: The surface. A change here is a change that users see: change it on purpose, and `docs/cli.md` too.
 SURFACE = {
     "compress": "-o --out --codec --set --edit --recipe --accept --against --base-quantization "
+    "--target-size --max-kl --candidates --dry-run "
+    "--calibrate --calibrate-rows --calibrate-length --reference --device --fit-scales "
+    "--fit-steps --fit-lr "
     "--overwrite --quiet --json --debug",
     "import-lora": "-o --out --accept --overwrite --quiet --json --debug",
+    "merge": "--base --method --weights -o --out --codec --set --edit --recipe --companions "
+    "--overwrite --quiet --json --debug",
     "inspect": "--tensors --json --debug",
     "verify": "--base --full --quiet --json --debug",
+    "eval": "--base --against --data --rows --length --device --dry-run --quiet --json --debug",
+    "diagnose": "--calibrate --calibrate-rows --calibrate-length --codec --edit --steps --group-size "
+    "--device -o --out --quiet --json --debug",
     "restore": "--base -o --out --dtype --overwrite --quiet --json --debug",
     "export": "--base --to -o --out --rank --drop --dtype --overwrite --quiet --json --debug",
     "codecs": "--json --debug",
@@ -35,7 +43,8 @@ SURFACE = {
     "version": "--json --debug",
 }
 NAMES = [
-    *("compress", "import-lora", "inspect", "verify", "restore", "export"),
+    *("compress", "import-lora", "merge", "inspect", "verify", "eval", "diagnose"),
+    *("restore", "export"),
     *("serve", "chat", "demo"),
     *("codecs", "schema", "version"),
 ]
@@ -152,12 +161,12 @@ def test_near_names():
         (["compress", "/no/such", "b", "-o", "c"], 4, ["error[not-found]"]),
         (["compress", ".", "b", "-o", "c", "--codec", "x"], 2, ["unknown-codec", "fix: deltafold"]),
         (
-            ["compress", ".", "b", "-o", "c", "--codec", "int:bits=3"],
+            ["compress", ".", "b", "-o", "c", "--codec", "int:bits=9"],
             2,
             ["bad-recipe", "fix: --codec int:bits=4,group=0"],
         ),
         (
-            ["compress", ".", "b", "-o", "c", "--set", "a*=int:bits=3"],
+            ["compress", ".", "b", "-o", "c", "--set", "a*=int:bits=9"],
             2,
             ["bad-recipe", "fix: --set 'a*=int:bits=4,group=0'"],
         ),
@@ -169,6 +178,11 @@ def test_near_names():
         (["compress", ".", "b", "-o", "c", "--set", "a"], 2, ["bad-argument", "'*norm*=exact'"]),
         (["compress", ".", "b", "-o", "c", "--set", "=a"], 2, ["bad-argument", "'*norm*=exact'"]),
         (["compress", ".", "b", "-o", "c", "--recipe", "/no"], 4, ["not-found", "/no"]),
+        (
+            ["merge", "a", "--base", ".", "-o", "c", "--method", "ties", "--weights", "1;2"],
+            2,
+            ["bad-argument", "fix: --weights 0.7,0.3"],
+        ),
         (["verify", "/no/such", "--full"], 4, ["not-found"]),
     ],
 )

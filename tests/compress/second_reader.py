@@ -63,8 +63,9 @@ def matrix_of(shape: list[int]) -> tuple[int, int]:
 
 
 def codes_of(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
-    at = np.arange(columns) * bits
-    return (packed[..., at // 8] >> (at % 8).astype(np.uint8)) & (2**bits - 1)
+    single = np.unpackbits(packed, axis=-1, bitorder="little").astype(np.int64)
+    at = np.arange(columns)[:, None] * bits + np.arange(bits)
+    return (single[..., at] << np.arange(bits)).sum(axis=-1)
 
 
 def scales_of(parts, key: str, fmt: str) -> np.ndarray:
@@ -75,7 +76,7 @@ def scales_of(parts, key: str, fmt: str) -> np.ndarray:
     return values * unit.reshape(-1, *[1] * (values.ndim - 1)) if unit.size > 1 else values * unit
 
 
-def keep(count: int, drop: float, seed: int, name: str) -> np.ndarray:
+def words_of(count: int, seed: int, name: str) -> np.ndarray:
     stream = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
     low = 2**32 - 1
     words: list[int] = []
@@ -87,7 +88,30 @@ def keep(count: int, drop: float, seed: int, name: str) -> np.ndarray:
             c = [second >> 32 ^ c[1] ^ k[0], second & low, first >> 32 ^ c[3] ^ k[1], first & low]
             k = [(k[0] + 0x9E3779B9) & low, (k[1] + 0xBB67AE85) & low]
         words += c
-    return np.array(words[:count]) >= min(round(drop * 2**32), 2**32)
+    return np.array(words[:count], dtype=np.int64)
+
+
+def keep(count: int, drop: float, seed: int, name: str) -> np.ndarray:
+    return words_of(count, seed, name) >= min(round(drop * 2**32), 2**32)
+
+
+def choose(kept, length: int, seed: int, name: str) -> np.ndarray:
+    words = words_of(len(kept) * length, seed, name).reshape(len(kept), length)
+    mask = np.zeros(words.shape, bool)
+    for k, row in enumerate(words):
+        mask[k, sorted(range(length), key=lambda i: (-row[i], i))[: kept[k]]] = True
+    return mask
+
+
+def spread(parts, key: str, term, bits: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero of every entry of rows of `length`."""
+    scale = scales_of(parts, f"{key}scales", term["scale_format"])
+    if term.get("symmetric", True):
+        zero = np.full(scale.shape, 2 ** (bits - 1))
+    else:
+        zero = codes_of(parts[f"{key}zeros"], bits, scale.shape[1])
+    group = np.arange(length) // min(term["group"] or length, length)
+    return scale[:, group], zero[:, group].astype(np.float32)
 
 
 def value_of(term, parts, shape, base):
@@ -168,6 +192,27 @@ def blocks(s: Stored) -> np.ndarray:
     return np.concatenate(found).reshape(s.shape)
 
 
+@reader("column-planes")
+def column_planes(s: Stored) -> np.ndarray:
+    rows, columns = matrix_of(s.shape)
+    scale = scales_of(s.parts, "scales", s.term["scale_format"])
+    total = np.zeros((rows, columns), np.float32)
+    for i in range(s.term["bits"]):
+        plus = codes_of(s.parts["signs"][i], 1, columns)
+        total += np.where(plus == 1, scale[i], -scale[i])
+    return total.reshape(s.shape)
+
+
+@reader("codebook")
+def codebook(s: Stored) -> np.ndarray:
+    rows, columns = matrix_of(s.shape)
+    table = scales_of(s.parts, "table", s.term["table_format"])
+    codes = codes_of(s.parts["codes"], 1 + int(math.log2(s.term["levels"])), columns)
+    row = np.arange(rows)[:, None] if s.term["scale"] == "row" else 0
+    level = table[row, codes // 2]
+    return np.where(codes % 2 == 1, level, -level).reshape(s.shape)
+
+
 @reader("codes")
 def codes(s: Stored) -> np.ndarray:
     _, columns = matrix_of(s.shape)
@@ -185,6 +230,50 @@ def lowrank(s: Stored) -> np.ndarray:
     return (b @ a).reshape(s.shape)
 
 
+@reader("banded")
+def banded(s: Stored) -> np.ndarray:
+    t, (rows, columns) = s.term, matrix_of(s.shape)
+    most, first, factors = max(min(rows, columns), 1), 0, {"a": [], "b": []}
+    masks = {}
+    if t["masked"]:
+        lengths = zip("ab", (columns, rows), s.parts["kept"], strict=True)
+        masks = {f: choose(kept, n, t["seed"], f"{s.name}:{f}") for f, n, kept in lengths}
+    for i, (rank, bits) in enumerate(zip(t["ranks"], t["widths"], strict=True)):
+        rank = min(rank, most - first)
+        for f, length in (("a", columns), ("b", rows)):
+            mask = masks[f][first : first + rank] if masks else np.ones((rank, length), bool)
+            out = np.zeros((rank, length), np.float32)
+            if bits == 16:
+                out[mask] = scales_of(s.parts, f"{f}{i}.values", "float16")
+            else:
+                scale, zero = spread(s.parts, f"{f}{i}.", t, bits, length)
+                codes = codes_of(s.parts[f"{f}{i}.codes"], bits, int(mask.sum()))
+                out[mask] = (codes.astype(np.float32) - zero[mask]) * scale[mask]
+            factors[f].append(out)
+        first += rank
+        if first == most:
+            break
+    a, b = (np.concatenate(factors[f]) for f in "ab")
+    return (b.T @ a).reshape(s.shape)
+
+
+@reader("nm")
+def nm(s: Stored) -> np.ndarray:
+    t, (rows, columns) = s.term, matrix_of(s.shape)
+    blocks = -(-columns // t["of"])
+    count = t["keep"] * blocks
+    places = codes_of(s.parts["positions"], (t["of"] - 1).bit_length(), count)
+    places = places + np.arange(count) // t["keep"] * t["of"]
+    if t["bits"] == 16:
+        values = scales_of(s.parts, "values", "float16")
+    else:
+        scale, zero = spread(s.parts, "", t, t["bits"], count)
+        values = (codes_of(s.parts["codes"], t["bits"], count).astype(np.float32) - zero) * scale
+    out = np.zeros((rows, blocks * t["of"]), np.float32)
+    np.put_along_axis(out, places, values, axis=1)
+    return out[:, :columns].reshape(s.shape)
+
+
 @reader("dense")
 def dense(s: Stored) -> np.ndarray:
     return scales_of(s.parts, "values", s.term["value_format"]).reshape(s.shape)
@@ -200,6 +289,62 @@ def sparse(s: Stored) -> np.ndarray:
     out = np.zeros(count, np.float32)
     out[mask] = scales_of(s.parts, "values", s.term["value_format"])
     return out.reshape(s.shape)
+
+
+@reader("sparse-codes")
+def sparse_codes(s: Stored) -> np.ndarray:
+    t, total = s.term, math.prod(s.shape)
+    if t["mask"] == "seed":
+        places = np.flatnonzero(keep(total, t["drop"], t["seed"], s.name))
+    elif t["mask"] == "bitmap":
+        places = np.flatnonzero(codes_of(s.parts["mask"], 1, total))
+    else:
+        low = codes_of(s.parts["low"], t["rice"], t["count"]) if t["rice"] else [0] * t["count"]
+        stream = iter(codes_of(s.parts["high"], 1, 8 * t["high"]).tolist())
+        places, at = [], -1
+        for rest in low:
+            zeros = 0
+            while not next(stream):
+                zeros += 1
+            at += (zeros << t["rice"]) + int(rest) + 1
+            places.append(at)
+    out = np.zeros(total, np.float32)
+    if t["bits"] == 16:
+        out[places] = scales_of(s.parts, "values", "float16")
+    else:
+        out[places] = s.parts["table"][codes_of(s.parts["codes"], t["bits"], t["count"])]
+    return out.reshape(s.shape)
+
+
+@reader("patches")
+def patches(s: Stored) -> np.ndarray:
+    t, (rows, columns) = s.term, matrix_of(s.shape)
+    high, wide = min(t["size"], rows), min(t["size"], columns)
+    down, across = -(-rows // high), -(-columns // wide)
+    classes = np.zeros(down * across, int)
+    if len(t["widths"]) > 1:
+        bits = math.ceil(math.log2(len(t["widths"])))
+        classes = codes_of(s.parts["classes"], bits, down * across)
+    grid = {"group": 0, "scale_format": "float16", "symmetric": False}
+    out = np.zeros((down * high, across * wide), np.float32)
+    for i, width in enumerate(t["widths"]):
+        for j, patch in enumerate(np.flatnonzero(classes == i)):
+            if width == 0:
+                block = scales_of(s.parts, f"{i}.means", "float16")[j]
+            else:
+                scale, zero = spread(s.parts, f"{i}.", grid, width, high * wide)
+                codes = codes_of(s.parts[f"{i}.codes"][j], width, high * wide)
+                values = ((codes - zero[j]) * scale[j]).reshape(high, wide)
+                block = cosines(high).T @ values @ cosines(wide)
+            r, c = patch // across * high, patch % across * wide
+            out[r : r + high, c : c + wide] = block
+    return out[:rows, :columns].reshape(s.shape)
+
+
+def cosines(n: int) -> np.ndarray:
+    k, i = np.arange(n)[:, None], np.arange(n)[None]
+    rows = np.cos(np.pi * (2 * i + 1) * k / (2 * n)) * np.where(k == 0, 1, 2**0.5) / n**0.5
+    return rows.astype(np.float32)
 
 
 @reader("rows")

@@ -2,19 +2,62 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import term_checks as checks
 import torch
 
 from deltafold.compress import DeltafoldError, Recipe, parse_spec
-from deltafold.compress.edits import EDITS, Edit, Scale, parse_edit
-from deltafold.compress.evidence import NEEDS
+from deltafold.compress.edits import EDITS, Edit, Scale, SurveyedEdit, parse_edit
+from deltafold.compress.evidence import NEEDS, Evidence
 from deltafold.compress.methods import Chain, Integer
 from deltafold.compress.recipe import parse_edit_for
 from deltafold.compress.spec import spec_of
+from deltafold.compress.terms import Context, rows_and_columns
 
-SPECS = ["scale", "scale:by=0.5", "scale:by=-1.0"]
+SPECS = [
+    "dare",
+    "dare:drop=0.5,seed=3,divisor=0.8",
+    "dare-k",
+    "dare-k-gradient",
+    "dare-k-gradient:k=0.5,p=0.5,other=1.5",
+    "dare-k:k=0.5,mask=sign",
+    "dare-k:k=-1.0,p=0.3,seed=2",
+    "darex-q",
+    "darex-q:drop=0.5,eta=0.1",
+    "della",
+    "della:drop=0.5,window=0.2,over=tensor,by=magnitude,rescale=false",
+    "irr",
+    "irr:spare=0.5,block=5,more=true",
+    "safe-delta",
+    "safe-delta:budget=1e-06",
+    "scale",
+    "scale:by=-1.0",
+    "scale:by=0.5",
+    "stratified",
+    "stratified:group=4,seed=1",
+    "trim",
+    "trim:keep=0.5,scope=tensor",
+    "trim:threshold=0.01",
+]
 every_spec = pytest.mark.parametrize("spec", SPECS)
+
+
+def evidence_of(context: Context) -> Evidence:
+    """All that an edit may ask for, made up for one tensor."""
+    assert context.base is not None
+    shape = tuple(context.base.shape)
+    draw = torch.Generator().manual_seed(5)
+    columns = rows_and_columns(shape)[1]
+    inputs = torch.randn(9, columns, generator=draw)
+    return Evidence(
+        second_moment=inputs.T @ inputs / 9,
+        gradient=torch.randn(shape, generator=draw),
+        fisher=torch.rand(shape, generator=draw),
+        references={"unaligned": context.base + torch.randn(shape, generator=draw) * 0.01},
+        inputs=inputs,
+    )
 
 
 def test_every_edit_has_a_spec():
@@ -36,6 +79,9 @@ def test_specs_come_back(spec):
 def test_edits_keep_shapes_inputs_and_zeros(spec, shape):
     chosen = parse_edit(spec)
     delta, context = checks.make_context(shape)
+    context = replace(context, evidence=evidence_of(context))
+    if isinstance(chosen, SurveyedEdit):
+        chosen = chosen.survey([("some.weight", delta)])
     before = checks.bits(delta)
     found = chosen.apply(delta, context)
     assert (found.dtype, tuple(found.shape)) == (torch.float32, shape)
@@ -74,10 +120,26 @@ def test_a_recipe_edits_what_its_patterns_match():
 
 @pytest.mark.parametrize(
     ("spec", "code"),
-    [("shrink", "unknown-codec"), ("scale:by=much", "bad-recipe"), ("scale:by=inf", "bad-recipe")],
+    [
+        ("dare-k-gradient:k=inf", "bad-recipe"),
+        ("dare-k:p=1", "bad-recipe"),
+        ("dare:divisor=0.05", "bad-recipe"),
+        ("dare:drop=1", "bad-recipe"),
+        ("darex-q:drop=0", "bad-recipe"),
+        ("della:drop=0.05,window=0.2", "bad-recipe"),
+        ("irr:spare=2", "bad-recipe"),
+        ("safe-delta:budget=-1", "bad-recipe"),
+        ("scale:by=inf", "bad-recipe"),
+        ("scale:by=much", "bad-recipe"),
+        ("shrink", "unknown-codec"),
+        ("stratified:group=0", "bad-recipe"),
+        ("stratified:seed=-1", "bad-recipe"),
+        ("trim:keep=0", "bad-recipe"),
+        ("trim:threshold=nan", "bad-recipe"),
+    ],
 )
 def test_wrong_edits_end_in_the_fix(spec, code):
     with pytest.raises(DeltafoldError) as caught:
         parse_edit(spec)
     assert caught.value.code == code
-    assert caught.value.fix.startswith(("--edit scale:by=1.5", "deltafold codecs"))
+    assert caught.value.fix.startswith((f"--edit {spec.partition(':')[0]}:", "deltafold codecs"))

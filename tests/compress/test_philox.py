@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deltafold.compress.philox import keep_mask, philox, stream_of
+from deltafold.compress.philox import choose, keep_mask, philox, stream_of, words_of
 
 # Known answers of Philox4x32-10 from the Random123 library: counter, key, output.
 KNOWN = [
@@ -80,3 +80,31 @@ def test_the_share_that_is_kept(drop, share):
     count = 200_000
     kept = keep_mask(count, drop=drop, seed=0, name="w").mean()
     assert abs(kept - share) <= 4 * (share * (1 - share) / count) ** 0.5
+
+
+def test_words_are_those_that_masks_compare():
+    words = words_of(1001, seed=42, name="a.weight")
+    mask = keep_mask(1001, drop=0.25, seed=42, name="a.weight")
+    assert np.array_equal(mask, words >= 2**30)
+
+
+def test_chosen_elements_have_the_largest_words_of_their_row():
+    kept = np.array([0, 1, 5, 9, 10])
+    chosen = choose(kept, 10, seed=3, name="a.weight")
+    assert chosen.sum(axis=1).tolist() == kept.tolist()
+    words = words_of(50, seed=3, name="a.weight").reshape(5, 10)
+    for row, mask in zip(words[1:4], chosen[1:4], strict=True):
+        assert row[mask].min() > row[~mask].max()
+
+
+def test_of_equal_words_the_earlier_are_chosen(monkeypatch):
+    monkeypatch.setattr(
+        "deltafold.compress.philox.words_of", lambda n, **_: np.full(n, 7, dtype=np.uint32)
+    )
+    assert choose(np.array([2]), 5, seed=0, name="")[0].tolist() == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]

@@ -9,17 +9,23 @@ from term_checks import Case
 
 from deltafold.compress import DeltafoldError
 from deltafold.compress.terms import (
+    NM,
     REGISTRY,
+    Banded,
     Blocks,
+    Codebook,
     Codes,
+    ColumnPlanes,
     Context,
     Dense,
     Exact,
     Lossless,
     LowRank,
+    Patches,
     Planes,
     Rows,
     Sparse,
+    SparseCodes,
     config_of,
     is_exact,
     rows_and_columns,
@@ -31,22 +37,44 @@ CASES = [
     Case(Blocks(rows=5, inner=(Planes(bits=4),)), error=0.20, scalars=False),
     Case(Blocks(rows=1, inner=(Lossless(),)), error=0.0, scalars=False),
     Case(Blocks(rows=7, inner=(Sparse(mask="bitmap"),)), error=1e-3, scalars=False),
+    Case(Banded(), error=0.48),
+    Case(Banded(ranks=(8, 56), widths=(16, 8), group=7), error=0.02),
+    Case(Banded(ranks=(64,), widths=(4,), group=0, symmetric=True), error=0.25),
+    Case(Banded(ranks=(4, 8), widths=(16, 3), masked=True, seed=5), error=None),
+    Case(NM(), error=0.40),
+    Case(NM(keep=1, of=16, bits=4), error=None),
+    Case(NM(keep=1, of=5, bits=16), error=None),
+    Case(NM(keep=3, of=4, bits=8, group=5), error=0.18),
     Case(Planes(bits=1, scale="tensor", scale_format="float32"), error=0.61),
     Case(Planes(bits=1, scale="row"), error=0.61),
     Case(Planes(bits=2, scale="row", scale_format="float32"), error=0.37),
     Case(Planes(bits=4, scale="group", group=32), error=0.18),
     Case(Planes(bits=8, scale="group", group=1000), error=0.12),
+    Case(Codebook(levels=1), error=0.61),
+    Case(Codebook(levels=4, scale="row", table_format="float16"), error=0.24),
+    Case(Codebook(levels=128), error=0.04),
     Case(Codes(bits=8), error=0.011),
+    Case(Codes(bits=3, group=13), error=0.22),
+    Case(Codes(bits=6), error=0.05),
     Case(Codes(bits=4, group=32), error=0.13),
     Case(Codes(bits=4, scale_format="float32"), error=0.16),
     Case(Codes(bits=2, group=7), error=0.50),
     Case(Codes(bits=2, group=10**12), error=0.60),
+    Case(ColumnPlanes(), error=0.61),
+    Case(ColumnPlanes(bits=3, scale_format="float32"), error=0.25),
     Case(LowRank(rank=4), error=1.0),
     Case(LowRank(rank=64), error=1e-3),
     Case(LowRank(rank=64, factor_format="float32"), error=1e-5),
+    Case(Patches(), error=0.76),
+    Case(Patches(size=5, widths=(8,), shares=(1.0,)), error=0.01),
+    Case(Patches(size=8, widths=(4, 3, 0), shares=(0.25, 0.5, 0.25)), error=0.55),
     Case(Sparse(mask="seed", drop=0.5, seed=7), error=None),
     Case(Sparse(mask="seed", drop=0.0, value_format="float32"), error=0.0),
     Case(Sparse(mask="bitmap"), error=1e-3),
+    Case(SparseCodes(), error=0.20),
+    Case(SparseCodes(mask="seed", drop=0.5, seed=7, bits=3), error=None),
+    Case(SparseCodes(mask="bitmap", bits=8), error=0.02),
+    Case(SparseCodes(bits=16), error=1e-3),
     Case(Dense(), error=0.0),
     Case(Dense(value_format="float16"), error=1e-3),
     Case(Exact(), error=0.0),
@@ -223,7 +251,26 @@ def test_rows_and_columns(shape, expected):
         (lambda: Planes(scale="group"), "group"),
         (lambda: Planes(scale="row", group=8), "group"),
         (lambda: Planes(scale="all"), "scale"),
-        (lambda: Codes(bits=3), "bits"),
+        (lambda: Banded(ranks=(1, 2), widths=(8,)), "pairs"),
+        (lambda: Banded(ranks=(), widths=()), "pairs"),
+        (lambda: Banded(ranks=(0,), widths=(8,)), "ranks"),
+        (lambda: Banded(ranks=(1,), widths=(9,)), "widths"),
+        (lambda: Banded(ranks=(1.0,), widths=(8,)), "whole numbers"),
+        (lambda: Banded(counts=(1, 1)), "counts"),
+        (lambda: NM(keep=4, of=4), "keep"),
+        (lambda: NM(of=257), "of"),
+        (lambda: NM(bits=1), "bits"),
+        (lambda: Codebook(levels=3), "levels"),
+        (lambda: Codebook(levels=256), "levels"),
+        (lambda: Codebook(levels=0), "levels"),
+        (lambda: Codes(bits=9), "bits"),
+        (lambda: ColumnPlanes(bits=0), "bits"),
+        (lambda: Patches(shares=(0.5, 0.6)), "sum to 1"),
+        (lambda: Patches(shares=(0.5, float("nan"))), "shares"),
+        (lambda: Patches(widths=(1, 0)), "widths"),
+        (lambda: Patches(size=1), "size"),
+        (lambda: SparseCodes(bits=9), "bits"),
+        (lambda: SparseCodes(rice=17), "rice"),
         (lambda: Codes(group=-1), "group"),
         (lambda: LowRank(rank=0), "rank"),
         (lambda: Sparse(drop=1.0), "drop"),
@@ -269,6 +316,64 @@ def test_configurations_from_elsewhere_are_refused(config, code):
     with pytest.raises(DeltafoldError) as caught:
         term_from_config(config, where="some delta")
     assert caught.value.code == code
+
+
+def test_dropped_entries_of_factors_are_zero_and_the_others_stay():
+    _, context = checks.make_context((40, 60))
+    term = Banded(ranks=(2, 3), widths=(16, 8), masked=True, seed=3, group=16)
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randn(5, 60, generator=draw), torch.randn(5, 40, generator=draw)
+    kept = torch.tensor([[60, 30, 20, 1, 0], [40, 20, 10, 1, 0]], dtype=torch.int32)
+    encoded = term.from_factors(a, b, context, kept)
+    assert encoded.term.counts == (90, 60, 21, 11)
+    found_a, found_b = encoded.term.factors(encoded.parts, (40, 60), context)
+    assert torch.equal((found_a != 0).sum(dim=1).int(), kept[0])
+    assert torch.equal((found_b.T != 0).sum(dim=1).int(), kept[1])
+    torch.testing.assert_close(found_a, torch.where(found_a != 0, a, 0.0), rtol=0, atol=0.03)
+    written = {key: (part.dtype, tuple(part.shape)) for key, part in encoded.parts.items()}
+    assert written == {k: tuple(spec) for k, spec in encoded.term.parts((40, 60)).items()}
+    too_many = {**encoded.parts, "kept": kept + 1}
+    with pytest.raises(DeltafoldError, match="so many entries"):
+        encoded.term.decode(too_many, (40, 60), context)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.03, 0.5, 1.0])
+def test_runs_of_zeros_come_back(share):
+    draw = torch.Generator().manual_seed(1)
+    keep = torch.rand(20_000, generator=draw) < share
+    keep[0] = keep[-1] = share > 0.01
+    delta = torch.where(keep, 1.0 + torch.rand(20_000, generator=draw), 0.0)
+    encoded = SparseCodes(bits=16).encode(delta, Context("w"))
+    found = encoded.term.decode(encoded.parts, (20_000,), Context("w"))
+    assert torch.equal(found != 0, keep)
+    torch.testing.assert_close(found, delta, rtol=1e-3, atol=0)
+
+
+def test_runs_must_fit_the_tensor():
+    delta, context = checks.make_context((4, 8))
+    encoded = SparseCodes().encode(delta, context)
+    wrong = [{"high": torch.zeros(4, dtype=torch.uint8)}]
+    for parts in [{**encoded.parts, **w} for w in wrong]:
+        with pytest.raises(DeltafoldError, match="runs"):
+            encoded.term.decode(parts, (4, 8), context)
+    with pytest.raises(DeltafoldError, match="runs"):
+        encoded.term.decode(encoded.parts, (4, 7), context)
+
+
+def test_classes_must_have_their_number_of_patches():
+    delta, context = checks.make_context((8, 8))
+    encoded = Patches(size=4).encode(delta, context)
+    parts = {**encoded.parts, "classes": torch.zeros(1, dtype=torch.uint8)}
+    with pytest.raises(DeltafoldError, match="number of patches"):
+        encoded.term.decode(parts, (8, 8), context)
+
+
+def test_positions_must_ascend_within_their_block():
+    delta, context = checks.make_context((4, 8))
+    encoded = NM().encode(delta, context)
+    parts = {**encoded.parts, "positions": torch.zeros(4, 1, dtype=torch.uint8)}
+    with pytest.raises(DeltafoldError, match="ascend"):
+        encoded.term.decode(parts, (4, 8), context)
 
 
 def test_two_terms_cannot_share_an_id():

@@ -17,21 +17,29 @@ import torch
 from safetensors.torch import save_file
 
 from deltafold.compress.terms import (
+    NM,
+    Banded,
     Blocks,
+    Codebook,
     Codes,
+    ColumnPlanes,
     Context,
     Dense,
+    Encoded,
     Exact,
     ExactTerm,
     Lossless,
     LowRank,
+    Patches,
     Planes,
     Rows,
     Sparse,
+    SparseCodes,
     Term,
     config_of,
     is_exact,
 )
+from deltafold.compress.terms.lowrank import truncated_svd
 
 FOLDER = Path(__file__).parent
 #: The tensor's name is part of what is fixed: seeded masks depend on it.
@@ -42,7 +50,7 @@ class Golden(NamedTuple):
     """A case: the file's name after id and version, a term, and the tensor that it codes.
 
     Attributes:
-        rows: with `Rows`, how many of the shared rows changed.
+        rows: how many rows changed; all if left out.
         without_base: the base has no such tensor.
     """
 
@@ -58,9 +66,21 @@ CASES = [
     Golden("planes", Blocks(rows=4, inner=(Planes(bits=2),)), (10, 24)),
     Golden("lossless", Blocks(rows=3, inner=(Lossless(),)), (2, 4, 33)),
     Golden("seed", Blocks(rows=2, inner=(Sparse(mask="seed", drop=0.5, seed=9),)), (5, 12)),
+    Golden("", Banded(ranks=(2, 3, 4), widths=(8, 3, 2), group=8), (12, 20)),
+    Golden("half", Banded(ranks=(2, 9), widths=(16, 5), symmetric=True, group=0), (4, 3, 3, 3)),
+    Golden("masked", Banded(ranks=(1, 4), widths=(16, 4), group=6, masked=True, seed=9), (9, 14)),
+    Golden("2of4", NM(bits=2, scale_format="float32"), (5, 27)),
+    Golden("1of16", NM(keep=1, of=16, bits=4), (3, 2, 33)),
+    Golden("half", NM(keep=2, of=5, bits=16), (6, 13), torch.float32),
     Golden("tensor", Planes(bits=1, scale="tensor", scale_format="float32"), (5, 27)),
     Golden("row", Planes(bits=2, scale="row", scale_format="float32"), (3, 2, 33)),
     Golden("group", Planes(bits=4, scale="group", group=16), (6, 40)),
+    Golden("tensor", Codebook(), (5, 27)),
+    Golden("row", Codebook(levels=16, scale="row", table_format="float16"), (3, 2, 33)),
+    Golden("3bit", Codes(bits=3, group=8), (5, 21)),
+    Golden("7bit", Codes(bits=7), (3, 10)),
+    Golden("", ColumnPlanes(), (5, 27)),
+    Golden("float32", ColumnPlanes(bits=2, scale_format="float32"), (3, 2, 33)),
     Golden("2bit", Codes(bits=2, group=8), (5, 21)),
     Golden("4bit", Codes(bits=4, scale_format="float32"), (4, 3, 3, 3)),
     Golden("8bit", Codes(bits=8, group=16), (6, 40), torch.float32),
@@ -68,6 +88,12 @@ CASES = [
     Golden("float32", LowRank(rank=2, factor_format="float32"), (7, 9), torch.float16),
     Golden("seed", Sparse(mask="seed", drop=0.75, seed=12345678901234567890), (8, 33)),
     Golden("bitmap", Sparse(mask="bitmap", value_format="float32"), (5, 13)),
+    Golden("", Patches(size=4), (10, 22)),
+    Golden("three", Patches(5, (4, 2, 0), (0.2, 0.5, 0.3)), (4, 3, 3, 3), torch.float32),
+    Golden("runs", SparseCodes(), (6, 22), rows=2),
+    Golden("bitmap", SparseCodes(mask="bitmap", bits=3), (4, 3, 3, 3), rows=1),
+    Golden("seed", SparseCodes(mask="seed", bits=2, drop=0.75, seed=77), (7, 13)),
+    Golden("half", SparseCodes(bits=16), (9, 11), rows=1),
     Golden("", Dense(), (5, 7)),
     Golden("float16", Dense(value_format="float16"), (4, 9)),
     Golden("", Exact(), (3, 7)),
@@ -94,7 +120,7 @@ def make(case: Golden) -> None:
     base, variant = _tensors(case)
     context = Context(NAME, base, variant)
     delta = variant.float() - (0 if base is None else base.float())
-    encoded = case.term.encode(delta, context)
+    encoded = _encode(case.term, delta, context)
     reading = Context(NAME, base)
     stored = {f"part.{key}": part for key, part in encoded.parts.items()}
     stored["decoded"] = encoded.term.decode(encoded.parts, case.shape, reading).clone()
@@ -108,11 +134,22 @@ def make(case: Golden) -> None:
         "shape": list(case.shape),
         "term": config_of(encoded.term),
         # A product of factors is summed in another order by every matrix library.
-        "tolerance": 1e-6 if isinstance(case.term, LowRank) else 0.0,
+        "tolerance": 1e-6 if isinstance(case.term, Banded | LowRank | Patches) else 0.0,
     }
     save_file(stored, FOLDER / f"{stem(case)}.safetensors")
     text = json.dumps(description, indent=2)
     (FOLDER / f"{stem(case)}.json").write_text(f"{text}\n", "utf-8")
+
+
+def _encode(term: Term, delta: torch.Tensor, context: Context) -> Encoded:
+    if not (isinstance(term, Banded) and term.masked):
+        return term.encode(delta, context)
+    # What a mask drops is not the term's to decide: a method says how much of each vector is kept.
+    rows, columns = delta.shape
+    left, singular, right = truncated_svd(delta, term.rank((rows, columns)))
+    k = torch.arange(len(singular), dtype=torch.int32)
+    kept = torch.stack([columns - 2 * k, rows - k])
+    return term.from_factors(singular.unsqueeze(1) * right, left.T, context, kept)
 
 
 def _tensors(case: Golden) -> tuple[torch.Tensor | None, torch.Tensor]:

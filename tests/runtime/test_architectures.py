@@ -1,4 +1,4 @@
-"""Any fine-tune of any architecture: every tensor moved, served as its dense model, or refused."""
+"""Any fine-tune of any architecture: every tensor moved, applied or rebuilt, as its dense model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from arch_table import Family
 
 from deltafold.compress import (
     Checkpoint,
-    DeltafoldError,
     Recipe,
     compress_checkpoint,
     parse_spec,
@@ -24,6 +23,7 @@ from deltafold.runtime.deltas import Deltas
 from deltafold.runtime.embedded import EmbeddedEngine
 from deltafold.runtime.engine import Request, Sampling
 from deltafold.runtime.host import Row
+from deltafold.runtime.misfit import NotAppliableError
 from deltafold.runtime.regions import find_region
 
 LOSSY = Recipe(
@@ -82,7 +82,7 @@ def mixed(folder: Path, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", arch_table.FAMILIES, ids=lambda f: f.name)
-def test_every_tensor_is_served_or_the_variant_refused(family: Family, tmp_path: Path) -> None:
+def test_every_tensor_is_applied_or_the_variant_rebuilt(family: Family, tmp_path: Path) -> None:
     fine_tune(family, tmp_path)
     pack(tmp_path)
     exact = digest_source(Checkpoint.open(tmp_path / "exact"))
@@ -91,11 +91,11 @@ def test_every_tensor_is_served_or_the_variant_refused(family: Family, tmp_path:
     ids = torch.randint(
         0, arch_table.VOCABULARY, (3, 7), generator=torch.Generator().manual_seed(2)
     )
-    if family.refused:
-        with pytest.raises(DeltafoldError) as caught:
+    if family.rebuilt:
+        with pytest.raises(NotAppliableError) as caught:
             mixed(tmp_path, ids)
         assert caught.value.code == "engine-unsupported"
-        assert family.refused in str(caught.value)
+        assert caught.value.tensor.endswith(family.rebuilt)
         return
     got, alone = mixed(tmp_path, ids)
     if family.experts:
@@ -122,6 +122,7 @@ WITH_ENGINE = [
     "GptOss",
     "Lfm2",
     "Gemma2",
+    *(f.name for f in arch_table.FAMILIES if f.rebuilt),
 ]
 
 
@@ -132,7 +133,7 @@ def test_the_engine_answers_as_dense_models_do(name: str, tmp_path: Path) -> Non
     pack(tmp_path)
     noise = torch.Generator().manual_seed(5)
     model = plain(tmp_path / "base")
-    deltas = Deltas(model, Checkpoint.open(tmp_path / "base"), tmp_path / "zoo")
+    deltas = Deltas(model, Checkpoint.open(tmp_path / "base"), tmp_path / "zoo", rebuild="auto")
     requests = []
     for variant, length in (("base", 5), ("lossy", 9), ("exact", 3), ("lossy", 1)):
         prompt = torch.randint(1, arch_table.VOCABULARY, (length,), generator=noise).tolist()

@@ -97,7 +97,7 @@ def test_the_models_context_is_the_limit(start: Callable[..., EmbeddedEngine]) -
 
 
 def test_a_model_without_a_cache_is_refused(host: pico.PicoHost) -> None:
-    model = pico.model("Mamba", attention="eager")
+    model = pico.model("OpenAIGPT", attention="eager", n_embd=32, n_layer=1, n_head=2)
     with pytest.raises(DeltafoldError) as caught:
         EmbeddedEngine(model, host)
     assert caught.value.code == "engine-unsupported"
@@ -376,7 +376,7 @@ def test_memory_follows_the_rows(start: Callable[..., EmbeddedEngine]) -> None:
     engine, columns, done = start(), [], threading.Event()
 
     def receiver(chunk: Chunk) -> None:
-        cache = engine._loop._cache
+        cache = engine._lanes.shared._cache
         columns.append(cache.columns if cache else 0)
         if chunk.finish_reason:
             done.set()
@@ -390,7 +390,7 @@ def test_memory_follows_the_rows(start: Callable[..., EmbeddedEngine]) -> None:
     assert max(columns) > 400
     assert columns[-1] == len(PROMPT) + 299
     with pico.hold(engine):
-        assert engine._loop.cache_capacity == (0, 0), "an idle engine holds no memory"
+        assert engine._lanes.shared.cache_capacity == (0, 0), "an idle engine holds no memory"
 
 
 def test_closing_cancels_what_runs_and_what_waits(
@@ -433,8 +433,8 @@ def test_a_bug_in_the_engine_leaves_nobody_waiting(
     def broken(_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(engine._loop, "_trim", broken)
-    monkeypatch.setattr(engine._loop, "_drop_cancelled", lambda: broken(0))
+    monkeypatch.setattr(engine._lanes.shared, "_trim", broken)
+    monkeypatch.setattr(engine._lanes.shared, "_drop_cancelled", lambda: broken(0))
     assert watch.wait().finish_reason == "error"
     with pytest.raises(DeltafoldError):
         submit(engine, "a")

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from deltafold.compress import parse_spec
-from deltafold.compress.terms import Codes, Context, Encoded, Rows
+from deltafold.compress.terms import Banded, Codes, Context, Encoded, Rows
 from deltafold.runtime.kernels.base import Sum
 from deltafold.runtime.kernels.cpu import Int4
 from deltafold.runtime.kernels.forms import Target, product_form, table_form
 from deltafold.runtime.kernels.native import signs_library
 from deltafold.runtime.kernels.reference import Dense, dense_delta
-from deltafold.runtime.kernels.signs import SignWords
+from deltafold.runtime.kernels.signs import ColumnScaled, SignWords
+from deltafold.runtime.kernels.simple import Csr, Factors
+from deltafold.runtime.kernels.tables import PackedTable
 
 CPU = torch.device("cpu")
 SPECS = [
@@ -22,7 +24,23 @@ SPECS = [
     "bitdelta:bits=4,group=32",
     "bitdelta:bits=3,group=128",
     "bitdelta:bits=6",
+    "bitdelta:scale=column",
+    "bitdelta:bits=3,scale=column",
+    "codebook:bits=1",
+    "codebook:bits=2,scale=row",
+    "lloyd:bits=3",
+    "codebook:bits=4",
+    "d-qrelo",
+    "impart:ratio=4",
+    "dct",
+    "nm",
+    "nm:keep=1,of=5,bits=16",
+    "quantize-and-drop",
+    "stratified",
+    "topk:keep=0.2,bits=8",
     "int:bits=2",
+    "int:bits=3",
+    "int:bits=6,group=32",
     "int:bits=4,group=64",
     "int:bits=8",
     "int:bits=8,group=32",
@@ -78,6 +96,8 @@ def test_rows_equal_reference(spec: str, dtype: torch.dtype) -> None:
 
 
 PACKED = [
+    "int:bits=3",
+    "int:bits=5,group=128",
     "bitdelta",
     "bitdelta:bits=3,group=128",
     "int:bits=4",
@@ -110,6 +130,55 @@ def test_without_a_compiler_torch_does_the_products(
     x = torch.randn(5, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = x.to(torch.float64) @ exact.T
     assert (form.matmul(x).to(torch.float64) - expected).norm() / expected.norm() < 6e-3
+
+
+@pytest.mark.skipif(signs_library() is None, reason="needs AVX2 and a C compiler")
+@pytest.mark.parametrize(
+    ("spec", "form", "share"),
+    [
+        ("bitdelta:scale=column", ColumnScaled, 0.06),
+        ("codebook:bits=2", SignWords, 0.09),
+        ("lloyd:bits=3,scale=row", SignWords, 0.16),
+        ("codebook:bits=4", Dense, 1.0),
+        ("impart:ratio=16", Factors, 0.7),
+        ("stratified", Csr, 0.2),
+        ("nm", Dense, 1.0),
+        ("topk:keep=0.05", Csr, 0.2),
+    ],
+)
+def test_new_terms_take_their_form(spec: str, form: type, share: float) -> None:
+    shape = (512, 640)
+    terms, context = encoded(spec, shape, torch.float32)
+    made = product_form(terms, shape, context, Target(CPU, torch.float32))
+    assert isinstance(made, form)
+    assert made.nbytes <= share * 4 * 512 * 640
+
+
+@pytest.mark.parametrize("spec", ["bitdelta:scale=column", "codebook:bits=2", "nm:keep=1,of=16"])
+def test_tables_stay_packed(spec: str) -> None:
+    terms, context = encoded(spec, (64, 96), torch.float32)
+    assert isinstance(table_form(terms, (64, 96), context, Target(CPU, torch.float32)), PackedTable)
+
+
+def test_column_scales_and_tables_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deltafold.runtime.kernels.signs.signs_library", lambda: None)
+    for spec in ("bitdelta:scale=column,bits=2", "codebook"):
+        terms, context = encoded(spec, (48, 96), torch.float32)
+        form = product_form(terms, (48, 96), context, Target(CPU, torch.float32))
+        assert isinstance(form, Dense)
+        assert torch.equal(form.weight, dense_delta(terms, (48, 96), context))
+
+
+def test_factors_that_are_larger_than_the_matrix_become_it() -> None:
+    delta = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
+    context = Context("layer.weight")
+    for rank, form in ((4, Factors), (16, Dense)):
+        made = Banded(ranks=(rank,), widths=(8,)).encode(delta, context)
+        found = product_form([made], (24, 32), context, Target(CPU, torch.float32))
+        assert isinstance(found, form)
+        dense = dense_delta([made], (24, 32), context)
+        x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+        assert torch.allclose(found.matmul(x), x @ dense.T, atol=1e-4)
 
 
 @pytest.mark.skipif(signs_library() is None, reason="needs AVX2 and a C compiler")

@@ -156,6 +156,8 @@ class ScriptedEngine:
             tier="device" if base else "host",
             created=1700000000,
             quality={} if base else {"top1": 0.99},
+            applied=None if base else "rebuilt",
+            obstacle="" if base else "mixer.A_log",
         )
 
     def encode(self, variant, prompt):

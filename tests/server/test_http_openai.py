@@ -223,8 +223,11 @@ def test_models(client):
     assert sql.deltafold["digest"].startswith("sha256:3f2a")
     assert sql.deltafold["ratio"] == 0.25
     assert sql.deltafold["quality"] == {"top1": 0.99}
+    assert (sql.deltafold["applied"], sql.deltafold["obstacle"]) == ("rebuilt", "mixer.A_log")
+    assert cards[0].deltafold["applied"] is None
     assert set(sql.deltafold) == {
         "digest", "codec", "delta_bytes", "ratio", "tier", "coverage", "quality",
+        "applied", "obstacle",
     }  # fmt: skip
     assert client.models.retrieve("org/tiny").id == "base"
     assert client.models.retrieve("sql@3f2a").id == "sql"

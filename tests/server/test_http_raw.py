@@ -407,6 +407,8 @@ def test_openapi_document(http):
         "/v1/models/{model_id}",
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/embeddings",
+        "/classify",
         "/tokenize",
         "/detokenize",
         "/health",

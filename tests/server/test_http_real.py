@@ -74,6 +74,25 @@ def test_a_concurrent_mix_over_http_equals_the_engine(url: str, engine: Embedded
     assert asyncio.run(ask_all()) == [out.text for out in expected]
 
 
+def test_a_mixture_is_a_model(client: openai.OpenAI, engine: EmbeddedEngine, url: str) -> None:
+    name = "sign1*0.7+exact*0.3"
+    digest = engine.resolve(name).digest.removeprefix("sha256:")
+    asked = {"prompt": "the fox", "max_tokens": 8, "temperature": 0}
+    replies = [
+        client.completions.create(model=m, **asked)  # type: ignore[call-overload]
+        for m in (name, f"org/tiny:{name}", f"{name}@{digest[:8]}")
+    ]
+    (expected,) = engine.generate([Request(name, "the fox", Sampling(max_tokens=8))])
+    assert {r.choices[0].text for r in replies} == {expected.text}
+    assert replies[0].system_fingerprint.endswith(f"-{digest[:8]}")
+    with pytest.raises(openai.NotFoundError, match="sing1"):
+        client.completions.create(model="sing1*0.5+exact*0.5", prompt="x")
+    with urllib.request.urlopen(f"{url}/metrics") as page:
+        text = page.read().decode()
+    assert 'variant="_mixture"' in text
+    assert "sign1*" not in text
+
+
 def test_streamed_chat_equals_whole_chat(client: openai.OpenAI) -> None:
     messages = [{"role": "user", "content": "hello"}]
     for model in ("base", "exact"):

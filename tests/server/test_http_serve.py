@@ -12,6 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
+from checkpoints import write_checkpoint
 from click.testing import CliRunner
 
 import deltafold.runtime
@@ -95,7 +97,28 @@ def test_missing_packages_are_named(monkeypatch):
 def test_a_base_that_cannot_be_loaded_ends_the_server(monkeypatch):
     failure = DeltafoldError("not-a-checkpoint", "base/ holds no model")
     monkeypatch.setitem(vars(deltafold.runtime), "EmbeddedEngine", Opener(failure))
-    assert run("--port", "0").exception is failure
+    assert run("--port", "0", "--runner", "generate").exception is failure
+
+
+@pytest.mark.parametrize(
+    ("architecture", "runner", "opened"),
+    [
+        ("LlamaForCausalLM", "auto", "EmbeddedEngine"),
+        ("LlamaForCausalLM", "pooling", "PoolingEngine"),
+        ("BertForMaskedLM", "auto", "PoolingEngine"),
+        ("ViTModel", "auto", "PoolingEngine"),
+    ],
+)
+def test_the_base_decides_which_engine(monkeypatch, tmp_path, architecture, runner, opened):
+    kind = re.match("Llama|Bert|ViT", architecture)[0].lower()
+    config = {"model_type": kind, "architectures": [architecture]}
+    write_checkpoint(tmp_path / "base", {"w": torch.zeros(1)}, config=config)
+    for name in ("EmbeddedEngine", "PoolingEngine"):
+        failure = DeltafoldError("not-found", name)
+        monkeypatch.setitem(vars(deltafold.runtime), name, Opener(failure))
+    arguments = [str(tmp_path / "base"), "--zoo", "zoo/", "--port", "0", "--runner", runner]
+    result = CliRunner().invoke(serve, arguments)
+    assert error_of(result, "not-found").message == opened
 
 
 def test_ready_text_names_some_variants(engine):
@@ -122,6 +145,7 @@ def test_two_servers_in_one_process(make_engine):
 def served() -> Iterator[subprocess.Popen[str]]:
     conftest = Path(__file__).with_name("conftest.py")
     options = ["base/", "--zoo", "zoo/", "--port", "0", "--max-batch", "4", "--no-strict"]
+    options += ["--runner", "generate"]
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(conftest), *options],
         stdout=subprocess.PIPE,
@@ -162,6 +186,6 @@ def test_a_life(served, number):
     assert "Traceback" not in errors
     assert output.splitlines() == [
         "options [('device', 'auto'), ('dtype', 'auto'), ('max_batch', 4),"
-        " ('served_model_name', None), ('strict', False), ('zoo', 'zoo/')]",
+        " ('rebuild', 'auto'), ('served_model_name', None), ('strict', False), ('zoo', 'zoo/')]",
         "engine closed",
     ]

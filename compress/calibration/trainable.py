@@ -1,0 +1,113 @@
+"""A coded tensor whose scales can be trained: everything else in its terms stays as it is.
+
+Decoding is linear in the scales of a term, and plain torch, so gradients flow through `decode` itself
+once the scales are float32 tensors. What is written back has the term's own format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from deltafold.compress.terms import Context, Encoded, Rows, Term
+
+_KEY = "scales"
+
+
+@dataclass
+class TrainableTensor:
+    """The terms of one tensor.
+
+    Attributes:
+        encoded: as stored.
+        shape: the fine-tune's.
+        context: as decoding needs it.
+        values: float32 leaves in place of stored scales, by the term's number and the part's key.
+    """
+
+    encoded: Sequence[Encoded]
+    shape: tuple[int, ...]
+    context: Context
+    values: dict[tuple[int, str], torch.Tensor]
+
+    @classmethod
+    def of(
+        cls, encoded: Sequence[Encoded], shape: tuple[int, ...], context: Context
+    ) -> TrainableTensor | None:
+        """None where no term has scales."""
+        values = {
+            (i, key): _loaded(term, parts, key).requires_grad_(True)
+            for i, (term, parts) in enumerate(encoded)
+            for key in _scale_keys(term, parts)
+        }
+        return cls(encoded, shape, context, values) if values else None
+
+    def decode(self) -> torch.Tensor:
+        """The difference that the scales now give, float32 of `shape`; gradients flow to `values`."""
+        total = torch.zeros(self.shape)
+        for i, (term, parts) in enumerate(self.encoded):
+            own = {key: value for (j, key), value in self.values.items() if j == i}
+            if own:
+                plain = {
+                    k: p for k, p in parts.items() if not k.endswith("_unit") or k[:-5] not in own
+                }
+                total = total + _float32(term).decode(plain | own, self.shape, self.context)
+            else:
+                total = total + term.decode(parts, self.shape, self.context)
+        return total
+
+    def stored(self) -> list[Encoded]:
+        """The terms with the scales as they now are, rounded to their format."""
+        found = []
+        for i, (term, parts) in enumerate(self.encoded):
+            changed = dict(parts)
+            for (j, key), value in self.values.items():
+                if j == i:
+                    changed |= _written(term, parts, key, value.detach())
+            found.append(Encoded(term, changed))
+        return found
+
+
+def _scale_keys(term: Term, parts: dict[str, torch.Tensor]) -> list[str]:
+    if not hasattr(_inner(term), "scale_format"):
+        return []
+    return [k for k in parts if k.rpartition(".")[2] == _KEY and parts[k].numel()]
+
+
+def _inner(term: Term) -> Term:
+    return term.inner if isinstance(term, Rows) else term
+
+
+def _float32(term: Term) -> Term:
+    """The same term with scales in float32, which is what is trained."""
+    if isinstance(term, Rows):
+        return replace(term, inner=_float32(term.inner))
+    changed: Any = term
+    found: Term = replace(changed, scale_format="float32")
+    return found
+
+
+def _loaded(term: Term, parts: dict[str, torch.Tensor], key: str) -> torch.Tensor:
+    values = parts[key].to(torch.float32, copy=True)
+    return values * _by_first(parts[f"{key}_unit"], values) if f"{key}_unit" in parts else values
+
+
+def _written(
+    term: Term, parts: dict[str, torch.Tensor], key: str, values: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Scales in the format that they had: float32, or float16 beside as many units as before."""
+    if f"{key}_unit" not in parts:
+        return {key: values.contiguous()}
+    units = parts[f"{key}_unit"]
+    largest = values.abs().reshape(len(units), -1).amax(dim=1)
+    units = torch.where(largest > 0, largest, torch.ones_like(largest))
+    half = (values / _by_first(units, values)).to(torch.float16).contiguous()
+    return {key: half, f"{key}_unit": units}
+
+
+def _by_first(units: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """One unit, or one for each entry of the first dimension."""
+    return units.reshape(-1, *[1] * (values.dim() - 1))

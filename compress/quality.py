@@ -1,0 +1,84 @@
+"""Writing down how well a delta's model answers, in the delta itself.
+
+Quality is evidence, not content: the delta's identity stays what it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from deltafold.compress.budget.probe import Measured
+from deltafold.compress.card import card_text
+from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.manifest import MANIFEST_NAME, FileEntry, Manifest, parse_manifest
+
+QUALITY_NAME: Final = "report/quality.json"
+_CARD: Final = "README.md"
+
+
+def figures(found: Measured, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures under the names that manifests use, with what they were measured on."""
+    names = {"kl": "kl_mean", "agreement": "top1_agreement"}
+    return {**{names.get(k, k): v for k, v in found.to_json().items()}, "data": dict(data)}
+
+
+def record_quality(folder: Path, quality: Mapping[str, Any]) -> Manifest:
+    """Put figures into a delta's manifest, card and `report/quality.json`.
+
+    Figures of the same name are replaced, others stay. Each file is replaced whole, the manifest last:
+    a reader finds the old delta or the new one, and what is cut off can be done again.
+
+    Args:
+        folder: the delta repo.
+        quality: plain data.
+
+    Returns:
+        The new manifest; its `delta_id` is the old one's.
+
+    Raises:
+        DeltafoldError: as `parse_manifest`; `bad-argument` where the folder cannot be written.
+    """
+    path = folder / MANIFEST_NAME
+    old = parse_manifest(path.read_text("utf-8"), str(path))
+    merged = {**old.quality, **quality}
+    draft = old.model_copy(update={"quality": merged})
+    files = dict(old.files)
+    try:
+        (folder / "report").mkdir(exist_ok=True)
+        files[QUALITY_NAME] = _replace(folder, QUALITY_NAME, json.dumps(merged, indent=2) + "\n")
+        files[_CARD] = _replace(folder, _CARD, card_text(draft))
+        # Sorted, as packing lists them.
+        new = draft.model_copy(update={"files": dict(sorted(files.items()))})
+        assert new.content_digest() == old.delta_id
+        _replace(folder, MANIFEST_NAME, json.dumps(new.model_dump(mode="json"), indent=2) + "\n")
+    except OSError as error:
+        raise DeltafoldError(
+            "bad-argument",
+            f"{folder} cannot be written: {error.strerror}.",
+            fix="copy the delta to a place of your own first",
+        ) from error
+    return new
+
+
+def _replace(folder: Path, name: str, text: str) -> FileEntry:
+    """Write a file beside its place, sync it, and put it there."""
+    path = folder / name
+    draft = path.with_name(f".{path.name}.new")
+    data = text.encode()
+    try:
+        with draft.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
+    return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

@@ -1,0 +1,170 @@
+"""A variant as a dense model of its own, made in memory from base and delta.
+
+For variants whose delta cannot be applied to the shared model: it sits in what a layer remembers, or
+the fine-tune has other layers or another configuration. transformers itself puts the tensors into the
+model, so fused and renamed ones find their place as in any checkpoint. What the fine-tune left as it
+was is not copied: the model holds the base's own parameters there.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
+from deltafold.compress.errors import name_some
+from deltafold.compress.restore import restored_tensor
+from deltafold.runtime.kernels.forms import Target
+from deltafold.runtime.loading import RebuiltVariant
+from deltafold.runtime.quiet import quiet
+from deltafold.runtime.slots import SlotMap
+
+_log = logging.getLogger(__name__)
+
+
+def rebuild_variant(
+    repo: DeltaRepo,
+    base: Checkpoint,
+    shared: Any,
+    slots: SlotMap,
+    target: Target,
+    tensor: str,
+) -> RebuiltVariant:
+    """Make a variant's dense model and check that every tensor of the delta is in it.
+
+    Args:
+        repo: the delta.
+        base: its base's checkpoint.
+        shared: the base's model, of transformers.
+        slots: of that model.
+        target: where and in which dtype the model is to run.
+        tensor: what makes it necessary; kept for whoever asks.
+
+    Raises:
+        DeltafoldError: `engine-unsupported` where the fine-tune's configuration is of another kind of
+            model; `coverage` where a tensor finds no place or a parameter gets no value; `checksum`
+            and what else reading gives.
+    """
+    state = {name: _value(repo, base, slots, target, name) for name in repo.variant_names()}
+    model, info = _load(repo, shared, state, target)
+    missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if missing:
+        raise _not_whole(repo, "parameters without a value", missing)
+    lost = _lost(repo, model, state, told=not info["unexpected_keys"])
+    if lost:
+        raise _not_whole(repo, "without a place", lost)
+    del state
+    _share(model, slots)
+    model = model.to(target.device).eval()
+    nbytes = _own_bytes(model, slots)
+    _log.info("%s is served by a model of its own (%d bytes): %s", repo.folder, nbytes, tensor)
+    return RebuiltVariant(repo.digest, repo.folder, model, tensor, nbytes)
+
+
+def _value(
+    repo: DeltaRepo, base: Checkpoint, slots: SlotMap, target: Target, name: str
+) -> torch.Tensor:
+    """One tensor of the fine-tune, rounded once, to the dtype in which its like is run."""
+    slot = slots.find(name)
+    held = None if slot is None else slots.slots[slot].tensor.detach()
+    dtype = held.dtype if held is not None and held.is_floating_point() else target.dtype
+    value, _ = restored_tensor(repo, base, name, dtype)
+    unchanged = name not in repo.manifest.tensors
+    if unchanged and held is not None and held.shape == value.shape and held.device.type == "cpu":
+        # The base's own memory from the start, where it can be used as it is.
+        return held if torch.equal(held, value) else value
+    return value
+
+
+def _load(
+    repo: DeltaRepo, shared: Any, state: dict[str, torch.Tensor], target: Target
+) -> tuple[Any, dict[str, Any]]:
+    """The model with these tensors, and what transformers says of loading them."""
+    from transformers import AutoConfig
+
+    kind = type(shared)
+    try:
+        config = AutoConfig.from_pretrained(repo.folder, local_files_only=True)
+        if not isinstance(config, type(shared.config)):
+            raise TypeError(f"its configuration is a {type(config).__name__}")
+        with quiet():
+            model, info = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=target.dtype,
+                attn_implementation=shared.config._attn_implementation,
+                output_loading_info=True,
+            )
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise DeltafoldError(
+            "engine-unsupported",
+            f"{repo.folder} cannot be rebuilt as a {kind.__name__}: {error}",
+            fix="restore this variant and serve it by itself",
+        ) from error
+    return model, info
+
+
+def _lost(repo: DeltaRepo, model: Any, state: dict[str, torch.Tensor], *, told: bool) -> list[str]:
+    """Tensors of the delta that the model does not hold.
+
+    They are looked for by content. A loader may also change values (undo a packing, say); where
+    transformers found a use for all it was given (`told`), such a tensor counts as placed, unless
+    the model's class names it among those that are passed over in silence.
+    """
+    slots = SlotMap(model)
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    lost = []
+    for name in sorted(repo.manifest.tensors):
+        slot = slots.find(name)
+        held = None if slot is None else slots.slots[slot].tensor.detach()
+        if held is not None and held.shape == state[name].shape:
+            found = _equal(held, state[name]) or slots.region(name, state[name], state) is not None
+        else:
+            silent = any(re.search(pattern, name) for pattern in ignored)
+            found = slots.region(name, state[name], state) is not None or (told and not silent)
+        if not found:
+            lost.append(name)
+    return lost
+
+
+def _equal(held: torch.Tensor, value: torch.Tensor) -> bool:
+    value = value.to(held.device, held.dtype)
+    return bool(((held == value) | ((held != held) & (value != value))).all())
+
+
+def _share(model: nn.Module, slots: SlotMap) -> None:
+    """Give the model the base's own parameters where they are equal."""
+    for module_name, module in model.named_modules():
+        for attribute, value in list(module._parameters.items()):
+            slot = slots.slots.get(f"{module_name}.{attribute}" if module_name else attribute)
+            if value is None or slot is None or not isinstance(slot.tensor, nn.Parameter):
+                continue
+            mine, held = value.detach(), slot.tensor.detach()
+            if mine.shape != held.shape or mine.dtype != held.dtype:
+                continue
+            if torch.equal(mine.to(held.device), held):
+                module._parameters[attribute] = slot.tensor
+
+
+def _own_bytes(model: nn.Module, slots: SlotMap) -> int:
+    shared = {slot.tensor.untyped_storage().data_ptr() for slot in slots.slots.values()}
+    own = {}
+    for value in [*model.parameters(), *model.buffers()]:
+        storage = value.untyped_storage()
+        own[storage.data_ptr()] = storage.nbytes()
+    return sum(n for place, n in own.items() if place not in shared)
+
+
+def _not_whole(repo: DeltaRepo, label: str, names: list[str]) -> DeltafoldError:
+    return DeltafoldError(
+        "coverage",
+        f"{repo.folder}: a model of its own does not hold all of this variant either.",
+        facts=[(label, name_some(names, len(repo.variant_names())))],
+        fix="nothing is served below 100 %; check its config.json, or restore this variant and "
+        "serve it by itself",
+    )

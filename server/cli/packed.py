@@ -1,0 +1,86 @@
+"""What packing gave, for people and for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from deltafold.server.cli.budget import plan_text
+from deltafold.server.cli.output import facts, size
+
+if TYPE_CHECKING:
+    from deltafold.compress import Manifest, PackReport
+
+
+def pack_data(report: PackReport, seconds: float) -> dict[str, Any]:
+    """A packing run's outcome for programs."""
+    from deltafold.server.cli.bar import peak_memory
+
+    manifest, totals = report.manifest, report.manifest.totals
+    return {
+        "out": str(report.out),
+        "delta_id": manifest.delta_id,
+        "bytes": totals.delta_bytes,
+        "variant_bytes": totals.variant_bytes,
+        "ratio": totals.ratio,
+        "coverage": totals.coverage,
+        "counts": {
+            "coded": len(manifest.tensors),
+            "unchanged": len(manifest.unchanged),
+            "absent": len(manifest.absent),
+        },
+        "accepted": list(manifest.accepted),
+        "recipe": manifest.recipe,
+        "base": manifest.base.model_dump(),
+        "base_quantization": quantization_data(manifest),
+        "plan": report.plan.to_json() if report.plan else None,
+        "quality": manifest.quality,
+        "worst": [{"tensor": name, "rel_error": error} for name, error in report.worst()],
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def pack_text(report: PackReport, seconds: float) -> str:
+    """A packing run's outcome for people."""
+    from deltafold.server.cli.bar import peak_memory_text
+
+    manifest, totals = report.manifest, report.manifest.totals
+    counts = f"{len(manifest.tensors)} coded, {len(manifest.unchanged)} equal to the base's"
+    if manifest.absent:
+        counts += f", {len(manifest.absent)} absent"
+    lines = [
+        ("size", f"{size(totals.delta_bytes)}, {totals.ratio:.2%} of {size(totals.variant_bytes)}"),
+        ("tensors", counts),
+        ("codec", manifest.codec_summary()),
+        ("base", f"{manifest.base.name}  ({manifest.base.fingerprint[:23]}...)"),
+    ]
+    quantization = quantization_data(manifest)
+    if quantization:
+        lines.append(("against", against_text(quantization)))
+    worst = report.worst(1)
+    if worst and worst[0][1] > 0:
+        lines.append(("largest error", f"{worst[0][1]:.3f} of its delta, {worst[0][0]}"))
+    elif manifest.tensors:
+        lines.append(("largest error", "0: every tensor comes back bit for bit"))
+    if "kl_mean" in manifest.quality:
+        figures = manifest.quality
+        agreed = f"{figures['top1_agreement']:.2%} same likeliest token"
+        lines.append(("KL", f"{figures['kl_mean']:.4g} nats a token; {agreed}"))
+    if manifest.accepted:
+        lines.append(("accepted", ", ".join(manifest.accepted)))
+    lines.append(("took", f"{seconds:.1f} s, peak memory {peak_memory_text()}"))
+    text = f"{report.out}: written and verified\n{facts(lines)}"
+    return text if report.plan is None else f"{text}\n\nplan\n{plan_text(report.plan)}"
+
+
+def quantization_data(manifest: Manifest) -> dict[str, Any] | None:
+    """What a delta's base must run as, for programs; None where that is free."""
+    quantization = manifest.base_quantization
+    return None if quantization is None else quantization.model_dump(mode="json")
+
+
+def against_text(quantization: Mapping[str, Any]) -> str:
+    """What a delta was taken against, where it is not the base itself."""
+    count = len(quantization["tensors"])
+    return f"the base dequantised from {quantization['method']} ({count} tensors)"

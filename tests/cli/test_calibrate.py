@@ -1,0 +1,69 @@
+"""`compress` with calibration data, on the demo's models."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from deltafold.compress import DeltaRepo
+from deltafold.server.cli.main import cli
+from deltafold.server.demo.zoo import data_folder
+
+BASE, VARIANT = data_folder() / "base", data_folder() / "zoo" / "shout"
+
+
+def compress(*args):
+    return CliRunner().invoke(cli, ["compress", *map(str, (BASE, VARIANT, *args)), "--json"])
+
+
+@pytest.fixture
+def words(tmp_path):
+    file = tmp_path / "words.jsonl"
+    lines = [
+        {"prompt": f"{word}>", "completion": word.upper()} for word in ("home", "ship", "tree")
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def test_data_and_fit_are_recorded(tmp_path, words):
+    options = ("--codec", "bitdelta", "--set", "*q_proj*=svd-act:rank=4")
+    calibration = ("--calibrate", words, "--calibrate-rows", "2", "--reference", f"aligned={BASE}")
+    fit = ("--fit-scales", "--fit-steps", "1", "--fit-lr", "0.001")
+    result = compress("-o", tmp_path / "out", *options, *calibration, *fit)
+    assert result.exit_code == 0, result.output
+    manifest = DeltaRepo.open(tmp_path / "out").manifest
+    assert manifest.command == (
+        "deltafold compress base shout -o out --codec bitdelta --set '*q_proj*=svd-act:rank=4' "
+        "--calibrate words.jsonl --calibrate-rows 2 --reference aligned=base "
+        "--fit-scales --fit-steps 1 --fit-lr 0.001"
+    )
+    calibrated, fitted = manifest.quality["calibration"], manifest.quality["fit"]
+    assert (calibrated["data"]["name"], calibrated["data"]["rows"]) == ("words.jsonl", 2)
+    assert calibrated["provides"] == ["activations"]
+    assert (fitted["steps"], fitted["lr"]) == (1, 0.001)
+    assert len(fitted["logit_mse"]) == len(fitted["kl"]) == 2
+    assert json.loads(result.stdout)["recipe"]["fit"]["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        (["--codec", "svd-act"], "needs-calibration"),
+        (["--fit-scales"], "needs-calibration"),
+        (["--reference", f"aligned={BASE}"], "bad-argument"),
+        (["--calibrate", "WORDS", "--reference", "aligned"], "bad-argument"),
+        (["--calibrate", "WORDS", "--reference", f"friend={BASE}"], "bad-argument"),
+        (["--calibrate", "WORDS", "--calibrate-rows", "0"], "bad-argument"),
+        (["--calibrate", "WORDS", "--fit-scales", "--fit-steps", "0"], "bad-argument"),
+        (["--calibrate", "WORDS", "--codec", "svd-act", "--device", "abacus"], "bad-argument"),
+        (["--calibrate", "nowhere.jsonl"], "not-found"),
+    ],
+)
+def test_mistakes_are_refused_and_leave_nothing(tmp_path, words, options, code):
+    given = [words if o == "WORDS" else o for o in options]
+    result = compress("-o", tmp_path / "out", *given)
+    assert json.loads(result.stdout)["error"]["code"] == code
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["words.jsonl"]

@@ -1,0 +1,152 @@
+"""Labels and vectors over HTTP: the real engine, the official client."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import openai
+import pooling_zoo
+import pytest
+from PIL import Image
+
+from deltafold.runtime import PoolingEngine, PoolRequest
+from deltafold.server.app import create_app
+from deltafold.server.run import BackgroundServer
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolingEngine]:
+    made = pooling_zoo.texts(tmp_path_factory.mktemp("texts"))
+    with PoolingEngine.open(
+        made.base, made.zoo, device="cpu", served_model_name="org/bert"
+    ) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def pooling_url(engine: PoolingEngine) -> Iterator[str]:
+    with BackgroundServer(create_app(engine)) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def pooling_client(pooling_url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{pooling_url}/v1", api_key="none", max_retries=0) as opened:
+        yield opened
+
+
+def post(url: str, body: dict[str, Any]) -> tuple[int, dict[str, Any], Any]:
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request) as reply:
+            return reply.status, json.loads(reply.read()), reply.headers
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read()), error.headers
+
+
+def test_vectors_by_the_official_client(
+    pooling_client: openai.OpenAI, engine: PoolingEngine
+) -> None:
+    texts = ["the cat sat", "good film"]
+    expected = engine.embed([PoolRequest("two", text) for text in texts])
+    # The client asks for base64 by itself, and for numbers when told to.
+    for options in ({}, {"encoding_format": "float"}):
+        reply = pooling_client.embeddings.create(model="two", input=texts, **options)  # type: ignore[call-overload]
+        assert reply.model == "two"
+        assert [item.index for item in reply.data] == [0, 1]
+        for item, vector in zip(reply.data, expected, strict=True):
+            assert np.allclose(item.embedding, vector.vector.numpy(), atol=1e-6)
+        assert reply.usage.prompt_tokens == sum(v.tokens for v in expected)
+    ids = engine.encode("two", texts[0])
+    for given in (ids, [ids, ids]):
+        reply = pooling_client.embeddings.create(model="two", input=given)
+        assert np.allclose(reply.data[-1].embedding, expected[0].vector.numpy(), atol=1e-6)
+
+
+def test_labels_in_vllms_shape(pooling_url: str, engine: PoolingEngine) -> None:
+    texts = ["the cat sat", "good film"]
+    expected = engine.classify([PoolRequest("two", text) for text in texts])
+    body = {"model": "two", "input": texts}
+    status, reply, headers = post(f"{pooling_url}/classify", body)
+    assert status == 200
+    assert reply.keys() == {"id", "object", "created", "model", "data", "usage"}
+    assert headers["x-deltafold-variant"] == "two"
+    assert headers["x-deltafold-digest"] == expected[0].digest
+    for i, (item, scores) in enumerate(zip(reply["data"], expected, strict=True)):
+        assert item["index"] == i
+        assert item["label"] == scores.label
+        assert item["probs"] == pytest.approx(scores.probabilities)
+        assert item["num_classes"] == 2
+    _, raw, _ = post(f"{pooling_url}/classify", {**body, "use_activation": False})
+    assert raw["data"][0]["probs"] == pytest.approx(expected[0].logits)
+
+
+def test_errors_say_what_to_mend(pooling_url: str, pooling_client: openai.OpenAI) -> None:
+    for route, body, status, code in (
+        ("/classify", {"model": "words", "input": "a"}, 400, "bad_argument"),
+        ("/classify", {"model": "tow", "input": "a"}, 404, "model_not_found"),
+        ("/classify", {"model": "two", "input": []}, 400, "invalid_value"),
+        ("/classify", {"model": "two", "input": "a", "top_k": 1}, 400, None),
+        ("/v1/embeddings", {"model": "two", "input": [5] * 65}, 400, "context_length_exceeded"),
+        ("/v1/embeddings", {"model": "two", "input": "a", "dimensions": 4}, 400, "bad_argument"),
+        ("/v1/completions", {"model": "two", "prompt": "a"}, 400, "not_a_generating_model"),
+    ):
+        found, reply, _ = post(pooling_url + route, body)
+        assert found == status, (route, body, reply)
+        assert code is None or reply["error"]["code"] == code, reply
+    with pytest.raises(openai.BadRequestError, match="does not generate"):
+        pooling_client.chat.completions.create(
+            model="two", messages=[{"role": "user", "content": "hi"}]
+        )
+
+
+def test_a_generating_server_does_not_embed(url: str) -> None:
+    for route in ("/classify", "/v1/embeddings"):
+        status, reply, _ = post(url + route, {"model": "sql", "input": "a"})
+        assert (status, reply["error"]["code"]) == (400, "not_a_pooling_model")
+
+
+def test_the_other_routes_work(pooling_url: str, pooling_client: openai.OpenAI) -> None:
+    listed = {m.id for m in pooling_client.models.list()}
+    assert {"org/bert", "two", "five"} <= listed
+    assert pooling_client.models.retrieve("base").id == "org/bert"
+    _, tokens, _ = post(f"{pooling_url}/tokenize", {"model": "two", "prompt": "the cat"})
+    assert (tokens["count"], tokens["max_model_len"]) == (4, 64)
+    pooling_client.embeddings.create(model="five", input="a cat")
+    with urllib.request.urlopen(f"{pooling_url}/metrics") as reply:
+        text = reply.read().decode()
+    assert 'deltafold_prompt_tokens_total{variant="five"}' in text
+    assert 'deltafold_requests_total{finish_reason="stop",variant="five"}' in text
+    with urllib.request.urlopen(f"{pooling_url}/ready") as reply:
+        assert reply.status == 200
+
+
+def test_pictures_as_data_urls(tmp_path_factory: pytest.TempPathFactory) -> None:
+    made = pooling_zoo.pictures(tmp_path_factory.mktemp("pictures"))
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (30, 20, 3), dtype=np.uint8)
+    )
+    raw = io.BytesIO()
+    picture.save(raw, "PNG")
+    plain = base64.b64encode(raw.getvalue()).decode()
+    with (
+        PoolingEngine.open(made.base, made.zoo, device="cpu") as engine,
+        BackgroundServer(create_app(engine)) as server,
+    ):
+        (expected,) = engine.classify([PoolRequest("five", picture)])
+        for text in (f"data:image/png;base64,{plain}", plain):
+            status, reply, _ = post(f"{server.url}/classify", {"model": "five", "input": text})
+            assert status == 200, reply
+            assert reply["data"][0]["probs"] == pytest.approx(expected.probabilities)
+        for text in ("data:image/png;base64,AAAA", "a cat"):
+            status, reply, _ = post(f"{server.url}/classify", {"model": "five", "input": [text]})
+            assert (status, reply["error"]["code"]) == (400, "invalid_image")
