@@ -38,16 +38,17 @@ from deltafold.compress.manifest import (
     Totals,
     is_evidence,
 )
+from deltafold.compress.payload import payload_key
 from deltafold.compress.progress import OnProgress, Progress, ignore
 from deltafold.compress.recipe import Recipe
 from deltafold.compress.release import version
-from deltafold.compress.repo import DeltaRepo, payload_key
+from deltafold.compress.repo import DeltaRepo
 from deltafold.compress.shards import ShardWriter
 from deltafold.compress.source import open_variant
 from deltafold.compress.spec import spec_of
 from deltafold.compress.staging import Staging
 from deltafold.compress.structure import Structure, compare
-from deltafold.compress.terms import Encoded
+from deltafold.compress.terms import Encoded, SharedSource
 from deltafold.compress.verify import check_payload
 
 #: The terms of a tensor that need no encoder, and the float32 delta that they stand for; or None.
@@ -140,6 +141,7 @@ class Job:
         given: terms that the fine-tune brings itself; the recipe has no say there.
         record: the manifest's `recipe`; that of `recipe` if None.
         evidence: of a calibration run; None without one.
+        shared: where given terms read what they share with other deltas.
     """
 
     source: Checkpoint
@@ -152,6 +154,7 @@ class Job:
     given: Given = lambda name: None
     record: Mapping[str, Any] | None = None
     evidence: EvidenceSource | None = None
+    shared: SharedSource | None = None
 
 
 def pack(job: Job, out: str | Path, *, overwrite: bool = False) -> PackReport:
@@ -254,7 +257,7 @@ class _Run:
         for index, (_, parts) in enumerate(encoded):
             for key, part in parts.items():
                 writer.add(payload_key(name, index, key), part)
-        self.stats[name] = measure(name, encoded, delta, base)
+        self.stats[name] = measure(name, encoded, delta, base, self.job.shared)
         self.entries[name] = manifest_entry(
             name, value, base, encoded, variant_digests[name], self.stats[name].error
         )

@@ -13,12 +13,14 @@ import torch
 from torch import nn
 
 from deltafold.compress import Checkpoint, DeltafoldError
+from deltafold.compress.family import FOLDER
 from deltafold.compress.fingerprint import Digests, digest_source, fingerprint
 from deltafold.compress.lora import cached_lora
 from deltafold.runtime.batch import BatchState, loaded_rows
 from deltafold.runtime.engine import VariantInfo
 from deltafold.runtime.host import Row, Variant
 from deltafold.runtime.kernels.forms import Target
+from deltafold.runtime.kernels.shared import shared_bytes
 from deltafold.runtime.layers import unwrap, wrap
 from deltafold.runtime.loading import Handle, LoadedVariant, load_variant
 from deltafold.runtime.residency import Residency
@@ -119,8 +121,13 @@ class Deltas:
         return self._state.running(loaded_rows(rows))
 
     def resident(self) -> dict[str, int]:
-        """Bytes in memory by name of the folder that a variant was loaded from."""
-        return {v.folder.name: v.nbytes for v in self._residency.resident().values()}
+        """Bytes in memory by name of the folder that a variant was loaded from.
+
+        What variants share is there once, under `.families`, a name that no variant can have.
+        """
+        found = {v.folder.name: v.nbytes for v in self._residency.resident().values()}
+        common = shared_bytes()
+        return {**found, FOLDER: common} if common else found
 
     def close(self) -> None:
         """Give every module its own forward back."""

@@ -82,7 +82,7 @@ class Zoo:
             for folder in self._delta_folders():
                 known = self._entries.get(folder.name)
                 stamp = _stamp(folder)
-                fresh = known is not None and known.stamp == stamp
+                fresh = known is not None and known.stamp == stamp and not _may_heal(known)
                 found[folder.name] = known if known and fresh else self._open(folder, stamp)
             self._entries = found
 
@@ -100,7 +100,8 @@ class Zoo:
         entry = self._current(name)
         if entry is None:
             self.rescan()
-            entry = self._current(name)
+            with self._lock:
+                entry = self._entries.get(name)
         if entry is None:
             raise self._not_found(name)
         return entry
@@ -108,7 +109,9 @@ class Zoo:
     def _current(self, name: str) -> ZooEntry | None:
         with self._lock:
             entry = self._entries.get(name)
-        return entry if entry and entry.stamp == _stamp(entry.folder) else None
+        if entry is None or entry.stamp != _stamp(entry.folder) or _may_heal(entry):
+            return None
+        return entry
 
     def _delta_folders(self) -> list[Path]:
         if self.folder is None:
@@ -153,6 +156,11 @@ class Zoo:
             facts=[("near names", ", ".join(near) or "the zoo is empty")],
             fix="GET /v1/models lists what is served",
         )
+
+
+def _may_heal(entry: ZooEntry) -> bool:
+    """Whether what a delta lacks may have come since, though its own folder is as it was."""
+    return entry.error is not None and entry.error.code == "not-found"
 
 
 def _stamp(folder: Path) -> Stamp:

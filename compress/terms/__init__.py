@@ -7,6 +7,7 @@ from deltafold.compress.terms.base import (
     ExactTerm,
     Parts,
     PartSpec,
+    SharedSource,
     Term,
     config_of,
     is_exact,
@@ -20,6 +21,7 @@ from deltafold.compress.terms.lossless import Lossless
 from deltafold.compress.terms.lowrank import LowRank
 from deltafold.compress.terms.planes import Planes
 from deltafold.compress.terms.rows import Rows
+from deltafold.compress.terms.shared import Shared
 from deltafold.compress.terms.sparse import Sparse
 
 __all__ = [
@@ -36,6 +38,8 @@ __all__ = [
     "Parts",
     "Planes",
     "Rows",
+    "Shared",
+    "SharedSource",
     "Sparse",
     "Term",
     "config_of",

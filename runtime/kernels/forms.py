@@ -13,6 +13,7 @@ from deltafold.compress.terms import (
     LowRank,
     Planes,
     Rows,
+    Shared,
     Sparse,
     Term,
     rows_and_columns,
@@ -21,6 +22,7 @@ from deltafold.compress.terms.base import Parts
 from deltafold.runtime.kernels.base import DeltaMatrix, Sum
 from deltafold.runtime.kernels.cpu import codes_forms, planes_forms
 from deltafold.runtime.kernels.reference import Dense, RowSubset
+from deltafold.runtime.kernels.shared import shared_rows
 from deltafold.runtime.kernels.signs import codes_words, planes_words
 from deltafold.runtime.kernels.simple import Factors, csr
 from deltafold.runtime.kernels.tables import PackedTable
@@ -77,6 +79,8 @@ def _product(
         return Factors(a.to(target.device, target.dtype), b.to(target.device, target.dtype))
     if isinstance(term, Rows):
         return _row_subset(term, encoded, shape, context, target)
+    if isinstance(term, Shared):
+        return shared_rows(term, parts, matrix, context, target.device, target.dtype)
     delta = term.decode(parts, shape, context).reshape(matrix)
     if target.device.type == "cpu" and _is_sparse(term, delta):
         return csr(delta, target.device)
@@ -124,7 +128,10 @@ def _table(
     if isinstance(term, LowRank):
         a, b = term.factors(parts)
         return Factors(a.to(target.device, target.dtype), b.to(target.device, target.dtype))
-    delta = term.decode(parts, shape, context).reshape(rows_and_columns(shape))
+    matrix = rows_and_columns(shape)
+    if isinstance(term, Shared):
+        return shared_rows(term, parts, matrix, context, target.device, target.dtype)
+    delta = term.decode(parts, shape, context).reshape(matrix)
     if _is_sparse(term, delta):
         return csr(delta, target.device)
     return Dense(delta.to(target.device, target.dtype))

@@ -15,7 +15,7 @@ from deltafold.server.cli.output import Output, output_options, table
 @output_options
 @click.pass_obj
 def codecs(output: Output) -> None:
-    """List codecs, edits and merges with their options, needs and sources.
+    """List codecs, edits, family methods and merges with their options, needs and sources.
 
     A spec is a codec's name, or its name and options: bitdelta:bits=2,scale=row.
 
@@ -24,15 +24,28 @@ def codecs(output: Output) -> None:
     """
     from deltafold.compress import METHODS
     from deltafold.compress.edits import EDITS
+    from deltafold.compress.families import FAMILIES
     from deltafold.compress.merges import MERGES
     from deltafold.compress.terms import REGISTRY
 
     listed = [_describe(METHODS[name]) for name in sorted(METHODS)]
     edits = [_describe(EDITS[name]) for name in sorted(EDITS)]
+    families = [_describe(FAMILIES[name]) for name in sorted(FAMILIES)]
     merges = [_describe(MERGES[name]) for name in sorted(MERGES)]
     terms = [{"id": term_id, "v": version} for term_id, version in sorted(REGISTRY)]
-    data = {"codecs": listed, "edits": edits, "merges": merges, "terms": terms}
-    parts = [_text("codec", listed), _text("edit", edits), _text("merge", merges)]
+    data = {
+        "codecs": listed,
+        "edits": edits,
+        "families": families,
+        "merges": merges,
+        "terms": terms,
+    }
+    parts = [
+        _text("codec", listed),
+        _text("edit", edits),
+        _text("family", families),
+        _text("merge", merges),
+    ]
     output.result(data, "\n\n".join(parts))
 
 

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 #: The surface. A change here is a change that users see: change it on purpose, and `docs/cli.md` too.
 SURFACE = {
     "compress": "-o --out --codec --set --edit --recipe --accept --overwrite --quiet --json --debug",
+    "family": "-o --out --method --codec --names --set --accept --overwrite --quiet --json --debug",
     "import-lora": "-o --out --accept --overwrite --quiet --json --debug",
     "inspect": "--tensors --json --debug",
     "verify": "--base --full --quiet --json --debug",
@@ -34,7 +35,7 @@ SURFACE = {
     "version": "--json --debug",
 }
 NAMES = [
-    *("compress", "import-lora", "inspect", "verify", "restore", "export"),
+    *("compress", "family", "import-lora", "inspect", "verify", "restore", "export"),
     *("serve", "chat", "demo"),
     *("codecs", "schema", "version"),
 ]

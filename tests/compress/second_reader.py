@@ -110,13 +110,14 @@ def value_of(term, parts, shape, base):
 
 
 class Stored(NamedTuple):
-    """A term as it lies on disk; `base` is (dtype, array) or None."""
+    """A term as it lies on disk; `base` is (dtype, array) or None, `shared` what a family holds."""
 
     term: dict[str, Any]
     parts: dict[str, np.ndarray]
     shape: list[int]
     name: str
     base: tuple[str, np.ndarray] | None
+    shared: np.ndarray | None = None
 
 
 READERS: dict[str, Callable[[Stored], np.ndarray]] = {}
@@ -132,9 +133,9 @@ def reader(term_id: str) -> Callable[[Any], Any]:
     return note
 
 
-def decode(term, parts, shape, name, base) -> np.ndarray:
+def decode(term, parts, shape, name, base, shared=None) -> np.ndarray:
     """A term's difference."""
-    return READERS[term["id"]](Stored(term, parts, shape, name, base))
+    return READERS[term["id"]](Stored(term, parts, shape, name, base, shared))
 
 
 @reader("planes")
@@ -196,6 +197,17 @@ def rows(s: Stored) -> np.ndarray:
     if s.term["added"]:
         out[-s.term["added"] :] = to_float(s.term["dtype"], s.parts["added"])
     return out
+
+
+@reader("shared")
+def shared(s: Stored) -> np.ndarray:
+    rows, columns = matrix_of(s.shape)
+    bits = next(b for b in (1, 2, 4, 8) if 2**b >= s.term["groups"])
+    index = codes_of(s.parts["index"], bits, rows).astype(int) if "index" in s.parts else 0
+    out = s.shared[index * rows + np.arange(rows)]
+    if s.term["masked"]:
+        out = out * codes_of(s.parts["mask"], 1, columns)
+    return (out * np.float32(s.term["scale"])).reshape(s.shape)
 
 
 @reader("exact")

@@ -18,6 +18,7 @@ from deltafold.compress.terms import (
     LowRank,
     Planes,
     Rows,
+    Shared,
     Sparse,
     config_of,
     is_exact,
@@ -52,6 +53,8 @@ CASES = [
     Case(Rows(inner=Planes(bits=4)), error=0.20, scalars=False),
     Case(Rows(inner=Lossless()), error=0.0, scalars=False),
     Case(Rows(inner=Rows(inner=Exact())), error=0.0, scalars=False),
+    Case(Shared(scale=0.75), error=None, homogeneous=False),
+    Case(Shared(key="3", groups=3), error=None, homogeneous=False),
 ]
 EXACT = [Exact(), Lossless(), Rows(inner=Exact()), Rows(inner=Lossless())]
 
@@ -224,6 +227,9 @@ def test_rows_and_columns(shape, expected):
         (lambda: Lossless(lengths=(1, 2, 3)), "lengths"),
         (lambda: Exact(dtype="F7"), "dtype"),
         (lambda: Rows(inner="codes"), "inner"),
+        (lambda: Shared(family="sha256:1"), "family"),
+        (lambda: Shared(groups=257), "groups"),
+        (lambda: Shared(scale=float("inf")), "scale"),
     ],
 )
 def test_impossible_configurations_are_refused(make, field):

@@ -26,10 +26,12 @@ from deltafold.compress.terms import (
     LowRank,
     Planes,
     Rows,
+    Shared,
     Sparse,
     Term,
     config_of,
     is_exact,
+    rows_and_columns,
 )
 
 FOLDER = Path(__file__).parent
@@ -76,6 +78,9 @@ CASES = [
     Golden("codes", Rows(inner=Codes(bits=4)), (12, 10), rows=4),
     Golden("planes-added", Rows(inner=Planes(bits=2), added=3), (12, 10), rows=4),
     Golden("lossless-added", Rows(inner=Lossless(), added=2), (8, 10), rows=3),
+    Golden("mask", Shared(scale=0.3), (5, 27)),
+    Golden("rows", Shared(groups=5, masked=False), (7, 9)),
+    Golden("mask-rows", Shared(groups=3, scale=1.5), (3, 2, 33)),
 ]
 
 
@@ -88,14 +93,21 @@ def stem(case: Golden) -> str:
 def make(case: Golden) -> None:
     """Write one case's two files."""
     base, variant = _tensors(case)
-    context = Context(NAME, base, variant)
+    shared = _shared(case)
+
+    def read(family: str, key: str) -> torch.Tensor:
+        return shared
+
+    context = Context(NAME, base, variant, shared=read)
     delta = variant.float() - (0 if base is None else base.float())
     encoded = case.term.encode(delta, context)
-    reading = Context(NAME, base)
+    reading = Context(NAME, base, shared=read)
     stored = {f"part.{key}": part for key, part in encoded.parts.items()}
     stored["decoded"] = encoded.term.decode(encoded.parts, case.shape, reading).clone()
     if base is not None:
         stored["base"] = base
+    if isinstance(case.term, Shared):
+        stored["shared"] = shared
     if is_exact(encoded.term):
         assert isinstance(encoded.term, ExactTerm)
         stored["restored"] = variant
@@ -109,6 +121,13 @@ def make(case: Golden) -> None:
     save_file(stored, FOLDER / f"{stem(case)}.safetensors")
     text = json.dumps(description, indent=2)
     (FOLDER / f"{stem(case)}.json").write_text(f"{text}\n", "utf-8")
+
+
+def _shared(case: Golden) -> torch.Tensor:
+    rows, columns = rows_and_columns(case.shape)
+    groups = case.term.groups if isinstance(case.term, Shared) else 1
+    draw = torch.Generator().manual_seed(groups)
+    return torch.randn(groups * rows, columns, generator=draw) * 0.01
 
 
 def _tensors(case: Golden) -> tuple[torch.Tensor | None, torch.Tensor]:
