@@ -18,6 +18,7 @@ from deltafold.compress.terms.codes import Codes
 from deltafold.compress.terms.dense import Dense
 from deltafold.compress.terms.exact import Exact
 from deltafold.compress.terms.lossless import Lossless
+from deltafold.compress.terms.lossless_v1 import LosslessStreams
 from deltafold.compress.terms.lowrank import LowRank
 from deltafold.compress.terms.planes import Planes
 from deltafold.compress.terms.rows import Rows
@@ -33,6 +34,7 @@ __all__ = [
     "Exact",
     "ExactTerm",
     "Lossless",
+    "LosslessStreams",
     "LowRank",
     "PartSpec",
     "Parts",
