@@ -81,7 +81,10 @@ def main() -> None:
         rows += [_row(name, coder, m) for coder, m in found.items()]
         _print(rows[-len(found) :])
     if options.json:
-        machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
+        machine = {
+            "machine": platform.processor() or platform.machine(),
+            "torch": torch.__version__,
+        }
         result = {"date": str(datetime.date.today()), **machine, "rows": rows}
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n", "utf-8")
 

@@ -15,6 +15,7 @@ from deltafold.compress.terms.base import (
     term_from_config,
 )
 from deltafold.compress.terms.codes import Codes
+from deltafold.compress.terms.columns import Columns
 from deltafold.compress.terms.dense import Dense
 from deltafold.compress.terms.exact import Exact
 from deltafold.compress.terms.lossless import Lossless
@@ -28,6 +29,7 @@ from deltafold.compress.terms.sparse import Sparse
 __all__ = [
     "REGISTRY",
     "Codes",
+    "Columns",
     "Context",
     "Dense",
     "Encoded",

@@ -8,6 +8,7 @@ import torch
 
 from deltafold.compress.terms import (
     Codes,
+    Columns,
     Context,
     Encoded,
     LowRank,
@@ -24,7 +25,7 @@ from deltafold.runtime.kernels.cpu import codes_forms, planes_forms
 from deltafold.runtime.kernels.reference import Dense, RowSubset
 from deltafold.runtime.kernels.shared import shared_rows
 from deltafold.runtime.kernels.signs import codes_words, planes_words
-from deltafold.runtime.kernels.simple import Factors, csr
+from deltafold.runtime.kernels.simple import ColumnSubset, Factors, csr
 from deltafold.runtime.kernels.tables import PackedTable
 
 #: Below this share of entries kept, compressed rows beat a dense product on a CPU, unless the matrix
@@ -81,6 +82,10 @@ def _product(
         return _row_subset(term, encoded, shape, context, target)
     if isinstance(term, Shared):
         return shared_rows(term, parts, matrix, context, target.device, target.dtype)
+    if isinstance(term, Columns):
+        index = term.index(parts, matrix[1], context.name).to(target.device)
+        chosen = term.chosen(parts, matrix[0], context.name)
+        return ColumnSubset(index, chosen.to(target.device, target.dtype), matrix[1])
     delta = term.decode(parts, shape, context).reshape(matrix)
     if target.device.type == "cpu" and _is_sparse(term, delta):
         return csr(delta, target.device)

@@ -11,6 +11,7 @@ import torch
 from adapters import factors, write_adapter
 from checkpoints import assert_same, read_checkpoint
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
 from deltafold.compress import METHODS, schema, version
 from deltafold.server.cli.main import cli
@@ -317,3 +318,17 @@ def test_family(pair):
         *("--method", "emr", "--overwrite"),
     )
     assert "written and verified" in again.stdout
+
+
+def test_import_blocks(pair):
+    steps = {
+        "lm_head.weight.columns.index": torch.tensor([1]),
+        "lm_head.weight.columns.values": torch.ones(48, 1),
+    }
+    path = pair.root / "steps.safetensors"
+    save_file(steps, path)
+    data = run_json("import-blocks", pair.base, path, "-o", pair.out)
+    assert data["counts"] == {"coded": 1, "unchanged": 10, "absent": 0}
+    shown = run_json("inspect", pair.out, "--tensors")
+    assert shown["terms"] == {"columns(dense)": {"tensors": 1, "bytes": 48 * 4 + 4}}
+    assert shown["command"] == "deltafold import-blocks base steps.safetensors -o delta"

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 SURFACE = {
     "compress": "-o --out --codec --set --edit --recipe --accept --overwrite --quiet --json --debug",
     "family": "-o --out --method --codec --names --set --accept --overwrite --quiet --json --debug",
+    "import-blocks": "-o --out --overwrite --quiet --json --debug",
     "import-lora": "-o --out --accept --overwrite --quiet --json --debug",
     "inspect": "--tensors --json --debug",
     "verify": "--base --full --quiet --json --debug",
@@ -35,7 +36,16 @@ SURFACE = {
     "version": "--json --debug",
 }
 NAMES = [
-    *("compress", "family", "import-lora", "inspect", "verify", "restore", "export"),
+    *(
+        "compress",
+        "family",
+        "import-blocks",
+        "import-lora",
+        "inspect",
+        "verify",
+        "restore",
+        "export",
+    ),
     *("serve", "chat", "demo"),
     *("codecs", "schema", "version"),
 ]

@@ -257,6 +257,15 @@ def codes(s: Stored) -> np.ndarray:
     return ((centred - 2 ** (bits - 1)) * level).reshape(s.shape)
 
 
+@reader("columns")
+def columns(s: Stored) -> np.ndarray:
+    out = np.zeros(matrix_of(s.shape), np.float32)
+    inner = {k.removeprefix("inner."): v for k, v in s.parts.items() if k.startswith("inner.")}
+    shape = [len(out), s.term["count"]]
+    out[:, s.parts["index"]] = decode(s.term["inner"], inner, shape, s.name, None)
+    return out.reshape(s.shape)
+
+
 @reader("lowrank")
 def lowrank(s: Stored) -> np.ndarray:
     a, b = (scales_of(s.parts, key, s.term["factor_format"]) for key in "ab")

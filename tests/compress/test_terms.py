@@ -11,6 +11,7 @@ from deltafold.compress import DeltafoldError
 from deltafold.compress.terms import (
     REGISTRY,
     Codes,
+    Columns,
     Context,
     Dense,
     Exact,
@@ -39,6 +40,8 @@ CASES = [
     Case(Codes(bits=4, scale_format="float32"), error=0.16),
     Case(Codes(bits=2, group=7), error=0.50),
     Case(Codes(bits=2, group=10**12), error=0.60),
+    Case(Columns(), error=0.16),
+    Case(Columns(inner=Dense()), error=0.0),
     Case(LowRank(rank=4), error=1.0),
     Case(LowRank(rank=64), error=1e-3),
     Case(LowRank(rank=64, factor_format="float32"), error=1e-5),

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from deltafold.compress.terms import (
     Codes,
+    Columns,
     Context,
     Dense,
     Exact,
@@ -46,6 +47,7 @@ class Golden(NamedTuple):
     Attributes:
         rows: with `Rows`, how many of the shared rows changed.
         without_base: the base has no such tensor.
+        columns: with `Columns`, how many of them changed.
     """
 
     variant: str
@@ -54,6 +56,7 @@ class Golden(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     rows: int | None = None
     without_base: bool = False
+    columns: int | None = None
 
 
 CASES = [
@@ -63,6 +66,8 @@ CASES = [
     Golden("2bit", Codes(bits=2, group=8), (5, 21)),
     Golden("4bit", Codes(bits=4, scale_format="float32"), (4, 3, 3, 3)),
     Golden("8bit", Codes(bits=8, group=16), (6, 40), torch.float32),
+    Golden("codes", Columns(inner=Codes(bits=4)), (6, 20), columns=7),
+    Golden("dense", Columns(inner=Dense()), (3, 2, 33), columns=5),
     Golden("", LowRank(rank=3), (12, 20)),
     Golden("float32", LowRank(rank=2, factor_format="float32"), (7, 9), torch.float16),
     Golden("seed", Sparse(mask="seed", drop=0.75, seed=12345678901234567890), (8, 33)),
@@ -150,6 +155,8 @@ def _tensors(case: Golden) -> tuple[torch.Tensor | None, torch.Tensor]:
         step = torch.randn(case.shape, generator=draw) * 0.01
         if case.rows is not None:
             step[case.rows :] = 0
+        if case.columns is not None:
+            step[..., case.columns :] = 0
         variant = (base.float() + step).to(case.dtype)
     if isinstance(case.term, Rows) and case.term.added:
         base[-case.term.added :] = 0
