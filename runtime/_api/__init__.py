@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from deltafold.compress import restore_checkpoint as restore_checkpoint
     from deltafold.compress import verify_delta as verify_delta
     from deltafold.runtime import EmbeddedEngine as EmbeddedEngine
+    from deltafold.runtime import Embeddings as Embeddings
     from deltafold.runtime import Request as Request
     from deltafold.runtime import Sampling as Sampling
 
@@ -27,6 +28,7 @@ _HOMES = {
     "restore_checkpoint": "deltafold.compress",
     "verify_delta": "deltafold.compress",
     "EmbeddedEngine": "deltafold.runtime",
+    "Embeddings": "deltafold.runtime",
     "Request": "deltafold.runtime",
     "Sampling": "deltafold.runtime",
 }

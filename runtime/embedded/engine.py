@@ -14,11 +14,17 @@ from typing import Any, Self
 import torch
 
 from deltafold.compress.errors import DeltafoldError
-from deltafold.runtime.embedded.checks import check_prompt, check_sampling, output_limit
+from deltafold.runtime.embedded.checks import (
+    check_overlay,
+    check_prompt,
+    check_sampling,
+    output_limit,
+)
 from deltafold.runtime.embedded.gather import gather
 from deltafold.runtime.embedded.job import Job
 from deltafold.runtime.embedded.loop import Loop
 from deltafold.runtime.embedded.opening import open_model
+from deltafold.runtime.embedded.overlay import read_prompt
 from deltafold.runtime.embedded.runner import Runner
 from deltafold.runtime.embedded.scheduler import Limits
 from deltafold.runtime.embedded.text import TextFront, TextFronts
@@ -87,6 +93,7 @@ class EmbeddedEngine:
         self.base_name = host.base_name
         self._host = host
         self._base_vocabulary = runner.vocabulary
+        self._embedding_width = runner.embedding_width
         self._limits = Limits(
             rows=max_batch,
             tokens=max_batch_tokens or max_batch * length,
@@ -229,7 +236,8 @@ class EmbeddedEngine:
         self, request: Request, on_chunk: OnChunk, info: VariantInfo, variant: Variant | None
     ) -> Job:
         front = self._front_of(variant)
-        ids = front.encode(request.prompt)
+        ids, overlay = read_prompt(front, request.prompt, self._embedding_width)
+        check_overlay(overlay is not None, request.sampling)
         check_prompt(ids, front.vocabulary or self._base_vocabulary)
         limit = output_limit(len(ids), request.sampling.max_tokens, self._limits.model_len)
         digest = info.digest if variant is None else variant.digest
@@ -241,6 +249,7 @@ class EmbeddedEngine:
             on_chunk=on_chunk,
             order=next(self._numbers),
             limit=limit,
+            overlay=overlay,
         )
 
     # Variants and text.

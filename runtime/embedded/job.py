@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from random import Random
 
+from deltafold.runtime.embedded.overlay import Overlay
 from deltafold.runtime.embedded.sampler import Choice, RawLogprob, generator
 from deltafold.runtime.embedded.stream import Detokenizer, StopStrings
 from deltafold.runtime.embedded.text import TextFront
@@ -26,6 +27,7 @@ class Job:
     Attributes:
         order: position in the order of arrival.
         limit: most tokens to generate.
+        overlay: input embeddings in place of some of the prompt's tokens.
         cached: tokens that key-value memory holds; the rest must still be run.
     """
 
@@ -36,6 +38,7 @@ class Job:
     on_chunk: OnChunk
     order: int
     limit: int
+    overlay: Overlay | None = None
     cancelled: bool = False
     ended: bool = False
     counted: bool = False
