@@ -42,11 +42,17 @@ for path, dtype in names:
     coder = ZipNN(input_format="byte", bytearray_dtype=dtype)
     into, back = [], []
     for _ in range(rounds):
-        began = time.perf_counter(); coded = coder.compress(bytearray(data)); into.append(time.perf_counter() - began)
-        began = time.perf_counter(); plain = coder.decompress(coded); back.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        coded = coder.compress(bytearray(data))
+        middle = time.perf_counter()
+        plain = coder.decompress(coded)
+        into.append(middle - began)
+        back.append(time.perf_counter() - middle)
     assert bytes(plain) == data
-    found["plain"] += len(data); found["coded"] += len(coded)
-    found["encode"] += min(into); found["decode"] += min(back)
+    found["plain"] += len(data)
+    found["coded"] += len(coded)
+    found["encode"] += min(into)
+    found["decode"] += min(back)
 print(json.dumps(found))
 """
 

@@ -40,7 +40,8 @@ def contexts(words: Words, dtype: str) -> Bytes:
         return np.zeros(len(words), np.uint8)
     mantissa, exponent = FLOATS[dtype]
     kind = words.dtype.type
-    return (words >> kind(mantissa) & kind(min(2**exponent - 1, 255))).astype(np.uint8)
+    out: Bytes = (words >> kind(mantissa) & kind(min(2**exponent - 1, 255))).astype(np.uint8)
+    return out
 
 
 def difference(variant: Words, base: Words, dtype: str) -> Words:
@@ -48,7 +49,8 @@ def difference(variant: Words, base: Words, dtype: str) -> Words:
     size, kind = variant.itemsize, variant.dtype.type
     step = (_ordered(variant, dtype) - _ordered(base, dtype)).view(_SIGNED[size])
     sign = (step >> (8 * size - 1)).view(variant.dtype)
-    return (step.view(variant.dtype) << kind(1)) ^ sign
+    found: Words = (step.view(variant.dtype) << kind(1)) ^ sign
+    return found
 
 
 def undo_difference(folded: Words, base: Words, dtype: str) -> Words:
@@ -63,7 +65,8 @@ def rotated(words: Words, dtype: str) -> Words:
     kind = words.dtype.type
     if dtype not in FLOATS:
         return words
-    return (words << kind(1)) | (words >> kind(8 * words.itemsize - 1))
+    found: Words = (words << kind(1)) | (words >> kind(8 * words.itemsize - 1))
+    return found
 
 
 def undo_rotated(words: Words, dtype: str) -> Words:
@@ -71,7 +74,8 @@ def undo_rotated(words: Words, dtype: str) -> Words:
     kind = words.dtype.type
     if dtype not in FLOATS:
         return words
-    return (words >> kind(1)) | (words << kind(8 * words.itemsize - 1))
+    found: Words = (words >> kind(1)) | (words << kind(8 * words.itemsize - 1))
+    return found
 
 
 def split(numbers: Words, *, leading: bool) -> Bytes:
@@ -81,15 +85,16 @@ def split(numbers: Words, *, leading: bool) -> Bytes:
         numbers: folded differences, or with `leading` rotated words, whose first byte is the symbol.
         leading: which of the two.
     """
-    size = numbers.itemsize
+    size, symbols = numbers.itemsize, np.empty(0, np.uint8)
     if leading:
-        return (numbers >> numbers.dtype.type(8 * size - 8)).astype(np.uint8)
-    if size <= 2:
-        symbols: Bytes = _small_table(size)[numbers]
-        return symbols
-    left = np.maximum(_lengths(numbers) - (PRECISION[size] + 1), 0).astype(np.uint8)
-    top = (numbers >> left.astype(numbers.dtype)).astype(np.uint8)
-    return (left << np.uint8(PRECISION[size])) + top
+        symbols = (numbers >> numbers.dtype.type(8 * size - 8)).astype(np.uint8)
+    elif size <= 2:
+        symbols = _small_table(size)[numbers]
+    else:
+        left = np.maximum(_lengths(numbers) - (PRECISION[size] + 1), 0).astype(np.uint8)
+        top = (numbers >> left.astype(numbers.dtype)).astype(np.uint8)
+        symbols = (left << np.uint8(PRECISION[size])) + top
+    return symbols
 
 
 @lru_cache(maxsize=8)
@@ -98,7 +103,8 @@ def low_counts(size: int, *, leading: bool) -> Bytes:
     if leading:
         return np.full(256, 8 * size - 8, np.uint8)
     most = 8 * size - (PRECISION[size] + 1)
-    return np.clip((np.arange(256) >> PRECISION[size]) - 1, 0, most).astype(np.uint8)
+    out: Bytes = np.clip((np.arange(256) >> PRECISION[size]) - 1, 0, most).astype(np.uint8)
+    return out
 
 
 def pack_low(numbers: Words, symbols: Bytes, *, leading: bool) -> Bytes:
@@ -148,9 +154,9 @@ def _tops(size: int, leading: bool) -> Words:
     word = WORDS[size]
     every = np.arange(256, dtype=np.uint8)
     left = low_counts(size, leading=leading)
-    if leading:
-        return every.astype(word) << left.astype(word)
-    return (every - (left << np.uint8(PRECISION[size]))).astype(word) << left.astype(word)
+    top = every if leading else every - (left << np.uint8(PRECISION[size]))
+    found: Words = top.astype(word) << left.astype(word)
+    return found
 
 
 def _by_count(
@@ -200,7 +206,8 @@ def _ordered(words: Words, dtype: str) -> Words:
         return words
     bits = 8 * words.itemsize - 1
     negative = (words.view(_SIGNED[words.itemsize]) >> bits).view(words.dtype)
-    return words ^ (negative | words.dtype.type(1 << bits))
+    found: Words = words ^ (negative | words.dtype.type(1 << bits))
+    return found
 
 
 def _unordered(places: Words, dtype: str) -> Words:
@@ -208,7 +215,8 @@ def _unordered(places: Words, dtype: str) -> Words:
         return places
     bits = 8 * places.itemsize - 1
     positive = (places.view(_SIGNED[places.itemsize]) >> bits).view(places.dtype)
-    return places ^ (~positive | places.dtype.type(1 << bits))
+    found: Words = places ^ (~positive | places.dtype.type(1 << bits))
+    return found
 
 
 def _lengths(numbers: Words) -> NDArray[np.int64]:

@@ -32,7 +32,9 @@ class Embeddings:
 
 #: Text, token ids, chat messages (rendered with the variant's own chat template), input embeddings, or
 #: token ids and input embeddings in turn.
-Prompt: TypeAlias = str | Sequence[int] | Sequence[Message] | Embeddings | Sequence[int | Embeddings]
+Prompt: TypeAlias = (
+    str | Sequence[int] | Sequence[Message] | Embeddings | Sequence[int | Embeddings]
+)
 
 
 @dataclass(frozen=True, slots=True)

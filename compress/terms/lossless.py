@@ -80,7 +80,8 @@ class Lossless(Checked):
         assert variant is not None
         dtype = dtypes.NAMES[variant.dtype]
         own = _words(variant)
-        base = _words(context.base) if _fits(context.base, variant) else None
+        below = context.base
+        base = _words(below) if below is not None and _fits(below, variant) else None
         depth = next(depth for least, depth in _DEPTHS if len(own) >= least)
         start = replace(self, dtype=dtype, depth=depth)
         best = _best_plan(start, own, base) if len(own) else None

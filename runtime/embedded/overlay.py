@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeGuard
 
 import torch
 
@@ -47,12 +47,9 @@ def read_prompt(
     Raises:
         DeltafoldError: `bad-argument`, or `engine-unsupported` where the model takes none.
     """
-    if isinstance(prompt, Embeddings):
-        pieces: Sequence[object] = [prompt]
-    elif isinstance(prompt, str) or not any(isinstance(p, Embeddings) for p in prompt):
+    pieces = [prompt] if isinstance(prompt, Embeddings) else prompt
+    if not _mixed(pieces):
         return front.encode(prompt), None
-    else:
-        pieces = prompt
     if width is None:
         raise DeltafoldError(
             "engine-unsupported",
@@ -68,8 +65,14 @@ def read_prompt(
             positions += range(len(ids), len(ids) + len(values[-1]))
             ids += [PLACEHOLDER] * len(values[-1])
         else:
-            ids += front.encode([piece])  # type: ignore[list-item]
+            ids += front.encode([piece])
     return ids, Overlay(torch.tensor(positions), torch.cat(values))
+
+
+def _mixed(prompt: Prompt) -> TypeGuard[Sequence[int | Embeddings]]:
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str):
+        return False
+    return any(isinstance(piece, Embeddings) for piece in prompt)
 
 
 def _checked(values: torch.Tensor, width: int) -> torch.Tensor:

@@ -67,7 +67,7 @@ class Prefill:
         return [row[self.done : stop] for row in padded], padding
 
     def overlays(self, columns: int) -> list[Overlay | None] | None:
-        """Input embeddings of the next pass over so many columns, a row each; None if there are none."""
+        """Input embeddings of the next pass over so many columns, a row each; or None."""
         found: list[Overlay | None] = []
         for job in self.jobs:
             start = self.done - (self.width - len(job.tokens))

@@ -1,4 +1,4 @@
-"""A second reader, written from `docs/format.md` alone (`second_reader.py`), must find the same as ours."""
+"""A second reader, written from `docs/format.md` alone (`second_reader.py`), finds the same as ours."""
 
 from __future__ import annotations
 

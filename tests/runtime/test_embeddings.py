@@ -1,4 +1,4 @@
-"""Requests that bring input embeddings: equal to transformers' `inputs_embeds`, in mixed batches too."""
+"""Requests that bring input embeddings, against what transformers makes of `inputs_embeds`."""
 
 from __future__ import annotations
 
