@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from deltafold.compress import (
     DeltafoldError,
     DeltaRepo,
     Recipe,
+    export_peft,
     parse_spec,
     restore_checkpoint,
     verify_delta,
@@ -156,6 +158,35 @@ def test_bytes_are_told_apart(models, packed):
     card = (packed / "a" / "README.md").read_text()
     assert f"{payload:,} more bytes" in card
     assert family.name in card
+
+
+def test_the_digest_is_what_the_format_says(packed):
+    (folder,) = families_in(packed)
+    family = json.loads((folder / "family.json").read_text())
+    content = {
+        "base": family["base"],
+        "format": "deltafold-family",
+        "major": "1",
+        "tensors": {
+            k: [t["shape"], t["terms"], t["payload_sha256"]] for k, t in family["tensors"].items()
+        },
+    }
+    text = json.dumps(content, separators=(",", ":"), sort_keys=True)
+    assert family["family_id"] == f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+    assert folder.name == family["family_id"].removeprefix("sha256:")
+
+
+def test_export_to_peft(models, packed, tmp_path):
+    report = export_peft(
+        packed / "a", models.base, tmp_path / "lora", rank=40, drop=["*experts*", "logit_scale"]
+    )
+    repo = DeltaRepo.open(packed / "a")
+    full = [t for t in report.tensors if t.kind == "lora"]
+    assert {t.tensor for t in full} >= {MATRIX}
+    assert max(t.rel_error for t in full) < 1e-4
+    assert repo.delta(MATRIX, models.base_tensors[MATRIX]).norm() == pytest.approx(
+        next(t.norm for t in full if t.tensor == MATRIX)
+    )
 
 
 def test_what_is_not_shared(models, packed):
