@@ -162,3 +162,10 @@ def test_a_small_frame_may_not_claim_to_be_a_huge_table():
         encoded.term.restore(
             {**encoded.parts, "tables": tables}, (3000,), torch.bfloat16, Context("w", base)
         )
+
+
+def test_sizes_cost_nothing_to_promise():
+    # A forged manifest may name any shape; what it promises is compared before anything is read.
+    specs = Lossless(mode="difference", block=1, depth=1).parts((2**40, 2**20))
+    assert specs["states"].shape == (4 * 2**60,)
+    assert Lossless(mode="raw", block=10, depth=4).parts((25,))["states"].shape == (4 * 8,)
