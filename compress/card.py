@@ -55,6 +55,18 @@ def _is_lora(manifest: Manifest) -> bool:
     return manifest.codec_summary() == "lora"
 
 
+def _shared(manifest: Manifest) -> str:
+    family = manifest.recipe.get("family")
+    if not family:
+        return ""
+    members = ", ".join(family["members"])
+    place = f".families/{str(family['id']).removeprefix('sha256:')}"
+    return f"""It shares {family["bytes"]:,} more bytes with other deltas ({members}). They lie in
+`{place}` beside this folder, and must go along with it: beside it again, or inside it.
+
+"""
+
+
 def _codecs(manifest: Manifest) -> set[str]:
     return {str(term["id"]) for e in manifest.tensors.values() for term in e.terms}
 
@@ -86,7 +98,7 @@ deltafold serve {name} --zoo FOLDER_THAT_HOLDS_THIS_ONE
 deltafold restore THIS_FOLDER --base {name} -o CHECKPOINT
 ```
 
-## What is stored
+{_shared(manifest)}## What is stored
 
 | term | tensors | bytes |
 |---|---|---|

@@ -44,19 +44,20 @@ from deltafold.compress.manifest import (
     is_evidence,
     version_for,
 )
+from deltafold.compress.payload import payload_key
 from deltafold.compress.progress import OnProgress, Progress, ignore
 from deltafold.compress.quality import record_quality
 from deltafold.compress.quantized import dequantized, quantization_of
 from deltafold.compress.recipe import Recipe
 from deltafold.compress.release import version
-from deltafold.compress.repo import DeltaRepo, pad_rows, payload_key
+from deltafold.compress.repo import DeltaRepo, pad_rows
 from deltafold.compress.shards import ShardWriter
 from deltafold.compress.source import open_variant
 from deltafold.compress.spec import spec_of
 from deltafold.compress.staging import Staging
 from deltafold.compress.structure import Structure, compare
 from deltafold.compress.survey import surveyed
-from deltafold.compress.terms import Context, Encoded, is_exact
+from deltafold.compress.terms import Context, Encoded, SharedSource, is_exact
 from deltafold.compress.verify import check_payload
 
 #: The terms of a tensor that need no encoder, and the float32 delta that they stand for; or None.
@@ -198,6 +199,7 @@ class Job:
             a tensor is all that there is.
         quality: the manifest's `quality`, what the judge finds left out.
         judge: measures the packed delta; None without calibration data.
+        shared: where given terms read what they share with other deltas.
     """
 
     source: Checkpoint
@@ -214,6 +216,7 @@ class Job:
     delta: Callable[[str], torch.Tensor | None] = lambda name: None
     quality: Mapping[str, Any] = field(default_factory=dict)
     judge: Judge | None = None
+    shared: SharedSource | None = None
 
 
 def pack(job: Job, out: str | Path, *, overwrite: bool = False) -> PackReport:
@@ -365,7 +368,7 @@ class _Run:
         for index, (_, parts) in enumerate(encoded):
             for key, part in parts.items():
                 writer.add(payload_key(name, index, key), part)
-        self.stats[name] = measure(name, encoded, delta, base)
+        self.stats[name] = measure(name, encoded, delta, base, self.job.shared)
         self.entries[name] = manifest_entry(
             name, value, base, encoded, variant_digests[name], self.stats[name].error
         )

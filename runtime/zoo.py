@@ -122,7 +122,9 @@ class Zoo:
     def _current(self, name: str) -> ZooEntry | None:
         with self._lock:
             entry = self._entries.get(name)
-        return entry if entry and entry.stamp == _stamp(entry.folder) else None
+        if entry is None or entry.stamp != _stamp(entry.folder) or _may_heal(entry):
+            return None
+        return entry
 
     def _refresh(self, folder: Path) -> ZooEntry:
         """The entry of a folder as it is now, read by one thread alone and without the lock."""
@@ -186,6 +188,11 @@ class Zoo:
             facts=[("near names", ", ".join(near) or "the zoo is empty")],
             fix="GET /v1/models lists what is served",
         )
+
+
+def _may_heal(entry: ZooEntry) -> bool:
+    """Whether what a delta lacks may have come since, though its own folder is as it was."""
+    return entry.error is not None and entry.error.code == "not-found"
 
 
 def _stamp(folder: Path) -> Stamp:

@@ -28,6 +28,12 @@ class Lazy(NamedTuple):
 _ROOM: Final = "deltafold.server.cli"
 COMMANDS: Final[Mapping[str, Lazy]] = {
     "compress": Lazy(f"{_ROOM}.compress:compress", "Pack a fine-tune as a delta against its base."),
+    "family": Lazy(
+        f"{_ROOM}.family:family", "Pack several fine-tunes as deltas that share tensors."
+    ),
+    "import-blocks": Lazy(
+        f"{_ROOM}.import_blocks:import_blocks", "Turn steps on rows and columns into a delta."
+    ),
     "import-lora": Lazy(
         f"{_ROOM}.import_lora:import_lora", "Turn a PEFT LoRA into a delta against its base."
     ),

@@ -28,6 +28,8 @@ SURFACE = {
     "--calibrate --calibrate-rows --calibrate-length --reference --device --fit-scales "
     "--fit-steps --fit-lr "
     "--overwrite --quiet --json --debug",
+    "family": "-o --out --method --codec --names --set --accept --overwrite --quiet --json --debug",
+    "import-blocks": "-o --out --overwrite --quiet --json --debug",
     "import-lora": "-o --out --accept --overwrite --quiet --json --debug",
     "merge": "--base --method --weights -o --out --codec --set --edit --recipe --companions "
     "--overwrite --quiet --json --debug",
@@ -43,8 +45,19 @@ SURFACE = {
     "version": "--json --debug",
 }
 NAMES = [
-    *("compress", "import-lora", "merge", "inspect", "verify", "eval", "diagnose"),
-    *("restore", "export"),
+    *(
+        "compress",
+        "family",
+        "import-blocks",
+        "import-lora",
+        "merge",
+        "inspect",
+        "verify",
+        "eval",
+        "diagnose",
+        "restore",
+        "export",
+    ),
     *("serve", "chat", "demo"),
     *("codecs", "schema", "version"),
 ]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 import shutil
 import urllib.request
 from collections.abc import Iterator
 
+import numpy as np
 import openai
 import pytest
+import torch
 import zoo_models
+from safetensors.torch import save
 
-from deltafold.runtime import EmbeddedEngine, Request, Sampling
+from deltafold.runtime import EmbeddedEngine, Embeddings, Request, Sampling
 from deltafold.server.app import create_app
 from deltafold.server.run import BackgroundServer
 
@@ -156,3 +161,34 @@ def test_metrics_count(client: openai.OpenAI, url: str) -> None:
     with urllib.request.urlopen(f"{url}/ready") as reply:
         assert reply.status == 200
         json.loads(reply.read())
+
+
+def encoded(values: torch.Tensor, kind: str) -> str:
+    """As a request body holds it."""
+    if kind == "npy":
+        file = io.BytesIO()
+        np.save(file, values.numpy())
+        data = file.getvalue()
+    else:
+        data = save({"embeds": values.to(torch.bfloat16)})
+    return base64.b64encode(data).decode()
+
+
+@pytest.mark.parametrize("kind", ["npy", "safetensors"])
+def test_input_embeddings_over_http(url: str, engine: EmbeddedEngine, kind: str) -> None:
+    noise = torch.Generator().manual_seed(0)
+    values = (torch.randn(5, 64, generator=noise) * 0.2).to(torch.bfloat16).float()
+    sampling = Sampling(max_tokens=4, ignore_eos=True)
+    expected = next(iter(engine.generate([Request("int4", Embeddings(values), sampling)])))
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        extra = {"prompt_embeds": encoded(values, kind), "ignore_eos": True}
+        reply = client.completions.create(
+            model="int4",
+            prompt=None,  # type: ignore[arg-type]
+            max_tokens=4,
+            temperature=0,
+            extra_body=extra,
+        )
+    assert reply.choices[0].text == expected.text
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens == 5
