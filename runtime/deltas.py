@@ -165,6 +165,7 @@ class Deltas:
             tier=_tier(self._target) if resident else "disk",
             created=entry.stamp[0] // 10**9,
             quality=manifest.quality,
+            root=entry.root,
         )
 
 

@@ -110,7 +110,10 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class VariantInfo:
-    """A served model as `/v1/models` lists it. The base has `parent` None and digest = its own."""
+    """A served model as `/v1/models` lists it. The base has `parent` None and digest = its own.
+
+    `root` is the delta's own name where `name` is an alias of it, else empty.
+    """
 
     name: str
     digest: str
@@ -122,6 +125,7 @@ class VariantInfo:
     tier: Literal["disk", "host", "device"] = "disk"
     created: int = 0
     quality: Mapping[str, Any] = field(default_factory=dict)
+    root: str = ""
 
 
 @dataclass(frozen=True, slots=True)
