@@ -163,6 +163,4 @@ def _hub(repo_id: str) -> Iterator[Any]:
 
 def _check_id(repo_id: str) -> None:
     if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")) or repo_id.endswith("/"):
-        raise DeltafoldError(
-            "bad-argument", f"{repo_id!r} is no hub id.", fix="give ORG/NAME"
-        )
+        raise DeltafoldError("bad-argument", f"{repo_id!r} is no hub id.", fix="give ORG/NAME")

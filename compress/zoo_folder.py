@@ -140,9 +140,7 @@ def name_lock(zoo: Path, name: str) -> Iterator[None]:
     """Keep away whoever writes `zoo/NAME`; `busy` where somebody does already."""
     lock = take_name(zoo, name)
     if lock is None:
-        raise DeltafoldError(
-            "busy", f"another run is writing {zoo / name}.", fix="wait for it"
-        )
+        raise DeltafoldError("busy", f"another run is writing {zoo / name}.", fix="wait for it")
     try:
         yield
     finally:
@@ -210,7 +208,9 @@ def families_of(zoo: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(
-        p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".") and "." not in p.name
+        p
+        for p in folder.iterdir()
+        if p.is_dir() and not p.name.startswith(".") and "." not in p.name
     )
 
 

@@ -72,9 +72,7 @@ class Collected:
         return self.before - self.after
 
 
-def collect(
-    zoo: str | Path, *, dry_run: bool = False, min_bytes: int = MIN_BYTES
-) -> Collected:
+def collect(zoo: str | Path, *, dry_run: bool = False, min_bytes: int = MIN_BYTES) -> Collected:
     """Remove leftovers, and store tensors that are equal between deltas once.
 
     Nothing that a delta needs is touched before it stands elsewhere: a run that is cut off at any
@@ -167,7 +165,11 @@ def _recover(zoo: Path, dry_run: bool) -> tuple[str, ...]:
 def _leftovers(zoo: Path) -> Iterator[Leftover]:
     for path in sorted(zoo.iterdir()):
         name = path.name
-        if name.endswith(".partial") and path.is_dir() and not _in_work(zoo, name[: -len(".partial")]):
+        if (
+            name.endswith(".partial")
+            and path.is_dir()
+            and not _in_work(zoo, name[: -len(".partial")])
+        ):
             yield _leftover(path, "a run that was cut off")
         elif (match := _HIDDEN.fullmatch(name)) and name != ".zoo.lock":
             # Asking for a lock that nobody holds removes its file: no more is to be done.

@@ -84,9 +84,7 @@ def share(
     return told, saved
 
 
-def _common(
-    repos: Mapping[Path, DeltaRepo], min_bytes: int
-) -> dict[tuple[Path, ...], list[str]]:
+def _common(repos: Mapping[Path, DeltaRepo], min_bytes: int) -> dict[tuple[Path, ...], list[str]]:
     """Tensors by the deltas that hold the very same parts of them."""
     owners: dict[tuple[str, str], list[Path]] = defaultdict(list)
     for folder in sorted(repos):

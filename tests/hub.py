@@ -38,11 +38,7 @@ class Hub:
     def find(self, repo: str, revision: str) -> str | None:
         """The branch that a revision (a branch or a commit) means."""
         return next(
-            (
-                b
-                for r, b in self.branches
-                if r == repo and revision in (b, self.commit(repo, b))
-            ),
+            (b for r, b in self.branches if r == repo and revision in (b, self.commit(repo, b))),
             None,
         )
 

@@ -167,9 +167,7 @@ def rm(output: Output, zoo_folder: str, name: str, force: bool) -> None:
 @click.option("--rm", "remove", is_flag=True, help="Forget ALIAS.")
 @output_options
 @click.pass_obj
-def alias(
-    output: Output, zoo_folder: str, alias_name: str, name: str | None, remove: bool
-) -> None:
+def alias(output: Output, zoo_folder: str, alias_name: str, name: str | None, remove: bool) -> None:
     """Let ALIAS stand for the delta NAME of ZOO (or for what another alias stands for).
 
     It stands for the delta's digest: another delta that takes the place of NAME later is not meant.
