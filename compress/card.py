@@ -157,8 +157,12 @@ deltafold zoo add ZOO THIS_FOLDER_OR_REPO
 deltafold serve {name} --zoo ZOO{option}
 ```
 
-serves it beside its base and any number of other deltas over the OpenAI API; `model` in a request is its
-name in the zoo. `deltafold restore THIS_FOLDER --base {name} -o CHECKPOINT` writes a plain checkpoint.
+serves it beside its base and any number of other deltas over the OpenAI API; the `model` of a
+request is its name in the zoo. To get a plain checkpoint:
+
+```
+deltafold restore THIS_FOLDER --base {name} -o CHECKPOINT
+```
 """
 
 

@@ -235,7 +235,7 @@ def _labels(dots: Sequence[tuple[float, float, str]], floor: float) -> list[str]
         for dx, dy in ((9, -5), (-9, -5), (9, 16), (-9, 16), (9, -20), (-9, -20), (9, 31)):
             left = x + dx if dx > 0 else x + dx - width
             box = (left, y + dy - 10, left + width, y + dy + 2)
-            inside = 0 < box[0] and box[2] < _WIDTH and box[3] < floor
+            inside = box[0] > 0 and box[2] < _WIDTH and box[3] < floor
             free = inside and not any(_meet(box, other) for other in taken)
             if label and free:
                 taken.append(box)

@@ -113,8 +113,7 @@ def remove_variant(zoo: str | Path, name: str, *, force: bool = False) -> Remove
             given; with it they are forgotten.
     """
     folder = open_zoo(zoo)
-    check_name(name)
-    with zoo_lock(folder), name_lock(folder, name):
+    with zoo_lock(folder):
         names = [f.name for f in variant_folders(folder)]
         if name not in names:
             raise DeltafoldError(
@@ -129,11 +128,12 @@ def remove_variant(zoo: str | Path, name: str, *, force: bool = False) -> Remove
             kept = {a: d for a, d in read_aliases(folder).items() if a not in lost}
             write_aliases(folder, kept)
         # Gone under its name at once; the bytes may take a while.
-        gone = folder / f".{name}.removed"
-        discard(gone)
-        (folder / name).rename(gone)
-        sync(folder)
-        discard(gone)
+        with name_lock(folder, name):
+            gone = folder / f".{name}.removed"
+            discard(gone)
+            (folder / name).rename(gone)
+            sync(folder)
+            discard(gone)
     return Removed(name, tuple(lost))
 
 

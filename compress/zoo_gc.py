@@ -87,21 +87,32 @@ def collect(zoo: str | Path, *, dry_run: bool = False, min_bytes: int = MIN_BYTE
         DeltafoldError: `busy` where another run changes the zoo; `not-enough-disk`.
     """
     folder = open_zoo(zoo)
-    with zoo_lock(folder):
+    with zoo_lock(folder), contextlib.ExitStack() as locks:
         before = disk_bytes([folder])
         recovered = _recover(folder, dry_run)
-        leftovers = tuple(_leftovers(folder))
+        held = _hold(folder, locks)
+        leftovers = tuple(_leftovers(folder, held))
         if not dry_run:
             for leftover in leftovers:
                 discard(leftover.path)
-        with contextlib.ExitStack() as locks:
-            chosen = _sharers(folder, locks)
-            shared, saved = share(chosen.repos, min_bytes=min_bytes, dry_run=dry_run)
+        chosen = _sharers(folder, held)
+        shared, saved = share(chosen.repos, min_bytes=min_bytes, dry_run=dry_run)
         if dry_run:
             after = before - sum(x.bytes for x in leftovers) - max(saved - chosen.linked(), 0)
         else:
             after = disk_bytes([folder])
     return Collected(leftovers, recovered, shared, chosen.skipped, before, after, dry_run)
+
+
+def _hold(zoo: Path, locks: contextlib.ExitStack) -> set[str]:
+    """The deltas that nobody writes, each kept from being replaced until `locks` are given back."""
+    held = set()
+    for folder in delta_folders(zoo):
+        lock = take_name(zoo, folder.name)
+        if lock is not None:
+            locks.callback(give_name, zoo, folder.name, lock)
+            held.add(folder.name)
+    return held
 
 
 @dataclass
@@ -117,15 +128,12 @@ class _Sharers:
         return sum(path.stat().st_size for path in files) - disk_bytes(files)
 
 
-def _sharers(zoo: Path, locks: contextlib.ExitStack) -> _Sharers:
-    """The zoo's deltas, each kept from being replaced until `locks` are given back."""
+def _sharers(zoo: Path, held: set[str]) -> _Sharers:
     found = _Sharers()
     for folder in delta_folders(zoo):
-        lock = take_name(zoo, folder.name)
-        if lock is None:
+        if folder.name not in held:
             found.skipped[folder.name] = "another run is replacing it"
             continue
-        locks.callback(give_name, zoo, folder.name, lock)
         if folder.is_symlink():
             found.skipped[folder.name] = "it is a link to another place"
             continue
@@ -155,59 +163,69 @@ def _recover(zoo: Path, dry_run: bool) -> tuple[str, ...]:
     names = []
     for path in sorted(zoo.glob(".*.old")):
         name = path.name[1:].removesuffix(".old")
+        lock = take_name(zoo, name)
+        if lock is None:
+            continue
         if not (zoo / name).exists() and is_variant(path):
             names.append(name)
             if not dry_run:
                 path.rename(zoo / name)
+        give_name(zoo, name, lock)
     return tuple(names)
 
 
-def _leftovers(zoo: Path) -> Iterator[Leftover]:
+def _leftovers(zoo: Path, held: set[str]) -> Iterator[Leftover]:
     for path in sorted(zoo.iterdir()):
-        name = path.name
-        if (
-            name.endswith(".partial")
-            and path.is_dir()
-            and not _in_work(zoo, name[: -len(".partial")])
-        ):
-            yield _leftover(path, "a run that was cut off")
-        elif (match := _HIDDEN.fullmatch(name)) and name != ".zoo.lock":
-            # Asking for a lock that nobody holds removes its file: no more is to be done.
-            if match[2] == "lock":
-                _in_work(zoo, match[1])
-            elif match[2] != "old" or (zoo / match[1]).exists():
+        name, match = path.name, _HIDDEN.fullmatch(path.name)
+        if name.endswith(".partial") and path.is_dir():
+            if not _in_work(zoo, name.removesuffix(".partial"), held):
+                yield _leftover(path, "a run that was cut off")
+        elif match and name != ".zoo.lock" and not _in_work(zoo, match[1], held):
+            # Asking for a lock that nobody holds has removed its file: no more is to be done.
+            if match[2] != "lock" and (match[2] != "old" or (zoo / match[1]).exists()):
                 yield _leftover(path, "a change that was cut off")
-    readable = True
     for folder in delta_folders(zoo):
-        try:
-            listed = set(read_manifest(folder).files)
-        except DeltafoldError:
-            readable = False
-            continue
-        if folder.is_symlink():
-            continue
-        for path in sorted(folder.iterdir()):
-            if _PAYLOAD.fullmatch(path.name) and path.name not in listed:
-                yield _leftover(path, "a payload file that its manifest does not list")
-    if readable and not any(zoo.glob("*.partial")):
-        yield from _orphaned_families(zoo)
+        if folder.name in held and not folder.is_symlink():
+            yield from _unlisted(folder)
+    yield from _orphaned_families(zoo)
+
+
+def _unlisted(folder: Path) -> Iterator[Leftover]:
+    """Payload files of a delta that its manifest does not list."""
+    try:
+        listed = set(read_manifest(folder).files)
+    except DeltafoldError:
+        return
+    for path in sorted(folder.iterdir()):
+        if _PAYLOAD.fullmatch(path.name) and path.name not in listed:
+            yield _leftover(path, "a payload file that its manifest does not list")
 
 
 def _orphaned_families(zoo: Path) -> Iterator[Leftover]:
-    """What no delta of the zoo refers to; only asked where every manifest can be read."""
-    used = {f for delta in delta_folders(zoo) for f in families_named(delta, families_of(zoo))}
-    for family in families_of(zoo):
-        if family not in used and not _in_work(zoo / FAMILIES_NAME, family.name):
+    """What no manifest of the zoo refers to, where all can be read and nothing is being written."""
+    deltas, families = delta_folders(zoo), families_of(zoo)
+    if any(zoo.glob("*.partial")) or not all(map(_is_readable, deltas)):
+        return
+    used = {family for delta in deltas for family in families_named(delta, families)}
+    for family in families:
+        if family not in used and not _in_work(zoo / FAMILIES_NAME, family.name, set()):
             yield _leftover(family, "shared by deltas that are gone")
+
+
+def _is_readable(folder: Path) -> bool:
+    try:
+        return bool(read_manifest(folder).delta_id)
+    except DeltafoldError:
+        return False
 
 
 def _leftover(path: Path, why: str) -> Leftover:
     return Leftover(path, why, disk_bytes([path]))
 
 
-def _in_work(folder: Path, name: str) -> bool:
-    """Whether a run holds the lock of what it writes under this name."""
-    if not (folder / f".{name}.lock").exists():
+def _in_work(folder: Path, name: str, held: set[str]) -> bool:
+    """Whether another run holds the lock of what it writes under this name."""
+    if name in held or not (folder / f".{name}.lock").exists():
         return False
     lock = take_name(folder, name)
     if lock is not None:

@@ -278,6 +278,25 @@ def test_leftovers_go_and_what_is_in_work_stays(zoo):
     assert not (zoo / ".families" / ("a" * 64)).exists()
 
 
+def test_what_deltas_share_by_digest_comes_along_and_stays(zoo, tmp_path):
+    """Any mention of a family's digest in a manifest counts; here the recipe's, which is provenance."""
+    family = "c" * 64
+    other = tmp_path / "other" / "four"
+    shutil.copytree(zoo / "one", other)
+    manifest = other / "delta_config.json"
+    data = json.loads(manifest.read_text())
+    data["recipe"]["family"] = {"id": f"sha256:{family}", "members": ["four"], "bytes": 1}
+    manifest.write_text(json.dumps(data))
+    (other.parent / ".families" / family).mkdir(parents=True)
+    (other.parent / ".families" / family / "family.json").write_text("{}")
+    add_delta(zoo, other)
+    assert (zoo / ".families" / family / "family.json").read_text() == "{}"
+    assert not collect(zoo).leftovers
+    assert list_zoo(zoo).families_bytes == 2
+    remove_variant(zoo, "four")
+    assert [x.path.name for x in collect(zoo).leftovers] == [family]
+
+
 def test_a_damaged_delta_is_not_spread(zoo):
     payload = zoo / "one" / "delta.safetensors"
     raw = bytearray(payload.read_bytes())
