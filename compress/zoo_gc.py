@@ -180,9 +180,12 @@ def _leftovers(zoo: Path, held: set[str]) -> Iterator[Leftover]:
         if name.endswith(".partial") and path.is_dir():
             if not _in_work(zoo, name.removesuffix(".partial"), held):
                 yield _leftover(path, "a run that was cut off")
-        elif match and name != ".zoo.lock" and not _in_work(zoo, match[1], held):
-            # Asking for a lock that nobody holds has removed its file: no more is to be done.
-            if match[2] != "lock" and (match[2] != "old" or (zoo / match[1]).exists()):
+            continue
+        if match and name != ".zoo.lock" and not _in_work(zoo, match[1], held):
+            # Asking for a lock that nobody holds has removed its file; an old delta that has not been
+            # replaced is not a leftover.
+            lone = match[2] == "old" and not (zoo / match[1]).exists()
+            if match[2] != "lock" and not lone:
                 yield _leftover(path, "a change that was cut off")
     for folder in delta_folders(zoo):
         if folder.name in held and not folder.is_symlink():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -189,9 +191,11 @@ class Killed(BaseException):
     """The process is gone: nothing happens from here on."""
 
 
-def kill_at(monkeypatch, step: int) -> None:
-    """Let the n-th change of the disk be the last."""
-    left = [step]
+@contextlib.contextmanager
+def killed_at(step: int) -> Iterator[list[bool]]:
+    """Let the n-th change of the disk be the last; says afterwards whether it came to that."""
+    left, killed, opened = [step], list[bool](), set[int]()
+    os_open, os_close = os.open, os.close
 
     def guarded(work):
         def call(*args, **options):
@@ -202,23 +206,39 @@ def kill_at(monkeypatch, step: int) -> None:
 
         return call
 
-    for name in ("replace", "rename", "unlink", "symlink_to"):
-        monkeypatch.setattr(Path, name, guarded(getattr(Path, name)))
-    monkeypatch.setattr(os, "link", guarded(os.link))
-    monkeypatch.setattr(shutil, "rmtree", guarded(shutil.rmtree))
+    def noted_open(*args, **options):
+        opened.add(descriptor := os_open(*args, **options))
+        return descriptor
+
+    def noted_close(descriptor):
+        opened.discard(descriptor)
+        os_close(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("replace", "rename", "unlink", "symlink_to"):
+            patch.setattr(Path, name, guarded(getattr(Path, name)))
+        patch.setattr(os, "link", guarded(os.link))
+        patch.setattr(shutil, "rmtree", guarded(shutil.rmtree))
+        patch.setattr(os, "open", noted_open)
+        patch.setattr(os, "close", noted_close)
+        try:
+            yield killed
+        except Killed:
+            killed.append(True)
+    # A process that has ended holds no locks.
+    for descriptor in opened:
+        os_close(descriptor)
 
 
 def test_killed_at_any_step_every_delta_can_be_read_and_the_next_run_finishes(zoo, made, tmp_path):
     reached = 0
     for step in range(0, 200, 2):
         one = Path(shutil.copytree(zoo, tmp_path / f"at{step}"))
-        with pytest.MonkeyPatch.context() as patch:
-            kill_at(patch, step)
-            try:
-                collect(one, min_bytes=1)
-                break
-            except Killed:
-                reached += 1
+        with killed_at(step) as killed:
+            collect(one, min_bytes=1)
+        if not killed:
+            break
+        reached += 1
         for name in ("one", "two", "three"):
             assert verify_delta(one / name).coded
         collect(one, min_bytes=1)
@@ -241,24 +261,19 @@ def test_killed_while_replacing_a_delta(zoo, tmp_path):
     found = set()
     for step in range(30):
         one = Path(shutil.copytree(zoo, tmp_path / f"at{step}"))
-        with pytest.MonkeyPatch.context() as patch:
-            kill_at(patch, step)
-            try:
-                add_delta(one, elsewhere, name="one", overwrite=True)
-                break
-            except Killed:
-                pass
+        with killed_at(step) as killed:
+            add_delta(one, elsewhere, name="one", overwrite=True)
+        if not killed:
+            break
         collect(one)
         found.add(DeltaRepo.open(one / "one").digest)
-        # Only a process that has really ended lets go of its locks.
-        names = {p.name for p in one.iterdir() if not p.name.endswith(".lock")}
-        assert names == {"one", "two", "three"}
+        assert {p.name for p in one.iterdir()} == {"one", "two", "three", ".zoo.lock"}
         shutil.rmtree(one)
     assert found == {old, new}
 
 
 def test_leftovers_go_and_what_is_in_work_stays(zoo):
-    for name in ("cut.partial", "busy.partial", ".families/" + "a" * 64):
+    for name in ("cut.partial", "busy.partial", "one.partial", ".families/" + "a" * 64):
         (zoo / name).mkdir(parents=True)
         (zoo / name / "x").write_bytes(b"x" * 100)
     (zoo / "one" / "delta-00001-of-00002.safetensors").write_bytes(b"left")
@@ -268,9 +283,10 @@ def test_leftovers_go_and_what_is_in_work_stays(zoo):
     done = collect(zoo)
     assert [x.path.name for x in done.leftovers] == [
         "cut.partial",
+        "one.partial",
         "delta-00001-of-00002.safetensors",
     ]
-    assert done.freed == 104
+    assert done.freed == 204
     assert (zoo / "one" / "mine.safetensors").exists()
     on_disk.give_name(zoo, "busy", lock)
     collect(zoo)
