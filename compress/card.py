@@ -126,6 +126,8 @@ def _base_name(manifest: Manifest) -> str:
 def _intro(manifest: Manifest) -> str:
     totals = manifest.totals
     kind = "A LoRA" if _is_lora(manifest) else "A full fine-tune"
+    if "merge" in manifest.recipe:
+        kind = "A merge of fine-tunes"
     return f"""# {manifest.variant.name}, as a delta against {manifest.base.name}
 
 {kind} in {totals.delta_bytes:,} bytes, {totals.ratio:.1%} of its {totals.variant_bytes:,}

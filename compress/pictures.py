@@ -248,6 +248,26 @@ def _meet(one: tuple[float, ...], two: tuple[float, ...]) -> bool:
     return one[0] < two[2] and two[0] < one[2] and one[1] < two[3] and two[1] < one[3]
 
 
+def matrix(names: Sequence[str], values: Sequence[Sequence[float]], *, title: str) -> str:
+    """A square of numbers between -1 and 1: blue towards 1, orange towards -1."""
+    cell, left, top = 46, _LABEL, 46
+    parts = []
+    for i, name in enumerate(names):
+        parts.append(svg.text(left - 8, top + cell * i + 27, _cut(name), anchor="end"))
+        for j, value in enumerate(values[i]):
+            x, y = left + cell * j, top + cell * i
+            colour = svg.COLOURS[0] if value >= 0 else svg.COLOURS[4]
+            cell_ = svg.rect(x, y, cell - 2, cell - 2, colour, f"{name}, {names[j]}: {value:.3f}")
+            parts.append(f'<g opacity="{0.08 + 0.92 * min(abs(value), 1):.2f}">{cell_}</g>')
+            parts.append(svg.text(x + cell / 2 - 1, y + 27, f"{value:.2f}", "", "middle"))
+    for j, name in enumerate(names):
+        label = svg.text(0, 0, _cut(name, 14), anchor="end")
+        x, y = left + cell * j + 26, top + cell * len(names) + 14
+        parts.append(f'<g transform="translate({x} {y}) rotate(-35)">{label}</g>')
+    height = top + cell * len(names) + 90
+    return svg.document(max(left + cell * len(names) + 20, 300), height, title, parts)
+
+
 def _round_shares(low: float, high: float) -> list[float]:
     found = [m * 10.0**p for p in range(-6, 3) for m in (1, 2, 5)]
     shares = [s for s in found if low <= math.log10(s) <= high]

@@ -19,7 +19,7 @@ class Progress:
         nbytes: bytes of the tensor.
     """
 
-    phase: Literal["hash", "pack", "restore", "export", "verify"]
+    phase: Literal["hash", "pack", "restore", "export", "verify", "share"]
     name: str
     done: int
     total: int

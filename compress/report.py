@@ -19,6 +19,7 @@ from deltafold.compress.pictures import (
     bars,
     bytes_by_kind,
     error_map,
+    matrix,
     scatter,
     timeline,
 )
@@ -26,6 +27,7 @@ from deltafold.compress.repo import DeltaRepo
 from deltafold.compress.svg import human
 from deltafold.compress.zoo_folder import delta_folders, is_delta, write_atomically
 from deltafold.compress.zoo_list import list_zoo
+from deltafold.compress.zoo_map import cosines
 
 #: Figures of quality that can be drawn: name in `manifest.quality` -> what it is.
 FIGURES: Final = {
@@ -264,6 +266,12 @@ def _zoo_page(zoo: Path) -> _Page:
         {n: bytes_by_kind(r.manifest) for n, r in repos.items()}, title="Bytes of each delta"
     )
     page.picture("bytes", drawn, "What deltas share on disk is counted for each of them.")
+    names, values, tensors = cosines(repos)
+    if names:
+        page.head("Which deltas are alike")
+        drawn = matrix(names, values, title="Cosine between deltas, as decoded")
+        page.picture("map", drawn, f"On a sample of {len(tensors)} tensors. 1 is the same "
+                     "direction, 0 none in common.")  # fmt: skip
     _zoo_quality(page, {name: repo.manifest for name, repo in repos.items()})
     return page
 

@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 from deltafold.compress.delta_files import read_manifest
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.manifest import MANIFEST_NAME
+from deltafold.compress.progress import OnProgress, ignore
 from deltafold.compress.repo import DeltaRepo
 from deltafold.compress.zoo_folder import (
     FAMILIES_NAME,
@@ -72,7 +73,13 @@ class Collected:
         return self.before - self.after
 
 
-def collect(zoo: str | Path, *, dry_run: bool = False, min_bytes: int = MIN_BYTES) -> Collected:
+def collect(
+    zoo: str | Path,
+    *,
+    dry_run: bool = False,
+    min_bytes: int = MIN_BYTES,
+    progress: OnProgress = ignore,
+) -> Collected:
     """Remove leftovers, and store tensors that are equal between deltas once.
 
     Nothing that a delta needs is touched before it stands elsewhere: a run that is cut off at any
@@ -82,6 +89,7 @@ def collect(zoo: str | Path, *, dry_run: bool = False, min_bytes: int = MIN_BYTE
         zoo: the zoo's folder.
         dry_run: say what would be done, and change nothing.
         min_bytes: least bytes that a group of deltas must have in common to share them.
+        progress: called after every file that is shared, and every tensor that was read back.
 
     Raises:
         DeltafoldError: `busy` where another run changes the zoo; `not-enough-disk`.
@@ -96,7 +104,7 @@ def collect(zoo: str | Path, *, dry_run: bool = False, min_bytes: int = MIN_BYTE
             for leftover in leftovers:
                 discard(leftover.path)
         chosen = _sharers(folder, held)
-        shared, saved = share(chosen.repos, min_bytes=min_bytes, dry_run=dry_run)
+        shared, saved = share(chosen.repos, min_bytes=min_bytes, dry_run=dry_run, progress=progress)
         if dry_run:
             after = before - sum(x.bytes for x in leftovers) - max(saved - chosen.linked(), 0)
         else:

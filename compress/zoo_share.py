@@ -27,6 +27,7 @@ import torch
 
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.manifest import FORMAT, MANIFEST_NAME, FileEntry, Manifest, is_evidence
+from deltafold.compress.progress import OnProgress, Progress, ignore
 from deltafold.compress.repo import DeltaRepo, payload_key
 from deltafold.compress.safetensors_file import write_file
 from deltafold.compress.verify import check_payload
@@ -50,7 +51,11 @@ class Piece:
 
 
 def share(
-    repos: Mapping[Path, DeltaRepo], *, min_bytes: int = MIN_BYTES, dry_run: bool = False
+    repos: Mapping[Path, DeltaRepo],
+    *,
+    min_bytes: int = MIN_BYTES,
+    dry_run: bool = False,
+    progress: OnProgress = ignore,
 ) -> tuple[dict[str, tuple[str, ...]], int]:
     """Have deltas share what they have in common.
 
@@ -58,6 +63,7 @@ def share(
         repos: the deltas, by folder; all of them on one file system.
         min_bytes: what a group of deltas has in common is left alone below this.
         dry_run: change nothing.
+        progress: called after every file that is shared, and every tensor that was read back.
 
     Returns:
         Names of the tensors that are stored once, by the names of the deltas that share them; and the
@@ -74,12 +80,16 @@ def share(
         for name in piece.tensors
     )
     if not dry_run:
+        done, total = 0, sum(len(piece.tensors) for piece in pieces)
         for piece in pieces:
             _lay(piece, repos)
+            done += len(piece.tensors)
+            nbytes = (piece.owners[0] / piece.name).stat().st_size
+            progress(Progress("share", piece.tensors[-1], done, total, nbytes))
         for folder, repo in repos.items():
             mine = [p for p in pieces if folder in p.owners]
             if mine:
-                _relist(repo, mine)
+                _relist(repo, mine, progress)
     told = {", ".join(f.name for f in owners): tuple(names) for owners, names in common.items()}
     return told, saved
 
@@ -154,7 +164,7 @@ def _write(piece: Piece, repo: DeltaRepo) -> None:
     draft.replace(repo.folder / piece.name)
 
 
-def _relist(repo: DeltaRepo, shared: Sequence[Piece]) -> None:
+def _relist(repo: DeltaRepo, shared: Sequence[Piece], progress: OnProgress) -> None:
     """Let the manifest list the shared files, and one's own files for everything else."""
     folder, elsewhere = repo.folder, {name for piece in shared for name in piece.tensors}
     own = [n for n in repo.manifest.tensors if n not in elsewhere]
@@ -171,7 +181,7 @@ def _relist(repo: DeltaRepo, shared: Sequence[Piece]) -> None:
     before = (folder / MANIFEST_NAME).read_text("utf-8")
     write_atomically(folder / MANIFEST_NAME, json.dumps(manifest.to_json(), indent=2) + "\n")
     try:
-        check_payload(DeltaRepo.open(folder))
+        check_payload(DeltaRepo.open(folder), progress)
     except DeltafoldError:
         write_atomically(folder / MANIFEST_NAME, before)
         raise

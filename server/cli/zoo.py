@@ -200,6 +200,7 @@ def alias(output: Output, zoo_folder: str, alias_name: str, name: str | None, re
     show_default=True,
     help="Least bytes that deltas must have in common to share them.",
 )
+@quiet_option
 @output_options
 @click.pass_obj
 def gc(output: Output, zoo_folder: str, dry_run: bool, min_bytes: int) -> None:
@@ -213,7 +214,8 @@ def gc(output: Output, zoo_folder: str, dry_run: bool, min_bytes: int) -> None:
     """
     from deltafold.compress.zoo_gc import collect
 
-    done = collect(zoo_folder, dry_run=dry_run, min_bytes=min_bytes)
+    with output.progress() as progress:
+        done = collect(zoo_folder, dry_run=dry_run, min_bytes=min_bytes, progress=progress)
     data = {
         "dry_run": dry_run,
         "freed": done.freed,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from checkpoints import write_checkpoint
 from packing import pack
 
 from deltafold.compress import DeltafoldError, DeltaRepo, Recipe, compress_checkpoint, parse_spec
@@ -20,6 +21,7 @@ from deltafold.compress.pictures import Point, bars, bytes_by_kind, error_map, k
 from deltafold.compress.report import memory_samples, write_report
 from deltafold.compress.svg import ticks
 from deltafold.compress.zoo_aliases import set_alias
+from deltafold.compress.zoo_map import cosines
 
 
 def measured(folder: Path, **quality: object) -> None:
@@ -104,6 +106,27 @@ def test_the_page_of_a_lossless_delta_and_of_a_zoo(pair):
     with pytest.raises(DeltafoldError) as caught:
         write_report(pair.base, pair.root / "b.html")
     assert caught.value.code == "not-a-delta"
+
+
+def test_deltas_that_are_alike(pair):
+    repos = {}
+    for name, codec in (("a", "bitdelta:bits=4"), ("b", "int:bits=8"), ("exact", "lossless")):
+        recipe = Recipe(default=parse_spec(codec))
+        compress_checkpoint(pair.base, pair.variant, pair.root / "zoo" / name, recipe=recipe)
+        repos[name] = DeltaRepo.open(pair.root / "zoo" / name)
+    moved = {n: 2 * pair.base_tensors[n] - t for n, t in pair.variant_tensors.items()}
+    write_checkpoint(pair.root / "back", moved)
+    compress_checkpoint(pair.base, pair.root / "back", pair.root / "zoo" / "c")
+    repos["c"] = DeltaRepo.open(pair.root / "zoo" / "c")
+    names, values, tensors = cosines(repos)
+    assert names == ["a", "b", "c"]
+    assert 3 < len(tensors) <= 8
+    assert [values[i][i] for i in range(3)] == pytest.approx([1, 1, 1])
+    assert values[0][1] > 0.98
+    assert values[0][2] < -0.9
+    assert cosines({"exact": repos["exact"], "a": repos["a"]}) == ([], [], [])
+    text = write_report(pair.root / "zoo", pair.root / "z.html")[0].read_text()
+    assert f"{values[0][2]:.2f}" in words(drawings(text)[1])
 
 
 def test_axes():
