@@ -329,7 +329,7 @@ class _Run:
             folder, payload, base_digests, variant_digests, accepted, structure
         )
         write_tensor_table(folder, manifest, self.stats)
-        write_card(folder, manifest, job.source.reference)
+        write_card(folder, manifest, job.source.reference, variant=job.target.reference.folder)
         _write_json(folder / MANIFEST_NAME, manifest.to_json())
         return manifest, self.stats
 

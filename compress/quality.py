@@ -51,7 +51,7 @@ def record_quality(folder: Path, quality: Mapping[str, Any]) -> Manifest:
     try:
         (folder / "report").mkdir(exist_ok=True)
         _replace(folder / QUALITY_NAME, json.dumps(merged, indent=2) + "\n")
-        _replace(folder / _CARD, card_text(new))
+        _replace(folder / _CARD, card_text(new, folder))
         text = json.dumps(new.model_dump(mode="json"), indent=2) + "\n"
         _replace(folder / MANIFEST_NAME, text)
     except OSError as error:

@@ -315,6 +315,7 @@ class DeltaRepo:
         for name in self.manifest.files:
             if name.endswith(".safetensors"):
                 shard = SafetensorsFile(self.folder / name, code="bad-manifest")
+                shard.hold()
                 for key in sorted(set(home) & set(shard.entries)):
                     raise DeltafoldError(
                         "bad-manifest", f"{self.folder}: {key} is in two files of the payload."

@@ -67,9 +67,13 @@ class SafetensorsFile:
         entry = self.entries[name]
         if entry.start == entry.stop:
             return np.empty(0, dtype=np.uint8)
+        return self.hold()[entry.start : entry.stop]
+
+    def hold(self) -> NDArray[np.uint8]:
+        """Map the file now: it can then be read to the end even if its name goes meanwhile."""
         if self._map is None:
             self._map = np.memmap(self.path, dtype=np.uint8, mode="r")
-        return self._map[entry.start : entry.stop]
+        return self._map
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor in its own dtype, in memory of its own."""

@@ -319,6 +319,7 @@ class Deltas:
             quality=manifest.quality,
             applied=self._how(problem),
             obstacle="" if problem is None else problem.tensor,
+            root=entry.root,
         )
 
 

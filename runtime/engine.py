@@ -150,6 +150,7 @@ class VariantInfo:
             dense model of its own, "refused" where it would need one and may not. None for the base.
         obstacle: what keeps its delta from being applied: a tensor, or the keys of `config.json` that
             differ from the base's; empty otherwise.
+        root: the delta's own name where `name` is an alias of it, else empty.
     """
 
     name: str
@@ -164,6 +165,7 @@ class VariantInfo:
     quality: Mapping[str, Any] = field(default_factory=dict)
     applied: Literal["delta", "rebuilt", "refused"] | None = None
     obstacle: str = ""
+    root: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,10 +95,12 @@ def _text(word: str, listed: list[dict[str, Any]]) -> str:
     for item in listed:
         options = ",".join(f"{o['name']}={o['default']}" for o in item["options"]) or "-"
         needs = ", ".join(item["needs"]) or "nothing"
-        served = [f"{item['bits']:.2f}", item["applied"]] if "applied" in item else []
+        served = [f"{item['bits']:.2f}"] if "bits" in item else []
+        served += [item["applied"]] if "applied" in item else []
         known = item["class"] or "-"
         rows.append([item["id"], options, needs, *served, known, item["paper"], item["summary"]])
-    served = ["bits", "when served"] if listed and "applied" in listed[0] else []
+    first = listed[0] if listed else {}
+    served = [name for key, name in (("bits", "bits"), ("applied", "when served")) if key in first]
     head = [word, "options", "needs", *served, "class", "source", "what it does"]
     choices = [
         f"  {item['id']}: {o['name']} is {', '.join(o['choices'])}"

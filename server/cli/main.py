@@ -50,6 +50,12 @@ COMMANDS: Final[Mapping[str, Lazy]] = {
     "export": Lazy(
         f"{_ROOM}.export:export", "Write a delta as a LoRA folder or a full checkpoint."
     ),
+    "report": Lazy(
+        f"{_ROOM}.report:report", "Draw a delta or a zoo: bytes, errors, quality, memory."
+    ),
+    "zoo": Lazy(f"{_ROOM}.zoo:zoo", "Look after a zoo: add, list, rm, alias, gc, verify."),
+    "pull": Lazy(f"{_ROOM}.pull:pull", "Fetch a delta from the hub, and verify it.", "hf"),
+    "push": Lazy(f"{_ROOM}.push:push", "Verify a delta, and upload it to the hub.", "hf"),
     "serve": Lazy(f"{_ROOM}.serve:serve", "Serve a base and a zoo over the OpenAI API."),
     "chat": Lazy(f"{_ROOM}.chat:chat", "Talk to the variants of a running server."),
     "demo": Lazy(
