@@ -24,5 +24,6 @@ CLASSES: Final[Mapping[str, Mapping[str, str]]] = {
         "scale": "improved or not",
         "trim": "decreased",
     },
+    "family": {},
     "merge": {},
 }

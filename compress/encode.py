@@ -13,8 +13,9 @@ from deltafold.compress.evidence import EvidenceSource, check_needs
 from deltafold.compress.fingerprint import TensorDigest
 from deltafold.compress.manifest import TensorEntry
 from deltafold.compress.methods import Chain, ExactMethod, Method
+from deltafold.compress.payload import payload_digest
 from deltafold.compress.recipe import Recipe
-from deltafold.compress.repo import pad_rows, payload_digest
+from deltafold.compress.repo import pad_rows
 from deltafold.compress.shapes import rows_and_columns
 from deltafold.compress.terms import (
     Context,
@@ -22,6 +23,7 @@ from deltafold.compress.terms import (
     Exact,
     ExactTerm,
     Rows,
+    SharedSource,
     config_of,
     is_exact,
 )
@@ -164,11 +166,15 @@ def context_of(
 
 
 def measure(
-    name: str, encoded: list[Encoded], delta: torch.Tensor, base: torch.Tensor | None
+    name: str,
+    encoded: list[Encoded],
+    delta: torch.Tensor,
+    base: torch.Tensor | None,
+    shared: SharedSource | None = None,
 ) -> TensorStats:
     """Decode what was just coded and compare; raises `not-finite` where the codec overflowed."""
     shape = tuple(delta.shape)
-    context = Context(name, pad_rows(base, shape))
+    context = Context(name, pad_rows(base, shape), shared=shared)
     decoded = torch.zeros(shape)
     for term, parts in encoded:
         decoded += term.decode(parts, shape, context)

@@ -155,7 +155,7 @@ def add_plane(total: torch.Tensor, signs: torch.Tensor, levels: torch.Tensor, wi
     rows, columns = total.shape
     levels, signs = levels.contiguous(), signs.contiguous()
     library = fast_library()
-    if library is None or not total.numel():
+    if library is None or not total.numel() or levels.requires_grad:
         plus = bits.unpack(signs, 1, columns).bool()
         if levels.dim() == 2:
             spread = levels.repeat_interleave(width, dim=1)[:, :columns]

@@ -69,6 +69,38 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deltafold"
 
 
+class DigestCache:
+    """What is known of a checkpoint's digests, as of the moment when this was made.
+
+    Attributes:
+        folder: the checkpoint.
+        stamps: by file name what tells that a file was changed.
+    """
+
+    def __init__(self, source: Checkpoint) -> None:
+        self.folder = source.folder
+        # Taken before hashing: what changes meanwhile must not be found under its new stamp.
+        self.stamps = source.stamps()
+        self._places = [(file, _cache_path(file)) for file in source.files]
+
+    def now(self) -> dict[str, tuple[int, int, int, int]]:
+        """The stamps of the same files now. Raises `not-found` where one is gone."""
+        return {file.path.name: file.stamp() for file, _ in self._places}
+
+    def known(self) -> dict[str, str]:
+        """Digests by tensor name that need no hashing."""
+        found: dict[str, str] = {}
+        for file, place in self._places:
+            found |= _read_cache(file, place) or {}
+        return found
+
+    def remember(self, digests: Digests) -> None:
+        """Keep the digests of all tensors for the next time."""
+        for file, place in self._places:
+            if place is not None and not place.is_file():
+                _write_cache(place, {name: digests[name].sha256 for name in file.entries})
+
+
 def _digest_file(
     file: SafetensorsFile, progress: Callable[[str, int], None] | None
 ) -> dict[str, TensorDigest]:

@@ -36,13 +36,16 @@ def place_of(name: str) -> Place:
     return Place(f"{stack}.{match[2]}", match[3].removesuffix(".weight"))
 
 
-def heat_map(values: Mapping[str, float], *, title: str, unit: str = "") -> str:
+def heat_map(
+    values: Mapping[str, float], *, title: str, unit: str = "", deepest: float | None = None
+) -> str:
     """An SVG of numbers by tensor name; red above zero, blue below, by the square root of the size.
 
     Args:
         values: finite numbers by tensor name.
         title: above the map.
         unit: behind the numbers, where the mouse rests.
+        deepest: the size that has the deepest colour; the largest that occurs if None.
     """
     places = {name: place_of(name) for name in values}
     rows = sorted({p.row for p in places.values()}, key=_natural)
@@ -52,6 +55,7 @@ def heat_map(values: Mapping[str, float], *, title: str, unit: str = "") -> str:
     longest = max((len(column) for column in columns), default=1)
     top = 26 + 5 * longest
     most = max((abs(v) for v in values.values()), default=0.0)
+    most = most if deepest is None else max(most, deepest)
     width = left + _CELL_W * len(columns) + 6 * longest
     height = top + _CELL_H * len(rows) + 34
     parts = [_text(8, 16, title, 'font-weight="bold"')]
@@ -64,7 +68,9 @@ def heat_map(values: Mapping[str, float], *, title: str, unit: str = "") -> str:
         x = left + _CELL_W * columns.index(places[name].column)
         y = top + _CELL_H * rows.index(places[name].row)
         parts.append(_cell(x, y, value, most, f"{name}: {value:.3g}{unit}"))
-    legend = f"deepest red {most:.3g}{unit}, deepest blue {-most:.3g}{unit}"
+    legend = f"deepest red {most:.3g}{unit}"
+    if any(value < 0 for value in values.values()):
+        legend += f", deepest blue {-most:.3g}{unit}"
     parts.append(_text(8, height - 10, legend))
     body = "\n".join(parts)
     return (
@@ -84,7 +90,7 @@ def _cell(x: float, y: float, value: float, most: float, hint: str) -> str:
         f'<rect x="{x:g}" y="{y:g}" width="{_CELL_W - 1}" height="{_CELL_H - 1}" '
         f'fill="rgb({red},{green},{blue})"/>'
         f'<text x="{x + _CELL_W / 2:g}" y="{y + 14:g}" text-anchor="middle" fill="{ink}">'
-        f"{value:.1g}</text></g>"
+        f"{value:.2g}</text></g>"
     )
 
 

@@ -8,7 +8,10 @@ from pathlib import Path
 from deltafold.compress.errors import DeltafoldError
 
 #: What a checkpoint or delta repo consists of; weights of other formats are not fetched.
-PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "*.csv")
+PATTERNS = (
+    *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.bpe"),
+    *("*.md", "*.csv", "*.svg", "LICENSE*", "NOTICE*"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +35,24 @@ def resolve(reference: str | Path) -> Reference:
     if folder.is_dir():
         return Reference(folder, folder.resolve().name)
     if text.startswith("hf://"):
-        text = text.removeprefix("hf://")
-    elif text.startswith(("/", ".", "~")) or text.count("/") != 1 or folder.exists():
+        return download(text)
+    if text.startswith(("/", ".", "~")) or text.count("/") != 1 or folder.exists():
         raise DeltafoldError(
             "not-found",
             f"{text} is not a folder.",
             fix="give the folder of a checkpoint, or a hub id such as org/name or org/name@revision",
         )
-    repo, _, revision = text.partition("@")
-    return _download(repo, revision or None)
+    return download(text)
 
 
-def _download(repo: str, revision: str | None) -> Reference:
+def download(reference: str, revision: str | None = None) -> Reference:
+    """Fetch `[hf://]org/name[@revision]` from the hub into its cache.
+
+    Raises:
+        DeltafoldError: `not-found` with the reason; `missing-extra` without huggingface_hub.
+    """
+    repo, _, named = reference.removeprefix("hf://").partition("@")
+    revision = revision or named or None
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

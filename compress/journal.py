@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO, Final, Self
 import torch
 
 from deltafold.compress import dtypes
-from deltafold.compress.repo import payload_digest
+from deltafold.compress.payload import payload_digest
 
 _JOURNAL: Final = ".journal"
 _SPOOL: Final = ".spool"
@@ -122,12 +123,6 @@ class Journal:
         """Parts by name, each read when it is asked for."""
         return _Parts(self, places)
 
-    def remove(self) -> None:
-        """Forget everything; the output has it now."""
-        self.__exit__()
-        self._journal_path.unlink()
-        self._spool_path.unlink()
-
     def _line(self, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, separators=(",", ":"))
         self._journal.write(f"{zlib.crc32(text.encode()):08x} {text}\n".encode())
@@ -169,6 +164,26 @@ class Journal:
             file.truncate(size)
         file.seek(0, os.SEEK_END)
         return file
+
+
+def is_journal(path: Path) -> bool:
+    """Whether a file is a journal's own."""
+    return path.name in (_JOURNAL, _SPOOL)
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run that was cut short left, but for its journal."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif not is_journal(path):
+            path.unlink()
+
+
+def discard(folder: Path) -> None:
+    """Remove the journal: the folder has everything now."""
+    for name in (_JOURNAL, _SPOOL):
+        (folder / name).unlink(missing_ok=True)
 
 
 class _Parts(Mapping[str, torch.Tensor]):

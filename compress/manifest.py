@@ -186,7 +186,7 @@ def parse_manifest(text: str, where: str) -> Manifest:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise DeltafoldError("not-a-delta", f'{where} does not say "format": "{FORMAT}".')
     version = str(data.get("format_version", ""))
-    _check_version(version, where)
+    check_version(version, where)
     try:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
@@ -211,7 +211,8 @@ def parse_manifest(text: str, where: str) -> Manifest:
     return manifest
 
 
-def _check_version(version: str, where: str) -> None:
+def check_version(version: str, where: str) -> None:
+    """Raises `newer-format` for a later major version, `bad-manifest` for what is no version."""
     if not re.fullmatch(r"[1-9][0-9]{0,5}\.[0-9]{1,6}", version):
         raise DeltafoldError("bad-manifest", f"{where} has no format_version.")
     if _numbers(version)[0] > _numbers(FORMAT_VERSION)[0]:

@@ -19,8 +19,8 @@ from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.journal import Journal, Record
 from deltafold.compress.manifest import TensorEntry
 from deltafold.compress.memory import MemoryBudget, resident
+from deltafold.compress.payload import payload_digest
 from deltafold.compress.progress import OnProgress, Progress
-from deltafold.compress.repo import payload_digest
 from deltafold.compress.shapes import rows_and_columns
 from deltafold.compress.streaming import Coded, Coder
 from deltafold.compress.terms import config_of
@@ -68,8 +68,17 @@ def code_all(
     journal: Journal,
     limits: Limits,
     progress: OnProgress,
+    order: list[str] | None = None,
 ) -> None:
     """Code every tensor that the journal does not have yet.
+
+    Args:
+        coder: codes one.
+        names: all tensors.
+        journal: what is done, and where it is noted.
+        limits: how many at a time, and within which memory.
+        progress: called after every tensor.
+        order: the order in which tensors must be coded; None leaves it open.
 
     Raises:
         DeltafoldError: `not-enough-memory` before any work where the bound is too tight for a
@@ -87,9 +96,9 @@ def code_all(
             journal.add(_record(name, coder.code(name), coder, journal))
 
     # The largest first, so that none is left to run alone at the end.
-    order = sorted(left, key=lambda n: (-math.prod(coder.target.spec(n).shape), n))
+    by_size = sorted(left, key=lambda n: (-math.prod(coder.target.spec(n).shape), n))
     try:
-        for name in _finished(one, order, limits.jobs):
+        for name in _finished(one, by_size if order is None else order, limits.jobs):
             done += 1
             spec = coder.target.spec(name)
             nbytes = math.prod(spec.shape) * dtypes.TORCH[spec.dtype].itemsize

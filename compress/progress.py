@@ -19,7 +19,7 @@ class Progress:
         nbytes: bytes of the tensor.
     """
 
-    phase: Literal["hash", "plan", "pack", "restore", "export", "verify", "fit"]
+    phase: Literal["hash", "plan", "pack", "restore", "export", "verify", "fit", "share"]
     name: str
     done: int
     total: int

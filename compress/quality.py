@@ -6,7 +6,6 @@ Quality is evidence, not content: the delta's identity stays what it was.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from typing import Any, Final
 from deltafold.compress.budget.probe import Measured
 from deltafold.compress.card import card_text
 from deltafold.compress.errors import DeltafoldError
-from deltafold.compress.manifest import MANIFEST_NAME, FileEntry, Manifest, parse_manifest
+from deltafold.compress.manifest import MANIFEST_NAME, Manifest, parse_manifest
 
 QUALITY_NAME: Final = "report/quality.json"
 _CARD: Final = "README.md"
@@ -47,16 +46,14 @@ def record_quality(folder: Path, quality: Mapping[str, Any]) -> Manifest:
     path = folder / MANIFEST_NAME
     old = parse_manifest(path.read_text("utf-8"), str(path))
     merged = {**old.quality, **quality}
-    draft = old.model_copy(update={"quality": merged})
-    files = dict(old.files)
+    new = old.model_copy(update={"quality": merged})
+    assert new.content_digest() == old.delta_id
     try:
         (folder / "report").mkdir(exist_ok=True)
-        files[QUALITY_NAME] = _replace(folder, QUALITY_NAME, json.dumps(merged, indent=2) + "\n")
-        files[_CARD] = _replace(folder, _CARD, card_text(draft))
-        # Sorted, as packing lists them.
-        new = draft.model_copy(update={"files": dict(sorted(files.items()))})
-        assert new.content_digest() == old.delta_id
-        _replace(folder, MANIFEST_NAME, json.dumps(new.model_dump(mode="json"), indent=2) + "\n")
+        _replace(folder / QUALITY_NAME, json.dumps(merged, indent=2) + "\n")
+        _replace(folder / _CARD, card_text(new, folder))
+        text = json.dumps(new.model_dump(mode="json"), indent=2) + "\n"
+        _replace(folder / MANIFEST_NAME, text)
     except OSError as error:
         raise DeltafoldError(
             "bad-argument",
@@ -66,14 +63,12 @@ def record_quality(folder: Path, quality: Mapping[str, Any]) -> Manifest:
     return new
 
 
-def _replace(folder: Path, name: str, text: str) -> FileEntry:
+def _replace(path: Path, text: str) -> None:
     """Write a file beside its place, sync it, and put it there."""
-    path = folder / name
     draft = path.with_name(f".{path.name}.new")
-    data = text.encode()
     try:
-        with draft.open("wb") as file:
-            file.write(data)
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
@@ -81,4 +76,3 @@ def _replace(folder: Path, name: str, text: str) -> FileEntry:
         with contextlib.suppress(OSError):
             draft.unlink()
         raise
-    return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

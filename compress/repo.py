@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
-from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 from deltafold.compress import dtypes
 from deltafold.compress.checkpoint import Checkpoint
 from deltafold.compress.errors import DeltafoldError, name_some
+from deltafold.compress.family import Family, find_family
 from deltafold.compress.fingerprint import Digests, TensorDigest, fingerprint, first_differences
 from deltafold.compress.hub import Reference, resolve
 from deltafold.compress.manifest import (
@@ -25,31 +24,18 @@ from deltafold.compress.manifest import (
     is_evidence,
     parse_manifest,
 )
+from deltafold.compress.payload import payload_digest, payload_key
 from deltafold.compress.quantized import dequantized
 from deltafold.compress.safetensors_file import SafetensorsFile
-from deltafold.compress.terms import Context, Encoded, ExactTerm, Term, is_exact, term_from_config
-
-
-def payload_key(tensor: str, index: int, part: str) -> str:
-    """The payload's key of one part: `<tensor>.<number of the term>.<part>`."""
-    return f"{tensor}.{index}.{part}"
-
-
-def payload_digest(terms: Iterable[Mapping[str, torch.Tensor]]) -> str:
-    """Hex sha256 over the parts of all terms of a tensor, in term order, parts sorted by name.
-
-    Each part adds the length-prefixed JSON `[term, part, dtype, shape]` and its bytes.
-    """
-    total = hashlib.sha256()
-    for index, parts in enumerate(terms):
-        for key in sorted(parts):
-            tensor = parts[key]
-            head = json.dumps(
-                [index, key, dtypes.NAMES[tensor.dtype], list(tensor.shape)], separators=(",", ":")
-            ).encode()
-            total.update(struct.pack("<Q", len(head)) + head)
-            total.update(dtypes.raw_bytes(tensor).numpy().data)
-    return total.hexdigest()
+from deltafold.compress.terms import (
+    Context,
+    Encoded,
+    ExactTerm,
+    Shared,
+    Term,
+    is_exact,
+    term_from_config,
+)
 
 
 class DeltaRepo:
@@ -57,7 +43,11 @@ class DeltaRepo:
 
     Raises:
         DeltafoldError: `not-a-delta`, `newer-format`, `bad-manifest`, `unknown-codec`, `truncated`,
-            `checksum` (of small files; the payload is checked as it is read, see `parts`).
+            `checksum` (of small files; the payload is checked as it is read, see `parts`); for a
+            delta that shares tensors with others `not-found`, naming the family that is missing.
+
+    Attributes:
+        families: what the delta shares with others, by digest; empty for most.
     """
 
     def __init__(self, reference: Reference) -> None:
@@ -71,6 +61,7 @@ class DeltaRepo:
             for name, entry in self.manifest.tensors.items()
         }
         self._shards = self._open_shards()
+        self.families = {digest: self._open_family(digest) for digest in self._family_digests()}
 
     @classmethod
     def open(cls, reference: str | Path | Reference) -> DeltaRepo:
@@ -101,7 +92,11 @@ class DeltaRepo:
         return all(self.exact(name) for name in self._terms)
 
     def parts(self, name: str, *, check: bool = True) -> list[Encoded]:
-        """The terms of a tensor with their parts. Raises `checksum` where a bit differs."""
+        """The terms of a tensor with their parts.
+
+        Raises:
+            DeltafoldError: `checksum` where a bit differs, here or in what is shared with others.
+        """
         entry, encoded = self.entry(name), []
         for index, term in enumerate(self.terms(name)):
             parts = {}
@@ -118,6 +113,9 @@ class DeltaRepo:
                 facts=[("expected", f"sha256 {entry.payload_sha256[:16]}...")],
                 fix="download or pack the delta again",
             )
+        for term in self.terms(name) if check else ():
+            if isinstance(term, Shared):
+                self.families[term.family].check(term.key)
         return encoded
 
     @cached_property
@@ -138,6 +136,20 @@ class DeltaRepo:
             return value
         return dequantized(name, value, quantization.method)
 
+    def shared(self, family: str, key: str) -> torch.Tensor:
+        """A tensor that the delta shares with others, decoded: float32 `[R, M]`."""
+        return self.families[family].tensor(key)
+
+    def context(self, name: str, base: torch.Tensor | None) -> Context:
+        """What a coded tensor's terms are decoded with.
+
+        Args:
+            name: a coded tensor.
+            base: the base's tensor; None where the base has none. Missing rows count as zero.
+        """
+        padded = pad_rows(base, tuple(self.entry(name).shape))
+        return Context(name, padded, shared=self.shared)
+
     def delta(self, name: str, base: torch.Tensor | None) -> torch.Tensor:
         """The decoded delta of a tensor: float32 of the fine-tune's shape.
 
@@ -145,9 +157,8 @@ class DeltaRepo:
             name: a coded tensor.
             base: as `base_tensor` gives it; None where there is none. Missing rows count as zero.
         """
-        entry = self.entry(name)
-        shape = tuple(entry.shape)
-        context = Context(name, pad_rows(base, shape))
+        shape = tuple(self.entry(name).shape)
+        context = self.context(name, base)
         total = torch.zeros(shape)
         for term, parts in self.parts(name):
             total += term.decode(parts, shape, context)
@@ -157,12 +168,11 @@ class DeltaRepo:
         """The fine-tune's tensor in its own dtype; bit for bit where `exact(name)`."""
         entry = self.entry(name)
         shape, dtype = tuple(entry.shape), dtypes.TORCH[entry.dtype]
-        padded = pad_rows(base, shape)
         if self.exact(name):
             ((term, parts),) = self.parts(name)
             assert isinstance(term, ExactTerm)
-            return term.restore(parts, shape, dtype, Context(name, padded))
-        delta = self.delta(name, base)
+            return term.restore(parts, shape, dtype, self.context(name, base))
+        delta, padded = self.delta(name, base), pad_rows(base, shape)
         return (delta if padded is None else padded.to(torch.float32) + delta).to(dtype)
 
     @cached_property
@@ -267,6 +277,32 @@ class DeltaRepo:
                     "part of its identity",
                 )
 
+    def _family_digests(self) -> list[str]:
+        terms = [term for of_one in self._terms.values() for term in of_one]
+        return sorted({term.family for term in terms if isinstance(term, Shared)})
+
+    def _open_family(self, digest: str) -> Family:
+        family = find_family(self.folder, digest)
+        if family.manifest.base != self.manifest.base.fingerprint:
+            raise DeltafoldError(
+                "bad-manifest", f"{self.folder}: {family.folder} is of another base."
+            )
+        keys = {
+            term.key
+            for of_one in self._terms.values()
+            for term in of_one
+            if isinstance(term, Shared) and term.family == digest
+        }
+        missing = sorted(keys - set(family.manifest.tensors))
+        if missing:
+            raise DeltafoldError(
+                "coverage",
+                f"{self.folder}: {family.folder} lacks tensors that the delta shares.",
+                facts=[("missing", name_some(missing, len(keys)))],
+                fix="download or pack the delta again",
+            )
+        return family
+
     def _check_dtypes(self) -> None:
         for name, entry in self.manifest.tensors.items():
             if entry.dtype not in dtypes.TORCH:
@@ -279,6 +315,7 @@ class DeltaRepo:
         for name in self.manifest.files:
             if name.endswith(".safetensors"):
                 shard = SafetensorsFile(self.folder / name, code="bad-manifest")
+                shard.hold()
                 for key in sorted(set(home) & set(shard.entries)):
                     raise DeltafoldError(
                         "bad-manifest", f"{self.folder}: {key} is in two files of the payload."

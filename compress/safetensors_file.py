@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class SafetensorsFile:
         self._offset = 8 + length
         self.metadata: dict[str, str] = {}
         self.entries = self._parse(raw)
+        self._held: mmap.mmap | None = None
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor in its own dtype, in memory of its own."""
@@ -117,11 +119,13 @@ class SafetensorsFile:
         entry = self.entries[name]
         assert 0 <= start <= stop <= entry.stop - entry.start
         out = torch.empty(stop - start, dtype=torch.uint8)
-        view = memoryview(out.numpy().data)
+        view, first, done = memoryview(out.numpy().data), entry.start + start, 0
+        if self._held is not None:
+            view[:] = memoryview(self._held)[first : first + len(view)]
+            return out
         try:
             with self.path.open("rb", buffering=0) as file:
-                file.seek(entry.start + start)
-                done = 0
+                file.seek(first)
                 while done < len(view) and (count := file.readinto(view[done:])):
                     done += count
         except OSError as error:
@@ -129,6 +133,15 @@ class SafetensorsFile:
         if done < len(view):
             raise self._truncated(entry.start + stop)
         return out
+
+    def hold(self) -> None:
+        """Map the file now: it can then be read to the end even if its name goes meanwhile.
+
+        For files that nobody shortens and that are replaced whole, as the payloads of deltas are.
+        """
+        if self._held is None and self.size:
+            with self.path.open("rb") as file:
+                self._held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
 
     def _parse(self, raw: bytes) -> dict[str, Entry]:
         try:

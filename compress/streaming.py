@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -36,7 +36,16 @@ from deltafold.compress.quantized import dequantized
 from deltafold.compress.recipe import Recipe
 from deltafold.compress.repo import pad_rows
 from deltafold.compress.shapes import rows_and_columns
-from deltafold.compress.terms import Blocks, Context, Encoded, ExactTerm, Rows, Term, is_exact
+from deltafold.compress.terms import (
+    Blocks,
+    Context,
+    Encoded,
+    ExactTerm,
+    Rows,
+    SharedSource,
+    Term,
+    is_exact,
+)
 from deltafold.compress.terms.blocks import block_context, block_rows
 
 #: Keeps a part and says where.
@@ -68,10 +77,12 @@ class Coder:
         recipe: which method for which tensor.
         sink: where parts go.
         known: digests of the base's tensors that need not be hashed.
+        known_target: the same of the fine-tune's.
         evidence: of a calibration run.
         given: terms that the fine-tune brings itself.
         delta: float32 differences that the fine-tune's tensors are a rounding of, or None.
         quantization: of the base that differences are taken to; None for the base as it is.
+        shared: where given terms read what they share with other deltas.
         settled: told what the compressed model holds in place of each tensor, float32; whoever asks
             for it gets tensors in the order in which they are coded, as a whole.
     """
@@ -81,10 +92,12 @@ class Coder:
     recipe: Recipe
     sink: Sink
     known: Mapping[str, str]
+    known_target: Mapping[str, str] = field(default_factory=dict)
     evidence: EvidenceSource | None = None
     given: Given = lambda name: None
     delta: Callable[[str], torch.Tensor | None] = lambda name: None
     quantization: Quantization | None = None
+    shared: SharedSource | None = None
     settled: Callable[[str, torch.Tensor], None] | None = None
 
     def code(self, name: str) -> Coded:
@@ -93,9 +106,20 @@ class Coder:
         Raises:
             DeltafoldError: `not-finite`, `not-lossless`, `needs-calibration`, and what reading gives.
         """
-        if self.in_blocks(name):
-            return _InBlocks(self, name).code()
-        return self._whole(name)
+        base, variant = self.known.get(name), self.known_target.get(name)
+        if base is not None and base == variant and self._is_left_alone(name):
+            return Coded(base, variant, [], [], None)
+        return _InBlocks(self, name).code() if self.in_blocks(name) else self._whole(name)
+
+    def _is_left_alone(self, name: str) -> bool:
+        """Whether a tensor of equal bytes is equal to the base's.
+
+        A given difference may be too small to survive rounding; it still counts when it is served. A
+        quantised tensor differs from its own original.
+        """
+        given = self.given(name) is not None or self.delta(name) is not None
+        same = self.source.spec(name) == self.target.spec(name)
+        return same and not given and not self.is_quantised(name)
 
     def in_blocks(self, name: str) -> bool:
         """Whether a tensor is large, and read and coded in blocks."""
@@ -127,11 +151,9 @@ class Coder:
         source, given, known = self.source, self.given(name), self.delta(name)
         value = self.target.tensor(name)
         base = source.tensor(name) if name in source else None
-        digest = dtypes.sha256(value)
+        digest = self.known_target.get(name) or dtypes.sha256(value)
         base_digest = None if base is None else self.known.get(name) or dtypes.sha256(base)
         same = base is not None and (base.dtype, base.shape) == (value.dtype, value.shape)
-        # A given difference may be too small to survive rounding; it still counts when it is served.
-        # A quantised tensor differs from its own original.
         differs = given is not None or known is not None or self.is_quantised(name)
         if same and not differs and base_digest == digest:
             return Coded(base_digest, digest, [], [], None)
@@ -143,7 +165,7 @@ class Coder:
         check_exact(name, encoded, value, base, TensorDigest(*self.target.spec(name), digest))
         if self.settled is not None:
             self.settled(name, _settled(name, encoded, value, base))
-        stats = measure(name, encoded, delta, base)
+        stats = measure(name, encoded, delta, base, self.shared)
         places = [{k: self.sink(part) for k, part in sorted(e.parts.items())} for e in encoded]
         return Coded(base_digest, digest, [e.term for e in encoded], places, stats)
 
@@ -239,18 +261,20 @@ class _InBlocks:
         """Digests of both tensors, and which rows changed (bool `[N]`)."""
         ours, theirs = hashlib.sha256(), hashlib.sha256()
         known = self._coder.known.get(self._name)
+        known_target = self._coder.known_target.get(self._name)
         changed = torch.ones(self._rows, dtype=torch.bool)
         for start in range(0, max(self._rows, self._base_rows), self._step):
             variant = self._read(self._target, start, self._rows)
             base = self._read(self._source, start, self._base_rows)
-            theirs.update(dtypes.raw_bytes(variant).numpy().data)
+            if known_target is None:
+                theirs.update(dtypes.raw_bytes(variant).numpy().data)
             if known is None:
                 ours.update(dtypes.raw_bytes(base).numpy().data)
             shared = min(len(variant), len(base))
             if variant.dtype == base.dtype and shared and not self._coder.is_quantised(self._name):
                 found = fast.rows_changed(variant[:shared], base[:shared])
                 changed[start : start + shared] = found
-        return known or ours.hexdigest(), theirs.hexdigest(), changed
+        return known or ours.hexdigest(), known_target or theirs.hexdigest(), changed
 
     def _read(self, checkpoint: Checkpoint, start: int, rows: int) -> torch.Tensor:
         return checkpoint.matrix_rows(self._name, start, max(min(start + self._step, rows), start))
@@ -278,7 +302,7 @@ class _InBlocks:
         shared = self._rows - added
         index = changed[:shared].nonzero().reshape(-1)
         step = block_rows((len(index), self._columns)) or max(len(index), 1)
-        pairs = (self._gathered(index[a:b]) for a, b in _spans(len(index), step))
+        pairs: Iterator[_Pair] = (self._gathered(index[a:b]) for a, b in _spans(len(index), step))
         if not len(index):
             pairs = iter([_Pair(*(torch.empty(0, self._columns, dtype=t) for t in self._dtypes()))])
         terms, inner_places = self._code_matrix(method, pairs, step, whole=len(index))

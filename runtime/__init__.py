@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltafold.runtime.engine import (
     Chunk,
+    Embeddings,
     Engine,
     Message,
     Output,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Chunk",
     "EmbeddedEngine",
+    "Embeddings",
     "Engine",
     "Message",
     "Output",

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
+from deltafold.compress.family import FOLDER
 from deltafold.compress.fingerprint import Digests, digest_source, fingerprint
 from deltafold.compress.lora import cached_lora
 from deltafold.runtime.batch import BatchState, loaded_rows
@@ -20,6 +21,7 @@ from deltafold.runtime.blending import Blends, blend
 from deltafold.runtime.engine import VariantInfo
 from deltafold.runtime.host import Row, Variant
 from deltafold.runtime.kernels.forms import Target
+from deltafold.runtime.kernels.shared import shared_bytes
 from deltafold.runtime.layers import unwrap, wrap
 from deltafold.runtime.loading import Handle, LoadedVariant, load_variant
 from deltafold.runtime.misfit import NotAppliableError, misfit
@@ -165,10 +167,12 @@ class Deltas:
     def resident(self) -> dict[str, int]:
         """Bytes in memory by name of the folder that a variant was loaded from, or of a mixture.
 
-        What a mixture shares with its components is counted once, with these.
+        What a mixture shares with its components is counted once, with these. What variants of a
+        family share is there once, under `.families`, a name that no variant can have.
         """
         loaded = {v.folder.name: v.nbytes for v in self._residency.resident().values()}
-        return self._blends.resident() | loaded
+        common = {FOLDER: size} if (size := shared_bytes()) else {}
+        return self._blends.resident() | loaded | common
 
     def close(self) -> None:
         """Give every module its own forward back."""
@@ -315,6 +319,7 @@ class Deltas:
             quality=manifest.quality,
             applied=self._how(problem),
             obstacle="" if problem is None else problem.tensor,
+            root=entry.root,
         )
 
 

@@ -8,16 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
 
 #: `{"role": "user", "content": "..."}`, as in the OpenAI API.
 Message: TypeAlias = Mapping[str, Any]
-#: Text, token ids, or chat messages (rendered with the variant's own chat template). Models that read
-#: images or sounds also take a mapping: `text`, `images` and `audio` for the variant's own processor,
-#: or the model's own inputs as tensors for a batch of one.
-Prompt: TypeAlias = str | Sequence[int] | Sequence[Message] | Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Embeddings:
+    """Input embeddings that the caller has computed, float `[positions, hidden]`.
+
+    They mean what transformers' `inputs_embeds` means for the model: what its input embedding would
+    have given. Whose variant reads them decides nothing about them.
+    """
+
+    values: torch.Tensor
+
+
+#: Text, token ids, chat messages (rendered with the variant's own chat template), input embeddings, or
+#: token ids and input embeddings in turn. Models that read images or sounds also take a mapping:
+#: `text`, `images` and `audio` for the variant's own processor, or the model's own inputs as tensors
+#: for a batch of one.
+Prompt: TypeAlias = (
+    str
+    | Sequence[int]
+    | Sequence[Message]
+    | Embeddings
+    | Sequence[int | Embeddings]
+    | Mapping[str, Any]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +150,7 @@ class VariantInfo:
             dense model of its own, "refused" where it would need one and may not. None for the base.
         obstacle: what keeps its delta from being applied: a tensor, or the keys of `config.json` that
             differ from the base's; empty otherwise.
+        root: the delta's own name where `name` is an alias of it, else empty.
     """
 
     name: str
@@ -140,6 +165,7 @@ class VariantInfo:
     quality: Mapping[str, Any] = field(default_factory=dict)
     applied: Literal["delta", "rebuilt", "refused"] | None = None
     obstacle: str = ""
+    root: str = ""
 
 
 @dataclass(frozen=True, slots=True)

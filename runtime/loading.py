@@ -12,7 +12,6 @@ import torch
 
 from deltafold.compress import Checkpoint, DeltaRepo
 from deltafold.compress.errors import name_some
-from deltafold.compress.repo import pad_rows
 from deltafold.compress.terms import Context, Encoded, LowRank
 from deltafold.runtime.kernels.base import DeltaMatrix, Sum
 from deltafold.runtime.kernels.forms import Target, product_form, table_form
@@ -275,7 +274,7 @@ class _Load:
 
     def _place(self, home: Home, tensor: str, encoded: list[Encoded], basis: torch.Tensor) -> None:
         shape = tuple(self.repo.entry(tensor).shape)
-        context = Context(tensor, pad_rows(basis, shape))
+        context = self.repo.context(tensor, basis)
         loaded, name = self.loaded, home.name
         loaded.homes[name] = home
         if home.path == "weight" and is_linear(home.module):

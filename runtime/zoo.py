@@ -1,6 +1,7 @@
 """The zoo: a folder of delta repos. A variant's name is its folder's; its identity is its digest.
 
-A PEFT LoRA folder in it is a variant too: on first sight it is imported into the cache folder.
+A PEFT LoRA folder in it is a variant too: on first sight it is imported into the cache folder. An
+alias (`compress.zoo_aliases`) is one more name of a delta, found by its digest.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import difflib
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltafold.compress import DeltafoldError, DeltaRepo
@@ -16,6 +17,8 @@ from deltafold.compress.adapter import CONFIG_NAME, WEIGHTS_NAME
 from deltafold.compress.fingerprint import Digests
 from deltafold.compress.manifest import MANIFEST_NAME, Quantization
 from deltafold.compress.verify import check_coverage
+from deltafold.compress.zoo_aliases import ALIASES_NAME, read_aliases
+from deltafold.compress.zoo_list import no_delta_behind
 
 #: How a file is recognised as the one that was read: replaced in place, it has another stamp.
 Stamp = tuple[int, ...]
@@ -23,13 +26,17 @@ Stamp = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """A delta repo of the zoo that is whole and fits the base, or the reason why it is not."""
+    """A delta repo of the zoo that is whole and fits the base, or the reason why it is not.
+
+    `root` is the delta's own name where `name` is an alias, else empty.
+    """
 
     name: str
     folder: Path
     stamp: Stamp
     repo: DeltaRepo | None
     error: DeltafoldError | None
+    root: str = ""
 
     def opened(self) -> DeltaRepo:
         """The repo; raises what is wrong with it."""
@@ -75,6 +82,7 @@ class Zoo:
         self._import_lora = import_lora
         self._quantization = quantization
         self._entries: dict[str, ZooEntry] = {}
+        self._aliases: tuple[Stamp, dict[str, str], DeltafoldError | None] | None = None
         self._lock = threading.Lock()
         self._opening: dict[str, threading.Lock] = {}
         self.rescan()
@@ -93,9 +101,17 @@ class Zoo:
                 del self._entries[name]
 
     def entries(self) -> list[ZooEntry]:
-        """Every delta repo of the folder, broken ones too, by name."""
+        """Every delta repo of the folder and every alias, broken ones too, by name."""
         with self._lock:
-            return [self._entries[name] for name in sorted(self._entries)]
+            found = dict(self._entries)
+        aliases, error = self._read_aliases()
+        if error is not None and self.folder is not None:
+            path = self.folder / ALIASES_NAME
+            found[ALIASES_NAME] = ZooEntry(ALIASES_NAME, path, (), None, error)
+        for alias, digest in aliases.items():
+            # A folder's name is the folder's, whatever the file says.
+            found.setdefault(alias, self._alias(alias, digest))
+        return [found[name] for name in sorted(found)]
 
     def find(self, name: str) -> ZooEntry:
         """The entry behind a name; its folder is looked at where it is not known yet.
@@ -109,20 +125,65 @@ class Zoo:
             folder = next((f for f in self._delta_folders() if f.name == name), None)
             entry = None if folder is None else self._refresh(folder)
         if entry is None:
+            entry = self._find_alias(name)
+        if entry is None:
             self.rescan()
             raise self._not_found(name)
         return entry
 
     def holds(self, name: str) -> bool:
         """Whether a folder of the zoo has this name, read before or not."""
-        return self._current(name) is not None or any(
-            folder.name == name for folder in self._delta_folders()
+        return (
+            self._current(name) is not None
+            or name in self._read_aliases()[0]
+            or any(folder.name == name for folder in self._delta_folders())
         )
+
+    def _find_alias(self, name: str) -> ZooEntry | None:
+        """What an alias stands for now, by the file and the folders as they are."""
+        aliases, error = self._read_aliases()
+        if error is not None:
+            raise error
+        if name not in aliases:
+            return None
+        entry = self._alias(name, aliases[name])
+        if entry.repo is None or self._current(entry.root) is None:
+            self.rescan()
+            entry = self._alias(name, aliases[name])
+        return entry
+
+    def _alias(self, alias: str, digest: str) -> ZooEntry:
+        with self._lock:
+            known = [e for e in self._entries.values() if e.repo and e.repo.digest == digest]
+        place = self.folder or Path()
+        if alias in self._reserved:
+            return ZooEntry(alias, place, (), None, _name_of_the_base(f"the alias {alias}"))
+        if not known:
+            return ZooEntry(alias, place, (), None, no_delta_behind(alias, digest))
+        first = min(known, key=lambda entry: entry.name)
+        return replace(first, name=alias, root=first.name)
+
+    def _read_aliases(self) -> tuple[dict[str, str], DeltafoldError | None]:
+        """The file of aliases, read again where it was replaced; or what is wrong with it."""
+        if self.folder is None:
+            return {}, None
+        try:
+            stamp = _stamp_of(self.folder / ALIASES_NAME)
+        except OSError:
+            return {}, None
+        if self._aliases is None or self._aliases[0] != stamp:
+            try:
+                self._aliases = stamp, read_aliases(self.folder), None
+            except DeltafoldError as error:
+                self._aliases = stamp, {}, error
+        return self._aliases[1:]
 
     def _current(self, name: str) -> ZooEntry | None:
         with self._lock:
             entry = self._entries.get(name)
-        return entry if entry and entry.stamp == _stamp(entry.folder) else None
+        if entry is None or entry.stamp != _stamp(entry.folder) or _may_heal(entry):
+            return None
+        return entry
 
     def _refresh(self, folder: Path) -> ZooEntry:
         """The entry of a folder as it is now, read by one thread alone and without the lock."""
@@ -134,10 +195,19 @@ class Zoo:
         with flight:
             known = self._current(folder.name)
             if known is None:
-                known = self._open(folder, _stamp(folder))
+                known = self._open_settled(folder)
                 with self._lock:
                     self._entries[folder.name] = known
             return known
+
+    def _open_settled(self, folder: Path) -> ZooEntry:
+        """Open a folder; once more if it failed because it was being replaced."""
+        for _ in range(3):
+            stamp = _stamp(folder)
+            entry = self._open(folder, stamp)
+            if entry.error is None or _stamp(folder) == stamp:
+                break
+        return entry
 
     def _delta_folders(self) -> list[Path]:
         if self.folder is None:
@@ -164,11 +234,7 @@ class Zoo:
     def _open(self, folder: Path, stamp: Stamp) -> ZooEntry:
         try:
             if folder.name in self._reserved:
-                raise DeltafoldError(
-                    "bad-argument",
-                    f"{folder} has the name of the base.",
-                    fix="rename the folder: its name is the variant's",
-                )
+                raise _name_of_the_base(str(folder))
             repo = self._repo(folder)
             repo.check_base(self._base, given=self._base_name)
             check_coverage(repo, self._base)
@@ -186,6 +252,19 @@ class Zoo:
             facts=[("near names", ", ".join(near) or "the zoo is empty")],
             fix="GET /v1/models lists what is served",
         )
+
+
+def _may_heal(entry: ZooEntry) -> bool:
+    """Whether what a delta lacks may have come since, though its own folder is as it was."""
+    return entry.error is not None and entry.error.code == "not-found"
+
+
+def _name_of_the_base(what: str) -> DeltafoldError:
+    return DeltafoldError(
+        "bad-argument",
+        f"{what} has the name of the base.",
+        fix="rename it: a folder's name is the variant's",
+    )
 
 
 def _stamp(folder: Path) -> Stamp:

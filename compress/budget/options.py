@@ -30,9 +30,10 @@ from deltafold.compress.encode import encode_tensor
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import Evidence, EvidenceSource, check_needs
 from deltafold.compress.methods import Method, spec_of
+from deltafold.compress.payload import payload_key
 from deltafold.compress.progress import OnProgress, Progress, ignore
 from deltafold.compress.recipe import Recipe
-from deltafold.compress.repo import pad_rows, payload_key
+from deltafold.compress.repo import pad_rows
 from deltafold.compress.terms import Context, Encoded, is_exact
 
 

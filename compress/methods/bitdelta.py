@@ -52,8 +52,8 @@ class BitDelta:
 
     @property
     def blockwise(self) -> bool:
-        """Whether rows are coded without a look at others: all but one scale a tensor."""
-        return self._term().scale != "tensor"
+        """Whether rows are coded without a look at others: a scale a row, or a group within one."""
+        return bool(self.group) or self.scale in ("row", "group")
 
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
         """One term of planes."""

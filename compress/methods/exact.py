@@ -9,7 +9,14 @@ import torch
 
 from deltafold.compress.evidence import Need
 from deltafold.compress.methods.base import method
-from deltafold.compress.terms import Context, Encoded, Exact, Lossless, Term
+from deltafold.compress.terms import (
+    Context,
+    Encoded,
+    Exact,
+    Lossless,
+    LosslessStreams,
+    Term,
+)
 
 
 @method
@@ -36,28 +43,34 @@ class ExactMethod:
 @method
 @dataclass(frozen=True)
 class LosslessMethod:
-    """XOR streams and zstandard.
+    """The smaller form is the default; zstandard streams are the quicker one.
 
     Attributes:
-        level: zstandard level, 1 to 22.
+        level: 0 codes differences close to their entropy; 1 to 22 is the zstandard level of XOR
+            streams (after BitX, arXiv 2505.06252).
     """
 
     id: ClassVar[str] = "lossless"
-    summary: ClassVar[str] = "bit-exact: XOR with the base, byte streams, zstandard"
-    paper: ClassVar[str] = "2505.06252"
+    summary: ClassVar[str] = "bit-exact: differences coded by the base's exponents; level=3: zstd"
+    paper: ClassVar[str] = "after FM-Delta"
     needs: ClassVar[tuple[Need, ...]] = ()
     blockwise: ClassVar[bool] = True
     applied: ClassVar[str] = "rebuilt at load"
 
-    level: int = 3
+    level: int = 0
 
     def __post_init__(self) -> None:
-        Lossless(level=self.level)
+        self._term("BF16")
 
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
         """One `lossless` term."""
-        return [Lossless(level=self.level).encode(delta, context)]
+        return [self._term("BF16").encode(delta, context)]
 
     def plan(self, shape: tuple[int, ...], dtype: str) -> list[Term]:
         """One `lossless` term; its size is known only when it is made."""
-        return [Lossless(dtype=dtype, level=self.level)]
+        return [self._term(dtype)]
+
+    def _term(self, dtype: str) -> Lossless | LosslessStreams:
+        if self.level:
+            return LosslessStreams(dtype=dtype, level=self.level)
+        return Lossless(dtype=dtype)

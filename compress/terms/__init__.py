@@ -8,6 +8,7 @@ from deltafold.compress.terms.base import (
     ExactTerm,
     Parts,
     PartSpec,
+    SharedSource,
     Term,
     config_of,
     is_exact,
@@ -18,14 +19,17 @@ from deltafold.compress.terms.blocks import Blocks
 from deltafold.compress.terms.codebook import Codebook
 from deltafold.compress.terms.codes import Codes
 from deltafold.compress.terms.column_planes import ColumnPlanes
+from deltafold.compress.terms.columns import Columns
 from deltafold.compress.terms.dense import Dense
 from deltafold.compress.terms.exact import Exact
 from deltafold.compress.terms.lossless import Lossless
+from deltafold.compress.terms.lossless_v1 import LosslessStreams
 from deltafold.compress.terms.lowrank import LowRank
 from deltafold.compress.terms.nm import NM
 from deltafold.compress.terms.patches import Patches
 from deltafold.compress.terms.planes import Planes
 from deltafold.compress.terms.rows import Rows
+from deltafold.compress.terms.shared import Shared
 from deltafold.compress.terms.sparse import Sparse
 from deltafold.compress.terms.sparse_codes import SparseCodes
 
@@ -37,18 +41,22 @@ __all__ = [
     "Codebook",
     "Codes",
     "ColumnPlanes",
+    "Columns",
     "Context",
     "Dense",
     "Encoded",
     "Exact",
     "ExactTerm",
     "Lossless",
+    "LosslessStreams",
     "LowRank",
     "PartSpec",
     "Parts",
     "Patches",
     "Planes",
     "Rows",
+    "Shared",
+    "SharedSource",
     "Sparse",
     "SparseCodes",
     "Term",

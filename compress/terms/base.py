@@ -51,6 +51,8 @@ __all__ = [
 ]
 
 Parts: TypeAlias = Mapping[str, torch.Tensor]
+#: Reads a tensor that several deltas share: the family's digest and the key in it to float32 `[R, M]`.
+SharedSource: TypeAlias = Callable[[str, str], torch.Tensor]
 
 
 class PartSpec(NamedTuple):
@@ -79,12 +81,15 @@ class Context:
         variant: the fine-tune's tensor in its own dtype; None when decoding.
         evidence: what a calibration run found out about the tensor; None without one, and when
             decoding.
+        shared: where tensors that the delta shares with others are read from; None where it shares
+            none.
     """
 
     name: str
     base: torch.Tensor | None = None
     variant: torch.Tensor | None = None
     evidence: Evidence | None = None
+    shared: SharedSource | None = None
 
 
 class Encoded(NamedTuple):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from deltafold.compress import restore_checkpoint as restore_checkpoint
     from deltafold.compress import verify_delta as verify_delta
     from deltafold.runtime import EmbeddedEngine as EmbeddedEngine
+    from deltafold.runtime import Embeddings as Embeddings
     from deltafold.runtime import PoolingEngine as PoolingEngine
     from deltafold.runtime import PoolRequest as PoolRequest
     from deltafold.runtime import Request as Request
@@ -31,6 +32,7 @@ _HOMES = {
     "EmbeddedEngine": "deltafold.runtime",
     "PoolRequest": "deltafold.runtime",
     "PoolingEngine": "deltafold.runtime",
+    "Embeddings": "deltafold.runtime",
     "Request": "deltafold.runtime",
     "Sampling": "deltafold.runtime",
 }

@@ -45,6 +45,16 @@ def check_whole(sampling: Sampling) -> None:
         )
 
 
+def check_overlay(embedded: bool, sampling: Sampling) -> None:
+    """Raises `bad-argument` where tokens are asked of a prompt that has embeddings instead."""
+    if embedded and sampling.echo:
+        raise DeltafoldError(
+            "bad-argument",
+            "a prompt with input embeddings has no tokens to echo.",
+            facts=[("field", "echo")],
+        )
+
+
 def check_prompt(token_ids: Sequence[int], vocabulary: int) -> None:
     """Raises `bad-argument` for ids that the embedding has no row for."""
     wrong = [t for t in token_ids if not 0 <= t < vocabulary]

@@ -17,6 +17,7 @@ from deltafold.compress.errors import DeltafoldError
 from deltafold.runtime.deltas import Rebuild
 from deltafold.runtime.embedded.batches import Batches
 from deltafold.runtime.embedded.checks import (
+    check_overlay,
     check_prompt,
     check_sampling,
     check_scale,
@@ -30,6 +31,7 @@ from deltafold.runtime.embedded.inputs import is_plain
 from deltafold.runtime.embedded.job import Job
 from deltafold.runtime.embedded.lanes import Lanes
 from deltafold.runtime.embedded.opening import open_model
+from deltafold.runtime.embedded.overlay import Overlay, read_prompt
 from deltafold.runtime.embedded.runner import Runner
 from deltafold.runtime.embedded.scheduler import Limits
 from deltafold.runtime.embedded.text import TextFront, TextFronts
@@ -104,6 +106,7 @@ class EmbeddedEngine:
         self.base_name = host.base_name
         self._host, self._model = host, model
         self._base_vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
+        self._embedding_width = None if runner is None else runner.embedding_width
         self._limits = Limits(
             rows=max_batch,
             tokens=max_batch_tokens or max_batch * length,
@@ -261,8 +264,10 @@ class EmbeddedEngine:
         if own is not None:
             check_scale(sampling, info)
         writing, runner, room = None, None, self._limits.model_len
+        overlay: Overlay | None = None
         if self._lanes.by_token and is_plain(request.prompt):
-            ids = front.encode(request.prompt)
+            ids, overlay = read_prompt(front, request.prompt, self._embedding_width)
+            check_overlay(overlay is not None, sampling)
             runner = None if own is None else Runner(own, None)
             room = room if runner is None else min(room, runner.context)
             limit = output_limit(len(ids), sampling.max_tokens, room)
@@ -283,6 +288,7 @@ class EmbeddedEngine:
             limit=limit,
             runner=runner,
             writing=writing,
+            overlay=overlay,
         )
 
     # Variants and text.

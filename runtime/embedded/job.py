@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from deltafold.runtime.embedded.overlay import Overlay
 from deltafold.runtime.embedded.runner import Runner
 from deltafold.runtime.embedded.sampler import Choice, RawLogprob, generator
 from deltafold.runtime.embedded.stream import Detokenizer, StopStrings
@@ -30,6 +31,7 @@ class Job:
         limit: most tokens to generate.
         runner: of the variant's own dense model; None where it runs on the shared one.
         writing: for requests that are written in whole batches; see `batches`.
+        overlay: input embeddings in place of some of the prompt's tokens.
         cached: tokens that key-value memory holds; the rest must still be run.
     """
 
@@ -42,6 +44,7 @@ class Job:
     limit: int
     runner: Runner | None = None
     writing: Any | None = None
+    overlay: Overlay | None = None
     cancelled: bool = False
     ended: bool = False
     counted: bool = False

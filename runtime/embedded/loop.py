@@ -14,6 +14,7 @@ import torch
 from deltafold.runtime.embedded.cache import BatchCache
 from deltafold.runtime.embedded.delivery import Delivery
 from deltafold.runtime.embedded.job import Job
+from deltafold.runtime.embedded.overlay import Overlay
 from deltafold.runtime.embedded.runner import Runner
 from deltafold.runtime.embedded.sampler import Choice, choose, prompt_logprobs
 from deltafold.runtime.embedded.scheduler import Limits, Prefill, find_victims, pick_group
@@ -112,7 +113,10 @@ class Loop:
         group = prefill.jobs
         tokens, padding = prefill.next_tokens(self._limits)
         echo = group[0].wants_prompt_logprobs
-        logits = self._forward(prefill.cache, group, tokens, padding, every_position=echo)
+        overlays = prefill.overlays(len(tokens[0]))
+        logits = self._forward(
+            prefill.cache, group, tokens, padding, every_position=echo, overlays=overlays
+        )
         if echo:
             # Alone in its group, so without padding: column = position.
             first = prefill.done + 1
@@ -162,11 +166,17 @@ class Loop:
         padding: list[int],
         *,
         every_position: bool = False,
+        overlays: Sequence[Overlay | None] | None = None,
     ) -> torch.Tensor:
         self.counters.steps += 1
         self.counters.base_only_steps += all(s.variant is None for s in rows)
         return self._runner(
-            cache, [s.row for s in rows], tokens, padding, every_position=every_position
+            cache,
+            [s.row for s in rows],
+            tokens,
+            padding,
+            every_position=every_position,
+            overlays=overlays,
         )
 
     def _choose(self, logits: torch.Tensor, rows: Sequence[Job]) -> list[Choice]:

@@ -11,6 +11,7 @@ import torch
 
 from deltafold.compress.errors import DeltafoldError
 from deltafold.runtime.embedded.cache import BatchCache, CachePlan
+from deltafold.runtime.embedded.overlay import Overlay
 from deltafold.runtime.host import DeltaHost, Row
 
 #: Used where a configuration does not say how long a context the model knows.
@@ -35,6 +36,7 @@ class Runner:
     Attributes:
         vocabulary: token ids that the base knows, and the width of its logits.
         device: where tokens go in.
+        embedding_width: size of an input embedding; None where the model takes none from outside.
     """
 
     def __init__(self, model: Any, host: DeltaHost | None) -> None:
@@ -56,6 +58,7 @@ class Runner:
         self._takes_positions = "position_ids" in known
         self._takes_keep = "logits_to_keep" in known
         self._plan = CachePlan(model)
+        self.embedding_width = _embedding_width(model, known)
         # Asked of the configuration, since a host may have put its own modules into the model.
         self.vocabulary: int = model.config.get_text_config().vocab_size
         self.device: torch.device = model.device
@@ -86,6 +89,7 @@ class Runner:
         padding: Sequence[int],
         *,
         every_position: bool = False,
+        overlays: Sequence[Overlay | None] | None = None,
     ) -> torch.Tensor:
         """Append a rectangle of tokens to the cache and run it.
 
@@ -95,6 +99,7 @@ class Runner:
             tokens: `[rows][width]`; any valid id stands where there is padding.
             padding: hidden columns on each row's left, counted over the whole cache.
             every_position: give logits for all new positions, not only for the last.
+            overlays: a row each, input embeddings in place of some tokens; None where there are none.
 
         Returns:
             Logits in the model's dtype on the model's device, `[rows, width or 1, vocabulary]`.
@@ -117,5 +122,25 @@ class Runner:
         if self._takes_keep:
             inputs["logits_to_keep"] = 0 if every_position else 1
         with self._host.batch(rows) if self._host else nullcontext():
+            if overlays is not None:
+                inputs["inputs_embeds"] = self._embedded(inputs.pop("input_ids"), overlays)
             logits: torch.Tensor = self._model(**inputs).logits
         return logits if every_position else logits[:, -1:]
+
+    def _embedded(self, ids: torch.Tensor, overlays: Sequence[Overlay | None]) -> torch.Tensor:
+        """Input embeddings `[rows, width, hidden]`: each row's own, but for what is given."""
+        embedded: torch.Tensor = self._model.get_input_embeddings()(ids).clone()
+        for row, overlay in enumerate(overlays):
+            if overlay is not None:
+                # Left of the rectangle there may be padding, or columns of an earlier pass.
+                places = overlay.positions.to(self.device)
+                embedded[row, places] = overlay.values.to(self.device, embedded.dtype)
+        return embedded
+
+
+def _embedding_width(model: Any, known: set[str]) -> int | None:
+    # Models that look tokens up in more than one table cannot do without their ids.
+    if "inputs_embeds" not in known or "per_layer_inputs" in known:
+        return None
+    table = model.get_input_embeddings()
+    return int(table.embedding_dim) if isinstance(table, torch.nn.Embedding) else None

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from deltafold.runtime.embedded.cache import BatchCache
 from deltafold.runtime.embedded.job import Job
+from deltafold.runtime.embedded.overlay import Overlay
 from deltafold.runtime.embedded.waiting import Waiting
 
 #: Tokens of growth that must be free per row when a request is admitted, so that it does not lose
@@ -64,6 +65,15 @@ class Prefill:
         stop = min(width, self.done + limits.chunk) if in_parts else width
         padded = [[0] * p + s.tokens for p, s in zip(padding, self.jobs, strict=True)]
         return [row[self.done : stop] for row in padded], padding
+
+    def overlays(self, columns: int) -> list[Overlay | None] | None:
+        """Input embeddings of the next pass over so many columns, a row each; or None."""
+        found: list[Overlay | None] = []
+        for job in self.jobs:
+            start = self.done - (self.width - len(job.tokens))
+            part = job.overlay.within(start, start + columns) if job.overlay else None
+            found.append(part if part is not None and len(part.positions) else None)
+        return found if any(part is not None for part in found) else None
 
 
 def pick_group(waiting: Waiting, running: Sequence[Job], limits: Limits) -> list[Job]:

@@ -13,11 +13,13 @@ from deltafold.compress.terms import (
     Codebook,
     Codes,
     ColumnPlanes,
+    Columns,
     Context,
     Encoded,
     LowRank,
     Planes,
     Rows,
+    Shared,
     Sparse,
     SparseCodes,
     Term,
@@ -27,13 +29,14 @@ from deltafold.compress.terms.base import Parts
 from deltafold.runtime.kernels.base import DeltaMatrix, Stacked, Sum
 from deltafold.runtime.kernels.cpu import codes_forms, planes_forms
 from deltafold.runtime.kernels.reference import Dense, RowSubset
+from deltafold.runtime.kernels.shared import shared_rows
 from deltafold.runtime.kernels.signs import (
     codebook_words,
     codes_words,
     column_words,
     planes_words,
 )
-from deltafold.runtime.kernels.simple import Factors, csr
+from deltafold.runtime.kernels.simple import ColumnSubset, Factors, csr
 from deltafold.runtime.kernels.tables import TABLES, PackedTable
 
 #: Below this share of entries kept, compressed rows beat a dense product on a CPU, unless the matrix
@@ -101,6 +104,12 @@ def _product(
         return _factors(term, parts, shape, context, target)
     if isinstance(term, Rows):
         return _row_subset(term, encoded, shape, context, target)
+    if isinstance(term, Shared):
+        return shared_rows(term, parts, matrix, context, target.device, target.dtype)
+    if isinstance(term, Columns):
+        index = term.index(parts, matrix[1], context.name).to(target.device)
+        chosen = term.chosen(parts, matrix[0], context.name)
+        return ColumnSubset(index, chosen.to(target.device, target.dtype), matrix[1])
     delta = term.decode(parts, shape, context).reshape(matrix)
     if target.device.type == "cpu" and _is_sparse(term, delta):
         return csr(delta, target.device)
@@ -175,7 +184,10 @@ def _table(
         return _row_subset(term, encoded, shape, context, target)
     if isinstance(term, LowRank) or (isinstance(term, Banded) and _is_thin(term, shape)):
         return _factors(term, parts, shape, context, target)
-    delta = term.decode(parts, shape, context).reshape(rows_and_columns(shape))
+    matrix = rows_and_columns(shape)
+    if isinstance(term, Shared):
+        return shared_rows(term, parts, matrix, context, target.device, target.dtype)
+    delta = term.decode(parts, shape, context).reshape(matrix)
     if _is_sparse(term, delta):
         return csr(delta, target.device)
     return Dense(delta.to(target.device, target.dtype))

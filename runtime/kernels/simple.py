@@ -65,3 +65,27 @@ class Factors:
     def gather(self, index: torch.Tensor) -> torch.Tensor:
         """Rows of D."""
         return self.b.index_select(0, index) @ self.a
+
+
+@dataclass(frozen=True)
+class ColumnSubset:
+    """A delta that is zero outside some columns: `weight [N, count]` in the model's dtype."""
+
+    index: torch.Tensor
+    weight: torch.Tensor
+    columns: int
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
+        return sum(t.numel() * t.element_size() for t in (self.index, self.weight))
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """`x @ D^T`, of the inputs that count."""
+        chosen = x.index_select(-1, self.index)
+        return torch.nn.functional.linear(chosen, self.weight.to(x.dtype))
+
+    def gather(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of D."""
+        out = self.weight.new_zeros(len(index), self.columns)
+        return out.index_copy_(1, self.index, self.weight.index_select(0, index))

@@ -18,7 +18,7 @@ _MATRIX = (4096, 4096)
 @output_options
 @click.pass_obj
 def codecs(output: Output) -> None:
-    """List codecs, edits and merges with their options, needs and sources.
+    """List codecs, edits, family methods and merges with their options, needs and sources.
 
     A spec is a codec's name, or its name and options: bitdelta:bits=2,scale=row. The class is what
     arXiv 2410.13841 says of the loss; `deltafold diagnose` measures it for a fine-tune of yours.
@@ -28,6 +28,7 @@ def codecs(output: Output) -> None:
     """
     from deltafold.compress import METHODS
     from deltafold.compress.edits import EDITS
+    from deltafold.compress.families import FAMILIES
     from deltafold.compress.merges import MERGES
     from deltafold.compress.terms import REGISTRY
 
@@ -36,10 +37,22 @@ def codecs(output: Output) -> None:
         for name in sorted(METHODS)
     ]
     edits = [_describe("edit", EDITS[name]) for name in sorted(EDITS)]
+    families = [_describe("family", FAMILIES[name]) for name in sorted(FAMILIES)]
     merges = [_describe("merge", MERGES[name]) for name in sorted(MERGES)]
     terms = [{"id": term_id, "v": version} for term_id, version in sorted(REGISTRY)]
-    data = {"codecs": listed, "edits": edits, "merges": merges, "terms": terms}
-    parts = [_text("codec", listed), _text("edit", edits), _text("merge", merges)]
+    data = {
+        "codecs": listed,
+        "edits": edits,
+        "families": families,
+        "merges": merges,
+        "terms": terms,
+    }
+    parts = [
+        _text("codec", listed),
+        _text("edit", edits),
+        _text("family", families),
+        _text("merge", merges),
+    ]
     output.result(data, "\n\n".join(parts))
 
 
@@ -82,10 +95,12 @@ def _text(word: str, listed: list[dict[str, Any]]) -> str:
     for item in listed:
         options = ",".join(f"{o['name']}={o['default']}" for o in item["options"]) or "-"
         needs = ", ".join(item["needs"]) or "nothing"
-        served = [f"{item['bits']:.2f}", item["applied"]] if "applied" in item else []
+        served = [f"{item['bits']:.2f}"] if "bits" in item else []
+        served += [item["applied"]] if "applied" in item else []
         known = item["class"] or "-"
         rows.append([item["id"], options, needs, *served, known, item["paper"], item["summary"]])
-    served = ["bits", "when served"] if listed and "applied" in listed[0] else []
+    first = listed[0] if listed else {}
+    served = [name for key, name in (("bits", "bits"), ("applied", "when served")) if key in first]
     head = [word, "options", "needs", *served, "class", "source", "what it does"]
     choices = [
         f"  {item['id']}: {o['name']} is {', '.join(o['choices'])}"

@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 #: How a run was printed, or where it went, says nothing of what it made.
-_UNTOLD: Final = ("overwrite", "device")
+_UNTOLD: Final = ("overwrite", "device", "jobs", "max_memory", "fresh")
 #: Options that name files or folders of this machine.
 _PLACES: Final = ("out", "recipe", "file")
 #: Options that take a folder or a hub id.
@@ -50,6 +50,6 @@ def _words(parameter: click.Parameter, value: Any) -> list[str]:
 
 
 def public(reference: str) -> str:
-    """A reference as a model card may show it: of a folder on this machine only the name."""
+    """A reference as a model card may show it: of a file or folder on this machine only the name."""
     folder = Path(reference).expanduser()
-    return folder.resolve().name if folder.is_dir() else reference
+    return folder.resolve().name if folder.exists() else reference

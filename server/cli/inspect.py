@@ -13,6 +13,7 @@ from deltafold.server.cli.packed import against_text, quantization_data
 
 if TYPE_CHECKING:
     from deltafold.compress import DeltaRepo, Manifest
+    from deltafold.compress.family import Family
 
 #: Looked for by name, so that telling a zoo from a delta needs no library.
 _MANIFEST = "delta_config.json"
@@ -40,9 +41,11 @@ def inspect(output: Output, delta_or_zoo: str, tensors: bool) -> None:
     deltas = _deltas_of(folder)
     if deltas:
         found = [_zoo_entry(path) for path in deltas]
-        total = sum(entry.get("bytes", 0) for entry in found)
+        families = _families(folder)
+        total = sum(entry.get("bytes", 0) for entry in (*found, *families))
         data = {"kind": "zoo", "path": str(folder), "deltas": found, "bytes": total}
-        output.result(data, _zoo_text(folder, found, total, output))
+        data["families"] = families
+        output.result(data, _zoo_text(folder, found, families, total, output))
         return
     repo = DeltaRepo.open(delta_or_zoo)
     data = _summary(repo)
@@ -79,6 +82,32 @@ def _zoo_entry(folder: Path) -> dict[str, Any]:
         return {"name": folder.name, "ok": False, "error": error.to_json()}
 
 
+def _families(zoo: Path) -> list[dict[str, Any]]:
+    from deltafold.compress import DeltafoldError
+    from deltafold.compress.family import Family, families_in
+
+    found: list[dict[str, Any]] = []
+    for folder in families_in(zoo):
+        try:
+            found.append({"ok": True, **_family(Family(folder))})
+        except DeltafoldError as error:
+            found.append({"family_id": folder.name, "ok": False, "error": error.to_json()})
+    return found
+
+
+def _family(family: Family) -> dict[str, Any]:
+    manifest = family.manifest
+    return {
+        "family_id": manifest.family_id,
+        "path": str(family.folder),
+        "method": manifest.method,
+        "codec": manifest.codec,
+        "members": list(manifest.members),
+        "tensors": len(manifest.tensors),
+        "bytes": manifest.bytes,
+    }
+
+
 def _summary(repo: DeltaRepo) -> dict[str, Any]:
     manifest = repo.manifest
     return {
@@ -103,6 +132,7 @@ def _summary(repo: DeltaRepo) -> dict[str, Any]:
             "absent": len(manifest.absent),
         },
         "terms": _by_term(manifest),
+        "families": [_family(family) for family in repo.families.values()],
         "accepted": list(manifest.accepted),
         "quality": manifest.quality,
         "created_by": manifest.created_by,
@@ -177,6 +207,7 @@ def _text(data: dict[str, Any]) -> str:
     ]
     if data["base_quantization"]:
         lines.insert(2, ("against", against_text(data["base_quantization"])))
+    lines += [("shares", _shares(family)) for family in data["families"]]
     if data["accepted"]:
         lines.append(("accepted", ", ".join(data["accepted"])))
     lines += [(f"quality {key}", _figure(value)) for key, value in data["quality"].items()]
@@ -202,6 +233,11 @@ def _figure(value: Any) -> str:
     return str(value)
 
 
+def _shares(family: dict[str, Any]) -> str:
+    members = ", ".join(family["members"])
+    return f"{size(family['bytes'])} more, once for {members}  ({family['family_id'][:23]}...)"
+
+
 def _tensor_table(tensors: list[dict[str, Any]]) -> str:
     rows = [
         [
@@ -218,7 +254,13 @@ def _tensor_table(tensors: list[dict[str, Any]]) -> str:
     return table(head, rows, "bytes error")
 
 
-def _zoo_text(folder: Path, found: list[dict[str, Any]], total: int, output: Output) -> str:
+def _zoo_text(
+    folder: Path,
+    found: list[dict[str, Any]],
+    families: list[dict[str, Any]],
+    total: int,
+    output: Output,
+) -> str:
     whole = [e for e in found if e["ok"]]
     counts = []
     for kind, one, many in (("delta", "1 delta", "deltas"), ("lora", "1 LoRA", "LoRAs")):
@@ -229,10 +271,13 @@ def _zoo_text(folder: Path, found: list[dict[str, Any]], total: int, output: Out
     if whole:
         head = ["name", "size", "ratio", "codec", "base"]
         text += "\n" + table(head, [_zoo_row(e) for e in whole], "size ratio")
-    for entry in (e for e in found if not e["ok"]):
+    for family in (f for f in families if f["ok"]):
+        text += f"\nshared by {', '.join(family['members'])}: {size(family['bytes'])}"
+        text += f", {family['method']}  ({family['family_id'][7:15]})"
+    for entry in (e for e in (*found, *families) if not e["ok"]):
         error = entry["error"]
         code = output.style(f"error[{error['code']}]", fg="red")
-        text += f"\n{entry['name']}  {code}: {error['message']}"
+        text += f"\n{entry.get('name', 'shared')}  {code}: {error['message']}"
     return text
 
 

@@ -28,6 +28,12 @@ class Lazy(NamedTuple):
 _ROOM: Final = "deltafold.server.cli"
 COMMANDS: Final[Mapping[str, Lazy]] = {
     "compress": Lazy(f"{_ROOM}.compress:compress", "Pack a fine-tune as a delta against its base."),
+    "family": Lazy(
+        f"{_ROOM}.family:family", "Pack several fine-tunes as deltas that share tensors."
+    ),
+    "import-blocks": Lazy(
+        f"{_ROOM}.import_blocks:import_blocks", "Turn steps on rows and columns into a delta."
+    ),
     "import-lora": Lazy(
         f"{_ROOM}.import_lora:import_lora", "Turn a PEFT LoRA into a delta against its base."
     ),
@@ -44,6 +50,12 @@ COMMANDS: Final[Mapping[str, Lazy]] = {
     "export": Lazy(
         f"{_ROOM}.export:export", "Write a delta as a LoRA folder or a full checkpoint."
     ),
+    "report": Lazy(
+        f"{_ROOM}.report:report", "Draw a delta or a zoo: bytes, errors, quality, memory."
+    ),
+    "zoo": Lazy(f"{_ROOM}.zoo:zoo", "Look after a zoo: add, list, rm, alias, gc, verify."),
+    "pull": Lazy(f"{_ROOM}.pull:pull", "Fetch a delta from the hub, and verify it.", "hf"),
+    "push": Lazy(f"{_ROOM}.push:push", "Verify a delta, and upload it to the hub.", "hf"),
     "serve": Lazy(f"{_ROOM}.serve:serve", "Serve a base and a zoo over the OpenAI API."),
     "chat": Lazy(f"{_ROOM}.chat:chat", "Talk to the variants of a running server."),
     "demo": Lazy(

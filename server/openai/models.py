@@ -38,7 +38,7 @@ def _card(desk: Desk, info: VariantInfo) -> ModelCard:
         "object": "model",
         "created": info.created,
         "owned_by": "deltafold",
-        "root": desk.engine.base_name if info.parent is None else info.name,
+        "root": desk.engine.base_name if info.parent is None else info.root or info.name,
         "parent": None if info.parent is None else base,
         "max_model_len": desk.engine.max_model_len,
         "deltafold": {

@@ -7,11 +7,21 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
+)
 
 from deltafold.runtime.engine import Message, Prompt, Sampling
 from deltafold.server.generation import Job
 from deltafold.server.openai import neutral
+from deltafold.server.openai.embeds import read_prompt_embeds
 
 #: Most choices (prompts times `n`) of one HTTP request.
 MAX_CHOICES: Final = 1024
@@ -204,8 +214,12 @@ def is_prompt(value: Any) -> bool:
     )
 
 
-def _check_prompt(value: Any) -> Any:
+def _check_prompt(value: Any, info: ValidationInfo) -> Any:
     """One clear error instead of one for each member of the union."""
+    if info.data.get("prompt_embeds") is not None:
+        if value is not None:
+            raise ValueError("send prompt or prompt_embeds, not both")
+        return None
     many = isinstance(value, list) and bool(value) and all(map(is_prompt, value))
     if not is_prompt(value) and not (many and len({type(one) for one in value}) == 1):
         raise ValueError(
@@ -219,9 +233,18 @@ class CompletionRequest(Generate):
     """Body of `POST /v1/completions`."""
 
     neutral_fields = neutral.COMPLETION
+    # Before the prompt, whose check looks at it.
+    prompt_embeds: Annotated[
+        list[Any] | None,
+        BeforeValidator(read_prompt_embeds),
+        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array"}]}),
+    ] = Field(
+        None, description="instead of a prompt: base64 of a .npy or safetensors file, or a list"
+    )
     prompt: Annotated[
-        str | list[str] | list[TokenId] | list[list[TokenId]], BeforeValidator(_check_prompt)
-    ]
+        str | list[str] | list[TokenId] | list[list[TokenId]] | None,
+        BeforeValidator(_check_prompt),
+    ] = Field(None, validate_default=True)
     max_tokens: int | None = Field(None, ge=0, description="default 16; 0 only with echo")
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
@@ -230,12 +253,17 @@ class CompletionRequest(Generate):
     def _agree(self) -> CompletionRequest:
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens=0 makes sense only with echo=true")
+        if self.echo and self.prompt_embeds is not None:
+            raise ValueError("embeddings have no tokens to echo")
         if len(self.prompts()) * (self.n or 1) > MAX_CHOICES:
             raise ValueError(f"prompts times n may be {MAX_CHOICES} at most")
         return self
 
     def prompts(self) -> list[Prompt]:
         """The prompts, whichever way they were written."""
+        if self.prompt_embeds is not None:
+            return list(self.prompt_embeds)
+        assert self.prompt is not None
         if isinstance(self.prompt, str):
             return [self.prompt]
         tokens = [one for one in self.prompt if isinstance(one, int)]

@@ -11,6 +11,7 @@ import torch
 from adapters import factors, write_adapter
 from checkpoints import QUERY, assert_same, read_checkpoint, wide_pair
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
 from deltafold.compress import METHODS, schema, version
 from deltafold.server.cli.main import cli
@@ -345,3 +346,43 @@ def test_export_options_that_do_not_fit(packed, options):
     args = ["export", packed.out, "--base", packed.base, "-o", out, "--to", *options]
     assert run_json(*args, status=2)["error"]["code"] == "bad-argument"
     assert not out.exists()
+
+
+def test_family(pair):
+    zoo = pair.root / "zoo"
+    data = run_json(
+        *("family", pair.base, pair.variant, pair.variant, "-o", zoo),
+        *("--method", "row-groups", "--names", "one,two", "--set", "*conv*=int:bits=8"),
+    )
+    assert data["method"] == "row-groups"
+    assert [d["name"] for d in data["deltas"]] == ["one", "two"]
+    assert data["bytes"] == data["family_bytes"] + data["delta_bytes"]
+    listed = run_json("inspect", zoo)
+    assert [f["members"] for f in listed["families"]] == [["one", "two"]]
+    assert listed["bytes"] == data["bytes"]
+    assert "shared by one, two" in run("inspect", zoo).stdout
+    one = run_json("inspect", zoo / "one")
+    assert one["families"][0]["family_id"] == data["family_id"]
+    assert one["terms"]["shared"]["tensors"] == 5
+    shown = run("inspect", zoo / "one").stdout
+    assert "once for one, two" in shown
+    assert "--method row-groups" in shown
+    again = run(
+        *("family", pair.base, pair.variant, pair.variant, "-o", zoo, "--names", "one,two"),
+        *("--method", "emr", "--overwrite"),
+    )
+    assert "written and verified" in again.stdout
+
+
+def test_import_blocks(pair):
+    steps = {
+        "lm_head.weight.columns.index": torch.tensor([1]),
+        "lm_head.weight.columns.values": torch.ones(48, 1),
+    }
+    path = pair.root / "steps.safetensors"
+    save_file(steps, path)
+    data = run_json("import-blocks", pair.base, path, "-o", pair.out)
+    assert data["counts"] == {"coded": 1, "unchanged": 10, "absent": 0}
+    shown = run_json("inspect", pair.out, "--tensors")
+    assert shown["terms"] == {"columns(dense)": {"tensors": 1, "bytes": 48 * 4 + 4}}
+    assert shown["command"] == "deltafold import-blocks base steps.safetensors -o delta"

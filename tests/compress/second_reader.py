@@ -114,33 +114,127 @@ def spread(parts, key: str, term, bits: int, length: int) -> tuple[np.ndarray, n
     return scale[:, group], zero[:, group].astype(np.float32)
 
 
+FLOATS = {"F64": (52, 11), "F32": (23, 8), "F16": (10, 5), "BF16": (7, 8)}
+
+
 def value_of(term, parts, shape, base):
     """The fine-tune's tensor as (dtype, array), where the term stores it."""
     if term["id"] == "exact":
         return term["dtype"], parts["value"]
     dtype = term["dtype"]
-    words = np.zeros((math.prod(shape), np.dtype(NUMPY[dtype]).itemsize), np.uint8)
-    for k in range(words.shape[1]):
+    size = np.dtype(NUMPY[dtype]).itemsize
+    below = None if base is None else np.ascontiguousarray(base[1]).reshape(-1).view(f"<u{size}")
+    if base is not None and term["mode"] in ("xor", "difference"):
+        assert base[0] == dtype
+    words = (streams if term["v"] == 1 else coded)(term, parts, math.prod(shape), size, below)
+    return dtype, words.view(NUMPY[dtype]).reshape(shape)
+
+
+def streams(term, parts, count, size, below):
+    words = np.zeros((count, size), np.uint8)
+    for k in range(size):
         raw = zstandard.ZstdDecompressor().decompress(parts[f"stream{k}"].tobytes())
         words[:, k] = np.frombuffer(raw, np.uint8)
-    size = words.shape[1]
     flat = words.reshape(-1).view(f"<u{size}")
     if size > 1:
         flat = (flat >> flat.dtype.type(1)) | (flat << flat.dtype.type(8 * size - 1))
-    if term["mode"] == "xor":
-        assert base[0] == dtype
-        flat = flat ^ np.ascontiguousarray(base[1]).reshape(-1).view(f"<u{size}")
-    return dtype, flat.view(NUMPY[dtype]).reshape(shape)
+    return flat ^ below if term["mode"] == "xor" else flat
+
+
+def coded(term, parts, count, size, below):
+    if term["mode"] == "plain":
+        return parts["low"].view(f"<u{size}")
+    raw = zstandard.ZstdDecompressor().decompress(parts["tables"].tobytes())
+    own, rest = raw[:256], np.frombuffer(raw[256:], np.uint8).astype(int)
+    half = len(rest) // 2
+    tables = (rest[:half] + 256 * rest[half:]).reshape(-1, 256)
+    bits, p = 8 * size, {1: 7, 2: 4, 4: 3, 8: 2}[size]
+    mantissa, exponent = FLOATS.get(term["dtype"], (0, 0))
+    near = term["mode"] == "difference"
+    out, at = [], {"states": 0, "words": 0, "low": 0}
+    for number, start in enumerate(range(0, count, term["block"])):
+        n = min(term["block"], count - start)
+        lanes = -(-n // term["depth"])
+        take = {"states": 4 * lanes, "words": term["words"][number], "low": term["low"][number]}
+        part = {key: parts[key][at[key] : at[key] + size_] for key, size_ in take.items()}
+        at = {key: at[key] + take[key] for key in at}
+        olds = [int(w) for w in below[start : start + n]] if near else [0] * n
+        mask = min(2**exponent - 1, 255)
+        contexts = [own[(w >> mantissa) & mask] if exponent and near else own[0] for w in olds]
+        symbols = ans(contexts, tables, part["states"].view("<u4"), part["words"].view("<u2"))
+        if near:
+            k = [max((s >> p) - 1, 0) for s in symbols]
+            top = [s - (left << p) for s, left in zip(symbols, k, strict=True)]
+        else:
+            k, top = [bits - 8] * n, symbols
+        low = low_bits(part["low"], k)
+        for s, left, bottom, old in zip(top, k, low, olds, strict=True):
+            z = (s << left) + bottom
+            if near:
+                step = -(z + 1) // 2 if z % 2 else z // 2
+                z = place_to_word(
+                    (word_to_place(old, bits, exponent) + step) % 2**bits, bits, exponent
+                )
+            elif exponent:
+                z = (z >> 1) | (z & 1) << (bits - 1)
+            out.append(z)
+    return np.array(out, dtype=f"<u{size}")
+
+
+def word_to_place(word, bits, exponent):
+    if not exponent:
+        return word
+    sign = 1 << (bits - 1)
+    return (2**bits - 1) ^ word if word & sign else word | sign
+
+
+def place_to_word(place, bits, exponent):
+    if not exponent:
+        return place
+    sign = 1 << (bits - 1)
+    return place ^ sign if place & sign else (2**bits - 1) ^ place
+
+
+def ans(contexts, tables, states, words):
+    state, at, symbols = [int(s) for s in states], 0, []
+    for i, context in enumerate(contexts):
+        frequencies, lane = tables[context], i % len(state)
+        slot, symbol, start = state[lane] % 8192, 0, 0
+        while start + frequencies[symbol] <= slot:
+            start, symbol = start + int(frequencies[symbol]), symbol + 1
+        x = int(frequencies[symbol]) * (state[lane] // 8192) + slot - start
+        if x < 65536:
+            x, at = x * 65536 + int(words[at]), at + 1
+        state[lane] = x
+        symbols.append(symbol)
+    assert at == len(words)
+    assert set(state) == {65536}
+    return symbols
+
+
+def low_bits(packed, counts):
+    low, at = [0] * len(counts), 0
+    for count in sorted(set(counts) - {0}):
+        places, shift = [i for i, k in enumerate(counts) if k == count], 0
+        for width in [8] * (count // 8) + [w for w in (4, 2, 1) if count % 8 & w]:
+            nbytes = -(-len(places) * width // 8)
+            piece = codes_of(packed[at : at + nbytes], width, len(places))
+            for place, value in zip(places, piece, strict=True):
+                low[place] |= int(value) << shift
+            at, shift = at + nbytes, shift + width
+    assert at == len(packed)
+    return low
 
 
 class Stored(NamedTuple):
-    """A term as it lies on disk; `base` is (dtype, array) or None."""
+    """A term as it lies on disk; `base` is (dtype, array) or None, `shared` what a family holds."""
 
     term: dict[str, Any]
     parts: dict[str, np.ndarray]
     shape: list[int]
     name: str
     base: tuple[str, np.ndarray] | None
+    shared: np.ndarray | None = None
 
 
 READERS: dict[str, Callable[[Stored], np.ndarray]] = {}
@@ -156,9 +250,9 @@ def reader(term_id: str) -> Callable[[Any], Any]:
     return note
 
 
-def decode(term, parts, shape, name, base) -> np.ndarray:
+def decode(term, parts, shape, name, base, shared=None) -> np.ndarray:
     """A term's difference."""
-    return READERS[term["id"]](Stored(term, parts, shape, name, base))
+    return READERS[term["id"]](Stored(term, parts, shape, name, base, shared))
 
 
 @reader("planes")
@@ -222,6 +316,15 @@ def codes(s: Stored) -> np.ndarray:
     level = scale[:, np.arange(columns) // group]
     centred = codes_of(s.parts["codes"], bits, columns).astype(np.float32)
     return ((centred - 2 ** (bits - 1)) * level).reshape(s.shape)
+
+
+@reader("columns")
+def columns(s: Stored) -> np.ndarray:
+    out = np.zeros(matrix_of(s.shape), np.float32)
+    inner = {k.removeprefix("inner."): v for k, v in s.parts.items() if k.startswith("inner.")}
+    shape = [len(out), s.term["count"]]
+    out[:, s.parts["index"]] = decode(s.term["inner"], inner, shape, s.name, None)
+    return out.reshape(s.shape)
 
 
 @reader("lowrank")
@@ -357,6 +460,17 @@ def rows(s: Stored) -> np.ndarray:
     if s.term["added"]:
         out[-s.term["added"] :] = to_float(s.term["dtype"], s.parts["added"])
     return out
+
+
+@reader("shared")
+def shared(s: Stored) -> np.ndarray:
+    rows, columns = matrix_of(s.shape)
+    bits = next(b for b in (1, 2, 4, 8) if 2**b >= s.term["groups"])
+    index = codes_of(s.parts["index"], bits, rows).astype(int) if "index" in s.parts else 0
+    out = s.shared[index * rows + np.arange(rows)]
+    if s.term["masked"]:
+        out = out * codes_of(s.parts["mask"], 1, columns).astype(np.float32)
+    return (out * np.float32(s.term["scale"])).reshape(s.shape)
 
 
 @reader("exact")

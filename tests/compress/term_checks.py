@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from checkpoints import bits
@@ -12,9 +12,11 @@ from checkpoints import bits
 from deltafold.compress.terms import (
     Context,
     Encoded,
+    SharedSource,
     Term,
     config_of,
     is_exact,
+    rows_and_columns,
     term_from_config,
 )
 
@@ -64,12 +66,25 @@ def make_context(
     base = torch.randn(shape, generator=draw).mul(0.1).to(dtype)
     step = torch.randn(shape, generator=draw) * scale
     variant = (base.float() + step).to(dtype)
-    return variant.float() - base.float(), Context("some.weight", base, variant)
+    shared = shared_source(shape, scale)
+    return variant.float() - base.float(), Context("some.weight", base, variant, shared=shared)
+
+
+def shared_source(shape: tuple[int, ...], scale: float = 0.01) -> SharedSource:
+    """A family whose keys are numbers of groups; every key but "" has that many rows for each."""
+    rows, columns = rows_and_columns(shape)
+
+    def read(family: str, key: str) -> torch.Tensor:
+        draw = torch.Generator().manual_seed(9)
+        return torch.randn(int(key or 1) * rows, columns, generator=draw) * scale
+
+    return read
 
 
 def decode(encoded: Encoded, shape: tuple[int, ...], context: Context) -> torch.Tensor:
     """As a reader does it: without the fine-tune."""
-    return encoded.term.decode(encoded.parts, shape, Context(context.name, context.base))
+    reading = Context(context.name, context.base, shared=context.shared)
+    return encoded.term.decode(encoded.parts, shape, reading)
 
 
 def check_error(case: Case) -> None:
@@ -130,7 +145,7 @@ def check_zero(case: Case, shape: tuple[int, ...]) -> None:
     """No difference in, no difference out."""
     _, context = make_context(shape)
     assert context.base is not None
-    context = Context(context.name, context.base, context.base.clone())
+    context = replace(context, variant=context.base.clone())
     encoded = case.term.encode(torch.zeros(shape), context)
     assert bool((decode(encoded, shape, context) == 0).all())
 
@@ -142,7 +157,7 @@ def check_homogeneous(case: Case, shape: tuple[int, ...]) -> None:
     delta, context = make_context(shape, torch.float32)
     once = decode(case.term.encode(delta, context), shape, context)
     assert context.base is not None
-    four = Context(context.name, context.base, context.base + 4 * delta)
+    four = replace(context, variant=context.base + 4 * delta)
     more = decode(case.term.encode(4 * delta, four), shape, context)
     torch.testing.assert_close(more, 4 * once, rtol=1e-4, atol=1e-6)
 

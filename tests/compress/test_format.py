@@ -25,7 +25,8 @@ def test_golden_files(stem):
     parts = {k.removeprefix("part."): v[1] for k, v in stored.items() if k.startswith("part.")}
     if description["term"]["id"] == "rows" and description["term"]["added"]:
         assert stored["part.added"][0] == description["term"]["dtype"]
-    arguments = (parts, description["shape"], description["name"], stored.get("base"))
+    shared = stored["shared"][1] if "shared" in stored else None
+    arguments = (parts, description["shape"], description["name"], stored.get("base"), shared)
     found, expected = decode(description["term"], *arguments), stored["decoded"][1]
     if description["tolerance"]:
         assert np.allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())

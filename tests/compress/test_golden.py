@@ -28,7 +28,9 @@ def test_old_bytes_decode_as_ever(stem):
     parts = {k.removeprefix("part."): v for k, v in stored.items() if k.startswith("part.")}
     promised = {key: tuple(spec) for key, spec in term.parts(shape).items()}
     assert promised == {key: (part.dtype, tuple(part.shape)) for key, part in parts.items()}
-    context = Context(description["name"], stored.get("base"))
+    context = Context(
+        description["name"], stored.get("base"), shared=lambda family, key: stored["shared"]
+    )
     found = term.decode(parts, shape, context)
     if description["tolerance"]:
         largest = stored["decoded"].abs().max().item()

@@ -1,4 +1,7 @@
-"""Hub ids, through huggingface_hub itself, offline, on a cache folder laid out as it lays it out."""
+"""Hub ids, through huggingface_hub itself.
+
+Offline on a cache folder laid out as it lays it out, or with a hub on this machine (`hub.py`).
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoints import write_checkpoint
+from hub import Hub, serving
 from safetensors.torch import load_file
+
+from deltafold.compress import compress_checkpoint, verify_delta
+from deltafold.compress.delta_files import delta_files
 
 PROGRAM = "from deltafold.server.cli.main import main; main()"
 COMMIT = "0e9e39f2" + "0" * 32
@@ -50,6 +58,32 @@ def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def talk(home: Path, hub: Hub | None, *commands: str) -> list[tuple[int, dict[str, Any]]]:
+    """Exit status and JSON of each command; one process, whose client knows this hub alone."""
+    environment = {**os.environ, "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1"}
+    if hub is not None:
+        there = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_test"}
+        environment |= {**there, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
+    code = """
+import sys
+from click.testing import CliRunner
+from deltafold.server.cli.main import cli
+for line in sys.argv[1:]:
+    done = CliRunner().invoke(cli, [*line.split(), "--json"])
+    print(done.exit_code, done.stdout.strip())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *commands],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=home,
+        check=True,
+    )
+    lines = [line.partition(" ") for line in done.stdout.splitlines()]
+    return [(int(status), json.loads(text)) for status, _, text in lines]
+
+
 def test_pack_and_restore_by_hub_id(home: Path) -> None:
     packed = run(home, "compress", "org/base", "org/tuned@main", "-o", "d", "--codec", "lossless")
     assert packed.returncode == 0, packed.stdout + packed.stderr
@@ -67,3 +101,45 @@ def test_a_repo_that_is_not_there(home: Path) -> None:
     assert done.returncode == 4
     assert json.loads(done.stdout)["error"]["code"] == "not-found"
     assert not (home / "d").exists()
+
+
+def test_a_delta_goes_to_the_hub_and_comes_back(home: Path) -> None:
+    (home / "tuned" / "LICENSE").write_text("free")
+    delta = home / "sql"
+    compress_checkpoint(home / "base", home / "tuned", delta)
+    (delta / "extra.partial").write_text("no part of it")
+    damaged = shutil.copytree(delta, home / "damaged")
+    raw = bytearray((damaged / "delta.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (damaged / "delta.safetensors").write_bytes(raw)
+    cut = {name: (delta / name).read_bytes() for name in delta_files(delta)}
+    with serving() as hub:
+        hub.branches["org/cut", "main"] = {**cut, "delta.safetensors": b"nonsense"}
+        listed, refused, sent, branch, got, bad = talk(
+            home,
+            hub,
+            "push sql org/dry --dry-run",
+            "push damaged org/damaged",
+            "push sql org/sql --private",
+            "push sql org/sql --revision next",
+            "pull org/sql@next --zoo zoo --name mine",
+            "pull org/cut -o bad",
+        )
+        assert refused[1]["error"]["code"] == "checksum"
+        assert not [path for path in hub.asked if "dry" in path or "damaged" in path]
+        assert (sent[0], branch[0], got[0]) == (0, 0, 0), (sent, branch, got)
+        assert hub.private == {"org/sql": True}
+        files = hub.branches["org/sql", "main"]
+        assert files == {name: (delta / name).read_bytes() for name in delta_files(delta)}
+        assert files == hub.branches["org/sql", "next"]
+        assert listed[1]["files"] == {n: len(b) for n, b in files.items()}
+        assert {"LICENSE", "README.md", "delta.safetensors"} < set(files)
+        assert verify_delta(home / "zoo" / "mine", base=home / "base").base_checked
+        assert got[1]["delta_id"] == sent[1]["delta_id"]
+        assert bad[1]["error"]["code"] == "truncated"
+        assert not (home / "bad").exists()
+    cached, offline = talk(home, None, "pull org/sql@next -o cached", "push sql org/sql")
+    assert cached[0] == 0, cached
+    assert verify_delta(home / "cached").coded
+    assert offline[0] == 4
+    assert "HF_HUB_OFFLINE" in offline[1]["error"]["fix"]

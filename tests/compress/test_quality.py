@@ -124,6 +124,7 @@ def test_recording_quality_leaves_the_identity_alone(made, full, data, tmp_path)
         record_quality(out, found)
     new = DeltaRepo.open(out)
     assert new.digest == old.digest
+    assert new.manifest.files == old.manifest.files
     assert verify_delta(out, base=made.base).delta_id == old.digest
     assert new.manifest.quality == found
     assert found["kl_mean"] > 0

@@ -141,6 +141,8 @@ def test_companions_go_along_and_nothing_executable_does(pair):
         "delta.safetensors",
         "delta_config.json",
         "generation_config.json",
+        "report/bytes.svg",
+        "report/error.svg",
         "report/tensors.csv",
         "tokenizer.json",
     }

@@ -16,14 +16,17 @@ from deltafold.compress.terms import (
     Codebook,
     Codes,
     ColumnPlanes,
+    Columns,
     Context,
     Dense,
     Exact,
     Lossless,
+    LosslessStreams,
     LowRank,
     Patches,
     Planes,
     Rows,
+    Shared,
     Sparse,
     SparseCodes,
     config_of,
@@ -62,6 +65,8 @@ CASES = [
     Case(Codes(bits=2, group=10**12), error=0.60),
     Case(ColumnPlanes(), error=0.61),
     Case(ColumnPlanes(bits=3, scale_format="float32"), error=0.25),
+    Case(Columns(), error=0.16),
+    Case(Columns(inner=Dense()), error=0.0),
     Case(LowRank(rank=4), error=1.0),
     Case(LowRank(rank=64), error=1e-3),
     Case(LowRank(rank=64, factor_format="float32"), error=1e-5),
@@ -79,16 +84,21 @@ CASES = [
     Case(Dense(value_format="float16"), error=1e-3),
     Case(Exact(), error=0.0),
     Case(Lossless(), error=0.0),
-    Case(Lossless(level=1), error=0.0),
+    Case(Lossless(block=100), error=0.0),
+    Case(LosslessStreams(), error=0.0),
+    Case(LosslessStreams(level=1), error=0.0),
     Case(Rows(), error=0.16, scalars=False),
     Case(Rows(inner=Planes(bits=4)), error=0.20, scalars=False),
     Case(Rows(inner=Lossless()), error=0.0, scalars=False),
     Case(Rows(inner=Rows(inner=Exact())), error=0.0, scalars=False),
+    Case(Shared(scale=0.75), error=None, homogeneous=False),
+    Case(Shared(key="3", groups=3), error=None, homogeneous=False),
 ]
 EXACT = [
     Blocks(rows=3, inner=(Exact(),)),
     Exact(),
     Lossless(),
+    LosslessStreams(),
     Rows(inner=Exact()),
     Rows(inner=Lossless()),
 ]
@@ -140,7 +150,7 @@ def _patterns(dtype: torch.dtype) -> torch.Tensor:
 
 
 every_exact = pytest.mark.parametrize(
-    "term", EXACT, ids=["blocks", "exact", "lossless", "rows-exact", "rows-lossless"]
+    "term", EXACT, ids=["blocks", "exact", "lossless", "streams", "rows-exact", "rows-lossless"]
 )
 
 
@@ -175,7 +185,7 @@ def test_exact_terms_keep_booleans(term):
     checks.check_bit_exact(term, ~variant, variant)
 
 
-@pytest.mark.parametrize("term", [Exact(), Lossless()], ids=str)
+@pytest.mark.parametrize("term", [Exact(), Lossless(), LosslessStreams()], ids=str)
 def test_exact_terms_need_no_base(term):
     checks.check_bit_exact(term, None, _patterns(torch.bfloat16))
 
@@ -277,10 +287,17 @@ def test_rows_and_columns(shape, expected):
         (lambda: Sparse(drop=float("nan")), "drop"),
         (lambda: Sparse(seed=-1), "seed"),
         (lambda: Sparse(mask="none"), "mask"),
-        (lambda: Lossless(level=23), "level"),
-        (lambda: Lossless(lengths=(1, 2, 3)), "lengths"),
+        (lambda: LosslessStreams(level=23), "level"),
+        (lambda: LosslessStreams(lengths=(1, 2, 3)), "lengths"),
+        (lambda: Lossless(mode="xor"), "mode"),
+        (lambda: Lossless(block=0), "block"),
+        (lambda: Lossless(depth=0), "depth"),
+        (lambda: Lossless(words=(1, 2), low=(1,)), "one a block"),
         (lambda: Exact(dtype="F7"), "dtype"),
         (lambda: Rows(inner="codes"), "inner"),
+        (lambda: Shared(family="sha256:1"), "family"),
+        (lambda: Shared(groups=257), "groups"),
+        (lambda: Shared(scale=float("inf")), "scale"),
     ],
 )
 def test_impossible_configurations_are_refused(make, field):
@@ -308,7 +325,8 @@ PLANES = config_of(Planes())
         ({**PLANES, "bits": 9}, "bad-manifest"),
         ({**config_of(Rows()), "inner": 3}, "bad-manifest"),
         ({**config_of(Rows()), "inner": {"id": "waves", "v": 1}}, "unknown-codec"),
-        ({**config_of(Lossless()), "lengths": ["1", "2"]}, "bad-manifest"),
+        ({**config_of(LosslessStreams()), "lengths": ["1", "2"]}, "bad-manifest"),
+        ({**config_of(Lossless()), "words": ["1"], "low": [1]}, "bad-manifest"),
         ({}, "unknown-codec"),
     ],
 )
@@ -383,7 +401,7 @@ def test_two_terms_cannot_share_an_id():
 
 def test_a_damaged_stream_is_an_error():
     delta, context = checks.make_context((8, 8))
-    encoded = Lossless().encode(delta, context)
+    encoded = LosslessStreams().encode(delta, context)
     for stream in (torch.zeros(9, dtype=torch.uint8), encoded.parts["stream0"][:-3]):
         with pytest.raises(DeltafoldError) as caught:
             encoded.term.decode({**encoded.parts, "stream0": stream}, (8, 8), context)
@@ -392,7 +410,7 @@ def test_a_damaged_stream_is_an_error():
 
 def test_a_stream_may_not_inflate_beyond_its_tensor():
     _, context = checks.make_context((2048, 8))
-    bomb = Lossless().encode(torch.zeros(2048, 8), context)
+    bomb = LosslessStreams().encode(torch.zeros(2048, 8), context)
     small = Context("w", torch.zeros(1, 8, dtype=torch.bfloat16))
     with pytest.raises(DeltafoldError, match="wrong length"):
         bomb.term.decode(bomb.parts, (1, 8), small)

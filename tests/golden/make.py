@@ -23,21 +23,25 @@ from deltafold.compress.terms import (
     Codebook,
     Codes,
     ColumnPlanes,
+    Columns,
     Context,
     Dense,
     Encoded,
     Exact,
     ExactTerm,
     Lossless,
+    LosslessStreams,
     LowRank,
     Patches,
     Planes,
     Rows,
+    Shared,
     Sparse,
     SparseCodes,
     Term,
     config_of,
     is_exact,
+    rows_and_columns,
 )
 from deltafold.compress.terms.lowrank import truncated_svd
 
@@ -52,6 +56,7 @@ class Golden(NamedTuple):
     Attributes:
         rows: how many rows changed; all if left out.
         without_base: the base has no such tensor.
+        columns: with `Columns`, how many of them changed.
     """
 
     variant: str
@@ -60,6 +65,7 @@ class Golden(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     rows: int | None = None
     without_base: bool = False
+    columns: int | None = None
 
 
 CASES = [
@@ -84,6 +90,8 @@ CASES = [
     Golden("2bit", Codes(bits=2, group=8), (5, 21)),
     Golden("4bit", Codes(bits=4, scale_format="float32"), (4, 3, 3, 3)),
     Golden("8bit", Codes(bits=8, group=16), (6, 40), torch.float32),
+    Golden("codes", Columns(inner=Codes(bits=4)), (6, 20), columns=7),
+    Golden("dense", Columns(inner=Dense()), (3, 2, 33), columns=5),
     Golden("", LowRank(rank=3), (12, 20)),
     Golden("float32", LowRank(rank=2, factor_format="float32"), (7, 9), torch.float16),
     Golden("seed", Sparse(mask="seed", drop=0.75, seed=12345678901234567890), (8, 33)),
@@ -99,13 +107,25 @@ CASES = [
     Golden("", Exact(), (3, 7)),
     Golden("int64", Exact(), (2, 3), torch.int64),
     Golden("scalar-new", Exact(), (), torch.float32, without_base=True),
-    Golden("bf16", Lossless(), (9, 31)),
-    Golden("f32", Lossless(level=9), (4, 5), torch.float32),
-    Golden("u8", Lossless(), (4, 5), torch.uint8),
-    Golden("raw", Lossless(), (4, 5), torch.float16, without_base=True),
+    Golden("bf16", LosslessStreams(), (9, 31)),
+    Golden("f32", LosslessStreams(level=9), (4, 5), torch.float32),
+    Golden("u8", LosslessStreams(), (4, 5), torch.uint8),
+    Golden("raw", LosslessStreams(), (4, 5), torch.float16, without_base=True),
+    Golden("bf16", Lossless(), (40, 31)),
+    Golden("bf16-blocks", Lossless(block=300), (23, 31)),
+    Golden("f16", Lossless(), (30, 40), torch.float16),
+    Golden("f32", Lossless(block=512), (30, 30), torch.float32),
+    Golden("f64", Lossless(), (20, 20), torch.float64),
+    Golden("i64", Lossless(), (20, 20), torch.int64),
+    Golden("u8", Lossless(), (30, 30), torch.uint8),
+    Golden("plain", Lossless(), (4, 5)),
+    Golden("raw", Lossless(), (20, 40), without_base=True),
     Golden("codes", Rows(inner=Codes(bits=4)), (12, 10), rows=4),
     Golden("planes-added", Rows(inner=Planes(bits=2), added=3), (12, 10), rows=4),
-    Golden("lossless-added", Rows(inner=Lossless(), added=2), (8, 10), rows=3),
+    Golden("lossless-added", Rows(inner=LosslessStreams(), added=2), (8, 10), rows=3),
+    Golden("mask", Shared(scale=0.3), (5, 27)),
+    Golden("rows", Shared(groups=5, masked=False), (7, 9)),
+    Golden("mask-rows", Shared(groups=3, scale=1.5), (3, 2, 33)),
 ]
 
 
@@ -118,14 +138,23 @@ def stem(case: Golden) -> str:
 def make(case: Golden) -> None:
     """Write one case's two files."""
     base, variant = _tensors(case)
-    context = Context(NAME, base, variant)
+    shared = _shared(case)
+
+    def read(family: str, key: str) -> torch.Tensor:
+        return shared
+
+    context = Context(NAME, base, variant, shared=read)
     delta = variant.float() - (0 if base is None else base.float())
     encoded = _encode(case.term, delta, context)
     reading = Context(NAME, base)
+    encoded = case.term.encode(delta, context)
+    reading = Context(NAME, base, shared=read)
     stored = {f"part.{key}": part for key, part in encoded.parts.items()}
     stored["decoded"] = encoded.term.decode(encoded.parts, case.shape, reading).clone()
     if base is not None:
         stored["base"] = base
+    if isinstance(case.term, Shared):
+        stored["shared"] = shared
     if is_exact(encoded.term):
         assert isinstance(encoded.term, ExactTerm)
         stored["restored"] = variant
@@ -152,6 +181,13 @@ def _encode(term: Term, delta: torch.Tensor, context: Context) -> Encoded:
     return term.from_factors(singular.unsqueeze(1) * right, left.T, context, kept)
 
 
+def _shared(case: Golden) -> torch.Tensor:
+    rows, columns = rows_and_columns(case.shape)
+    groups = case.term.groups if isinstance(case.term, Shared) else 1
+    draw = torch.Generator().manual_seed(groups)
+    return torch.randn(groups * rows, columns, generator=draw) * 0.01
+
+
 def _tensors(case: Golden) -> tuple[torch.Tensor | None, torch.Tensor]:
     draw = torch.Generator().manual_seed(len(stem(case)))
     if not case.dtype.is_floating_point:
@@ -162,6 +198,8 @@ def _tensors(case: Golden) -> tuple[torch.Tensor | None, torch.Tensor]:
         step = torch.randn(case.shape, generator=draw) * 0.01
         if case.rows is not None:
             step[case.rows :] = 0
+        if case.columns is not None:
+            step[..., case.columns :] = 0
         variant = (base.float() + step).to(case.dtype)
     if isinstance(case.term, Rows) and case.term.added:
         base[-case.term.added :] = 0

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from deltafold.compress import parse_spec
-from deltafold.compress.terms import Banded, Codes, Context, Encoded, Rows
+from deltafold.compress.terms import Banded, Codes, Columns, Context, Encoded, Rows, Shared
+from deltafold.compress.terms import Dense as CodedDense
+from deltafold.runtime.kernels import shared
 from deltafold.runtime.kernels.base import Sum
 from deltafold.runtime.kernels.cpu import Int4
 from deltafold.runtime.kernels.forms import Target, product_form, table_form
@@ -219,3 +223,34 @@ def test_no_changed_rows() -> None:
     made = Rows(inner=Codes(bits=8)).encode(torch.zeros(8, 4), context)
     table = table_form([made], (8, 4), context, Target(CPU, torch.float32))
     assert torch.equal(table.gather(torch.tensor([1, 3])), torch.zeros(2, 4))
+
+
+def test_changed_columns_are_multiplied_alone() -> None:
+    delta = torch.zeros(24, 40)
+    delta[:, [3, 17, 39]] = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
+    context = Context("w")
+    made = Columns(inner=CodedDense()).encode(delta, context)
+    target = Target(CPU, torch.float32)
+    form = product_form([made], (24, 40), context, target)
+    assert form.nbytes == 24 * 3 * 4 + 3 * 8
+    x = torch.randn(5, 40, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(form.matmul(x), x @ delta.T)
+    assert torch.equal(form.gather(torch.tensor([23, 0])), delta[[23, 0]])
+
+
+@pytest.mark.parametrize("term", [Shared(scale=0.5), Shared(groups=3), Shared(groups=9)], ids=str)
+@pytest.mark.parametrize("masked", [True, False])
+def test_what_is_shared_is_multiplied_by_pieces(
+    monkeypatch: pytest.MonkeyPatch, term: Shared, masked: bool
+) -> None:
+    monkeypatch.setattr(shared, "_PIECE", 100)
+    noise = torch.Generator().manual_seed(term.groups + masked)
+    table = torch.randn(term.groups * 23, 37, generator=noise)
+    context = Context("w", shared=lambda family, key: table)
+    term = replace(term, masked=masked, key=f"{term.groups}{masked}")
+    made = term.encode(torch.randn(23, 37, generator=noise), context)
+    delta = made.term.decode(made.parts, (23, 37), context)
+    form = product_form([made], (23, 37), context, Target(CPU, torch.float32))
+    x = torch.randn(5, 37, generator=noise)
+    torch.testing.assert_close(form.matmul(x), x @ delta.T)
+    assert torch.equal(form.gather(torch.tensor([22, 0, 7])), delta[[22, 0, 7]])

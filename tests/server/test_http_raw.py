@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import logging
 import socket
@@ -9,6 +11,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import httpx
+import numpy as np
 import pytest
 from fastapi.openapi.models import OpenAPI
 
@@ -467,3 +470,44 @@ def test_odd_values_are_answered_or_refused_by_name(http, route, schema, body):
             assert reply.status_code in (200, 400, 404), (field, value, reply.text)
             if reply.status_code == 400 and "do not fit" not in reply.text:
                 assert field in error_of(reply, 400)["message"]
+
+
+def _text_of(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _npy(array: np.ndarray, *, pickle: bool = False) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=pickle)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        3,
+        [],
+        [1],
+        "not base64!",
+        _text_of(b"\x80\x02}q\x00."),
+        _text_of(_npy(np.array([[{}]], dtype=object), pickle=True)),
+        _text_of(_npy(np.zeros((2, 3), np.int64))),
+        _text_of(_npy(np.zeros(3, np.float32))),
+        _text_of(_npy(np.zeros((2, 3), np.float32))[:-1]),
+        _text_of(_npy(np.zeros((2, 3), np.float32)).replace(b"(2, 3)", b"(9, 9)")),
+        _text_of(b"\xff" * 64),
+        _text_of(b"\x02" + bytes(7) + b"{}"),
+    ],
+)
+def test_bad_prompt_embeds(http, value):
+    body = {"model": "sql", "prompt_embeds": value}
+    error = error_of(http.post("/v1/completions", json=body), 400)
+    assert error["param"] == "prompt_embeds"
+
+
+def test_prompt_embeds_stand_alone(http):
+    good = _text_of(_npy(np.zeros((2, 3), np.float32)))
+    both = {"model": "sql", "prompt_embeds": good, "prompt": "x"}
+    assert error_of(http.post("/v1/completions", json=both), 400)["param"] == "prompt"
+    echo = {"model": "sql", "prompt_embeds": good, "echo": True}
+    error_of(http.post("/v1/completions", json=echo), 400)

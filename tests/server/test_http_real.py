@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 import shutil
 import urllib.request
 from collections.abc import Iterator
 
+import numpy as np
 import openai
 import pytest
+import torch
 import zoo_models
+from safetensors.torch import save
 
-from deltafold.runtime import EmbeddedEngine, Request, Sampling
+from deltafold.compress.zoo_aliases import remove_alias, set_alias
+from deltafold.runtime import EmbeddedEngine, Embeddings, Request, Sampling
 from deltafold.server.app import create_app
 from deltafold.server.run import BackgroundServer
 
@@ -51,6 +57,28 @@ def test_models_say_what_they_are(client: openai.OpenAI) -> None:
     assert extra["parent"] == "org/tiny"
     assert extra["deltafold"]["coverage"] == 1.0
     assert extra["deltafold"]["digest"].startswith("sha256:")
+
+
+def test_an_alias_is_a_name_of_its_own(
+    client: openai.OpenAI, made: zoo_models.Models, engine: EmbeddedEngine
+) -> None:
+    def ask(model: str) -> tuple[str, str]:
+        done = client.completions.create(model=model, prompt="list", max_tokens=8, temperature=0)
+        return done.choices[0].text, str(done.system_fingerprint)
+
+    try:
+        for name in ("sign1", "exact"):
+            set_alias(made.zoo, "prod", name)
+            listed = {m.id: m.model_extra or {} for m in client.models.list()}
+            assert (listed["prod"]["root"], listed["prod"]["parent"]) == (name, "org/tiny")
+            digest = listed["prod"]["deltafold"]["digest"]
+            assert digest == listed[name]["deltafold"]["digest"]
+            assert ask("prod") == ask(name) == ask(f"org/tiny:prod@{digest[7:15]}")
+        assert set(engine.stats().resident) <= set(CODECS)
+    finally:
+        remove_alias(made.zoo, "prod")
+    with pytest.raises(openai.NotFoundError):
+        ask("prod")
 
 
 def test_a_concurrent_mix_over_http_equals_the_engine(url: str, engine: EmbeddedEngine) -> None:
@@ -142,7 +170,8 @@ def test_a_broken_delta_answers_with_its_error_and_harms_nobody(
         with pytest.raises(openai.APIStatusError) as caught:
             client.completions.create(model="broken", prompt="x", max_tokens=2)
         assert caught.value.status_code == 503
-        fine = client.completions.create(model="sign1", prompt="x", max_tokens=2)
+        whole = {"ignore_eos": True}
+        fine = client.completions.create(model="sign1", prompt="x", max_tokens=2, extra_body=whole)
         assert fine.choices[0].finish_reason == "length"
     finally:
         shutil.rmtree(made.zoo / "broken")
@@ -156,3 +185,34 @@ def test_metrics_count(client: openai.OpenAI, url: str) -> None:
     with urllib.request.urlopen(f"{url}/ready") as reply:
         assert reply.status == 200
         json.loads(reply.read())
+
+
+def encoded(values: torch.Tensor, kind: str) -> str:
+    """As a request body holds it."""
+    if kind == "npy":
+        file = io.BytesIO()
+        np.save(file, values.numpy())
+        data = file.getvalue()
+    else:
+        data = save({"embeds": values.to(torch.bfloat16)})
+    return base64.b64encode(data).decode()
+
+
+@pytest.mark.parametrize("kind", ["npy", "safetensors"])
+def test_input_embeddings_over_http(url: str, engine: EmbeddedEngine, kind: str) -> None:
+    noise = torch.Generator().manual_seed(0)
+    values = (torch.randn(5, 64, generator=noise) * 0.2).to(torch.bfloat16).float()
+    sampling = Sampling(max_tokens=4, ignore_eos=True)
+    expected = next(iter(engine.generate([Request("int4", Embeddings(values), sampling)])))
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        extra = {"prompt_embeds": encoded(values, kind), "ignore_eos": True}
+        reply = client.completions.create(
+            model="int4",
+            prompt=None,  # type: ignore[arg-type]
+            max_tokens=4,
+            temperature=0,
+            extra_body=extra,
+        )
+    assert reply.choices[0].text == expected.text
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens == 5

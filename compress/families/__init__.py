@@ -1,0 +1,7 @@
+"""Family methods by name, one file each. Importing this package registers them all."""
+
+from deltafold.compress.families.base import FAMILIES, FamilyMethod, parse_family
+from deltafold.compress.families.emr import Emr
+from deltafold.compress.families.row_groups import RowGroups
+
+__all__ = ["FAMILIES", "Emr", "FamilyMethod", "RowGroups", "parse_family"]
