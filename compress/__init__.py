@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from deltafold.compress.pipeline import PackReport as PackReport
     from deltafold.compress.pipeline import compress_checkpoint as compress_checkpoint
     from deltafold.compress.pipeline import plan_checkpoint as plan_checkpoint
+    from deltafold.compress.pipeline import predict_checkpoint as predict_checkpoint
     from deltafold.compress.progress import Progress as Progress
     from deltafold.compress.recipe import Recipe as Recipe
     from deltafold.compress.release import version as version
@@ -59,6 +60,7 @@ _HOMES = {
     "merge_deltas": "merging",
     "parse_spec": "methods",
     "plan_checkpoint": "pipeline",
+    "predict_checkpoint": "pipeline",
     "restore_checkpoint": "restore",
     "schema": "manifest",
     "twin_deltas": "merging",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,9 +91,17 @@ class Checkpoint:
         """The tensor in its own dtype, in memory of its own."""
         return self._home[name].tensor(name)
 
+    def matrix_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a tensor read as a matrix, `[stop - start, M]`, in memory of their own."""
+        return self._home[name].matrix_rows(name, start, stop)
+
     def sha256(self, name: str) -> str:
         """Hex digest of the tensor's bytes."""
-        return hashlib.sha256(self._home[name].bytes_of(name).data).hexdigest()
+        return self._home[name].sha256(name)
+
+    def stamps(self) -> dict[str, tuple[int, int, int, int]]:
+        """By file name what tells that a weights file was changed (see `SafetensorsFile.stamp`)."""
+        return {file.path.name: file.stamp() for file in self.files}
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""

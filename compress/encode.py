@@ -16,6 +16,7 @@ from deltafold.compress.methods import Chain, ExactMethod, Method
 from deltafold.compress.payload import payload_digest
 from deltafold.compress.recipe import Recipe
 from deltafold.compress.repo import pad_rows
+from deltafold.compress.shapes import rows_and_columns
 from deltafold.compress.terms import (
     Context,
     Encoded,
@@ -26,6 +27,7 @@ from deltafold.compress.terms import (
     config_of,
     is_exact,
 )
+from deltafold.compress.terms.blocks import block_context, block_rows, join
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +88,37 @@ def encode_tensor(
     if delta is None or exact:
         delta = difference(value, base)
     if not exact:
-        _refuse_not_finite(name, delta, method)
+        refuse_not_finite(name, delta, method)
     added = max(shape[0] - base.shape[0], 0) if shape else 0
-    if added or (len(shape) > 1 and _few_rows(delta, base.shape[0])):
+    if added or (rows_count(shape) and _few_rows(delta, base.shape[0])):
         rows = Rows(inner=planned[0], added=added, dtype=dtype)
         return _encode_rows(rows, method, delta, context), delta
-    return method.encode(delta, context), delta
+    return encode_matrix(method, delta, context), delta
+
+
+def rows_count(shape: tuple[int, ...]) -> bool:
+    """Whether rows that did not change may be left out of a tensor of this shape."""
+    # Of a large stack of matrices, blocks of rows are coded, and its first dimension counts others.
+    return len(shape) == 2 or (len(shape) > 2 and not block_rows(shape))
+
+
+def is_blockwise(method: Method) -> bool:
+    """Whether a method codes each row of a matrix without looking at others."""
+    return bool(getattr(method, "blockwise", False))
+
+
+def encode_matrix(method: Method, delta: torch.Tensor, context: Context) -> list[Encoded]:
+    """A method's terms, in blocks of rows where the tensor is large and the method allows it."""
+    shape = tuple(delta.shape)
+    step = block_rows(shape)
+    if not (step and is_blockwise(method)):
+        return method.encode(delta, context)
+    matrix = delta.reshape(rows_and_columns(shape))
+    blocks = [
+        method.encode(matrix[start : start + step], block_context(context, start, step, number))
+        for number, start in enumerate(range(0, matrix.shape[0], step))
+    ]
+    return [join(step, pieces) for pieces in zip(*blocks, strict=True)]
 
 
 def _encode_rows(
@@ -101,7 +128,7 @@ def _encode_rows(
     others: list[Encoded] = []
 
     def first(changed: torch.Tensor, below: Context) -> Encoded:
-        encoded, *rest = method.encode(changed, below)
+        encoded, *rest = encode_matrix(method, changed, below)
         others.extend(rest)
         return encoded
 
@@ -218,7 +245,8 @@ def manifest_entry(
     )
 
 
-def _refuse_not_finite(name: str, delta: torch.Tensor, method: Method) -> None:
+def refuse_not_finite(name: str, delta: torch.Tensor, method: Method) -> None:
+    """Raises `not-finite` where a lossy method would have to store NaN or infinity."""
     if not bool(torch.isfinite(delta).all()):
         raise DeltafoldError(
             "not-finite",

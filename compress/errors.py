@@ -21,6 +21,7 @@ CODES: Final[dict[str, int]] = {
     "missing-tensor": 3,
     "shape-mismatch": 3,
     "tokenizer-changed": 3,
+    "input-changed": 3,
     "not-finite": 3,
     "coverage": 3,
     "checksum": 3,

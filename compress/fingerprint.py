@@ -69,6 +69,38 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deltafold"
 
 
+class DigestCache:
+    """What is known of a checkpoint's digests, as of the moment when this was made.
+
+    Attributes:
+        folder: the checkpoint.
+        stamps: by file name what tells that a file was changed.
+    """
+
+    def __init__(self, source: Checkpoint) -> None:
+        self.folder = source.folder
+        # Taken before hashing: what changes meanwhile must not be found under its new stamp.
+        self.stamps = source.stamps()
+        self._places = [(file, _cache_path(file)) for file in source.files]
+
+    def now(self) -> dict[str, tuple[int, int, int, int]]:
+        """The stamps of the same files now. Raises `not-found` where one is gone."""
+        return {file.path.name: file.stamp() for file, _ in self._places}
+
+    def known(self) -> dict[str, str]:
+        """Digests by tensor name that need no hashing."""
+        found: dict[str, str] = {}
+        for file, place in self._places:
+            found |= _read_cache(file, place) or {}
+        return found
+
+    def remember(self, digests: Digests) -> None:
+        """Keep the digests of all tensors for the next time."""
+        for file, place in self._places:
+            if place is not None and not place.is_file():
+                _write_cache(place, {name: digests[name].sha256 for name in file.entries})
+
+
 def _digest_file(
     file: SafetensorsFile, progress: Callable[[str, int], None] | None
 ) -> dict[str, TensorDigest]:
@@ -77,10 +109,7 @@ def _digest_file(
     cached = _read_cache(file, place)
     digests: dict[str, TensorDigest] = {}
     for name, entry in file.entries.items():
-        if cached is not None and name in cached:
-            digest = cached[name]
-        else:
-            digest = hashlib.sha256(file.bytes_of(name).data).hexdigest()
+        digest = file.sha256(name) if cached is None else cached[name]
         digests[name] = TensorDigest(entry.dtype, entry.shape, digest)
         if progress is not None:
             progress(name, entry.stop - entry.start)

@@ -277,7 +277,7 @@ class LoraSource:
             file.entries[key].shape,
         ):
             return False
-        return hashlib.sha256(file.bytes_of(key).data).hexdigest() == self._digests[name].sha256
+        return file.sha256(key) == self._digests[name].sha256
 
     def _check_shapes(self, name: str, lora: LoraModule) -> None:
         spec, entries = self.spec(name), self._adapter.file.entries

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from deltafold.compress import dtypes
-from deltafold.compress.checkpoint import Checkpoint
+from deltafold.compress.checkpoint import Checkpoint, Spec
 from deltafold.compress.companions import copy_files, named
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.fingerprint import digest_source
 from deltafold.compress.progress import OnProgress, Progress, ignore
 from deltafold.compress.repo import DeltaRepo
+from deltafold.compress.safetensors_file import Deferred
 from deltafold.compress.shards import ShardWriter
 from deltafold.compress.staging import Staging
 from deltafold.compress.verify import check_coverage, not_restored
@@ -53,22 +55,53 @@ def restore_checkpoint(
     digests = digest_source(source)
     repo.check_base(digests, given=source.reference.name)
     check_coverage(repo, digests)
-    names, exact = repo.variant_names(), 0
-    inputs = (source.folder, repo.folder)
+    names, inputs = repo.variant_names(), (source.folder, repo.folder)
     with Staging(Path(out), overwrite=overwrite, inputs=inputs) as staging:
         writer = ShardWriter(staging.folder, "model", {"format": "pt"}, max_bytes=4 * 2**30)
-        for done, name in enumerate(names, 1):
-            tensor, checked = restored_tensor(repo, source, name, dtype)
-            exact += checked
-            writer.add(name, tensor)
-            size = math.prod(tensor.shape) * tensor.element_size()
-            progress(Progress("restore", name, done, len(names), size))
+        run = _Run(repo, source, dtype, len(names), progress)
+        for name in names:
+            writer.add(name, run.deferred(name))
         writer.finish()
         _copy_companions(repo, source, staging.folder)
         if dtype is not None:
             _say_dtype(staging.folder / "config.json", dtype)
         staging.publish()
-    return RestoreReport(Path(out), len(names), exact, writer.total_bytes)
+    return RestoreReport(Path(out), len(names), run.exact, writer.total_bytes)
+
+
+@dataclass
+class _Run:
+    """Tensors made one at a time, as the writer comes to them.
+
+    Attributes:
+        done: tensors made so far.
+        exact: how many of them are the fine-tune's bit for bit.
+    """
+
+    repo: DeltaRepo
+    source: Checkpoint
+    dtype: torch.dtype | None
+    total: int
+    progress: OnProgress
+    done: int = 0
+    exact: int = 0
+
+    def deferred(self, name: str) -> Deferred:
+        """A tensor's dtype and shape, and how it is made."""
+        entry = self.repo.manifest.tensors.get(name)
+        spec = self.source.spec(name) if entry is None else Spec(entry.dtype, tuple(entry.shape))
+        dtype = dtypes.TORCH[spec.dtype]
+        if self.dtype is not None and dtype.is_floating_point:
+            dtype = self.dtype
+        return Deferred(dtype, spec.shape, partial(self._make, name))
+
+    def _make(self, name: str) -> torch.Tensor:
+        tensor, checked = restored_tensor(self.repo, self.source, name, self.dtype)
+        self.done += 1
+        self.exact += checked
+        size = math.prod(tensor.shape) * tensor.element_size()
+        self.progress(Progress("restore", name, self.done, self.total, size))
+        return tensor
 
 
 def restored_tensor(

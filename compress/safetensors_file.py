@@ -6,23 +6,26 @@ any tensor is touched, and so that a tensor's bytes can be hashed without decodi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import mmap
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from deltafold.compress import dtypes
 from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.shapes import rows_and_columns
 
 #: The format's own limit on headers.
 _MAX_HEADER = 100_000_000
+#: Bytes that are hashed at a time.
+_CHUNK = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class Entry:
 
 
 class SafetensorsFile:
-    """A memory-mapped safetensors file.
+    """A safetensors file whose header was read and checked.
 
     Raises:
         DeltafoldError: `truncated` where the file ends too early, `code` (what the caller names) for
@@ -60,29 +63,85 @@ class SafetensorsFile:
         self._offset = 8 + length
         self.metadata: dict[str, str] = {}
         self.entries = self._parse(raw)
-        self._map: NDArray[np.uint8] | None = None
-
-    def bytes_of(self, name: str) -> NDArray[np.uint8]:
-        """A tensor's bytes, uint8 1-D, mapped and read-only."""
-        entry = self.entries[name]
-        if entry.start == entry.stop:
-            return np.empty(0, dtype=np.uint8)
-        return self.hold()[entry.start : entry.stop]
-
-    def hold(self) -> NDArray[np.uint8]:
-        """Map the file now: it can then be read to the end even if its name goes meanwhile."""
-        if self._map is None:
-            self._map = np.memmap(self.path, dtype=np.uint8, mode="r")
-        return self._map
+        self._held: mmap.mmap | None = None
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor in its own dtype, in memory of its own."""
         entry = self.entries[name]
-        raw = torch.from_numpy(np.array(self.bytes_of(name)))
         dtype = dtypes.to_torch(entry.dtype, where=f"{self.path.name}: {name}")
-        if not raw.numel():
+        if not math.prod(entry.shape):
             return torch.empty(entry.shape, dtype=dtype)
-        return raw.view(dtype).reshape(entry.shape)
+        return self.read(name, 0, entry.stop - entry.start).view(dtype).reshape(entry.shape)
+
+    def matrix_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a tensor read as a matrix (see `rows_and_columns`), in memory of their own.
+
+        Returns:
+            `[stop - start, M]` in the tensor's own dtype.
+        """
+        entry = self.entries[name]
+        dtype = dtypes.to_torch(entry.dtype, where=f"{self.path.name}: {name}")
+        columns = rows_and_columns(entry.shape)[1]
+        width = dtype.itemsize * columns
+        if start >= stop or not columns:
+            return torch.empty((max(stop - start, 0), columns), dtype=dtype)
+        return self.read(name, start * width, stop * width).view(dtype).reshape(-1, columns)
+
+    def sha256(self, name: str) -> str:
+        """Hex digest of a tensor's bytes."""
+        entry, total = self.entries[name], hashlib.sha256()
+        size = entry.stop - entry.start
+        for start in range(0, size, _CHUNK):
+            total.update(self.read(name, start, min(start + _CHUNK, size)).numpy().data)
+        return total.hexdigest()
+
+    def stamp(self) -> tuple[int, int, int, int]:
+        """Size, modification and change times (ns) and inode of the file as it is now.
+
+        Raises:
+            DeltafoldError: `not-found` where the file is gone.
+        """
+        try:
+            stat = self.path.stat()
+        except OSError as error:
+            raise DeltafoldError("not-found", f"{self.path}: {error.strerror}.") from error
+        return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Bytes `start` to `stop` of a tensor, uint8 1-D, in memory of their own.
+
+        Read, not mapped: pages of a map count as this process's memory for as long as they are
+        cached, and a file that shrinks meanwhile would kill the process instead of raising.
+
+        Raises:
+            DeltafoldError: `truncated` or `not-found` where the file is no longer what it was.
+        """
+        entry = self.entries[name]
+        assert 0 <= start <= stop <= entry.stop - entry.start
+        out = torch.empty(stop - start, dtype=torch.uint8)
+        view, first, done = memoryview(out.numpy().data), entry.start + start, 0
+        if self._held is not None:
+            view[:] = memoryview(self._held)[first : first + len(view)]
+            return out
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(first)
+                while done < len(view) and (count := file.readinto(view[done:])):
+                    done += count
+        except OSError as error:
+            raise DeltafoldError("not-found", f"{self.path}: {error.strerror}.") from error
+        if done < len(view):
+            raise self._truncated(entry.start + stop)
+        return out
+
+    def hold(self) -> None:
+        """Map the file now: it can then be read to the end even if its name goes meanwhile.
+
+        For files that nobody shortens and that are replaced whole, as the payloads of deltas are.
+        """
+        if self._held is None and self.size:
+            with self.path.open("rb") as file:
+                self._held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
 
     def _parse(self, raw: bytes) -> dict[str, Entry]:
         try:
@@ -162,19 +221,42 @@ def file_head(
     return struct.pack("<Q", len(raw)) + raw, order
 
 
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """A tensor that is made when it is written: dtype and shape, and who makes it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Deferred:
+        """A tensor that is there already."""
+        return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
 def write_file(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+    path: Path, tensors: Mapping[str, torch.Tensor | Deferred], metadata: Mapping[str, str]
 ) -> None:
     """Write tensors to a file whose bytes depend on nothing but its content.
 
-    The library's own writer puts metadata in an order of chance, reports a full disk as an error
-    that is no `OSError`, and makes a file that other users cannot read.
+    Of those that are deferred one is held at a time. The library's own writer puts metadata in an
+    order of chance, reports a full disk as an error that is no `OSError`, and makes a file that other
+    users cannot read.
     """
-    head, order = file_head({n: (t.dtype, t.shape) for n, t in tensors.items()}, metadata)
+    deferred = {n: t if isinstance(t, Deferred) else Deferred.of(t) for n, t in tensors.items()}
+    head, order = file_head({n: (t.dtype, t.shape) for n, t in deferred.items()}, metadata)
     with path.open("wb") as file:
         file.write(head)
         for name in order:
-            file.write(dtypes.raw_bytes(tensors[name]).numpy().data)
+            tensor, promised = deferred[name].load(), deferred[name]
+            assert (tensor.dtype, tuple(tensor.shape)) == (promised.dtype, promised.shape), name
+            file.write(dtypes.raw_bytes(tensor).numpy().data)
 
 
 def _whole(number: Any) -> int:

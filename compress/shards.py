@@ -10,7 +10,7 @@ from typing import Final
 
 import torch
 
-from deltafold.compress.safetensors_file import file_head, write_file
+from deltafold.compress.safetensors_file import Deferred, file_head, write_file
 
 #: Bytes of a delta's shard.
 SHARD_BYTES: Final = 2**30
@@ -61,11 +61,14 @@ def _index(stem: str, shards: Sequence[Sequence[str]], total: int) -> bytes:
 class ShardWriter:
     """Collects tensors and writes a shard whenever enough have come together.
 
+    Tensors that are deferred are made one at a time while their shard is written.
+
     Args:
         folder: where to write.
         stem: "delta" or "model".
         metadata: goes to every shard's header.
-        max_bytes: a shard's size; also what the writer holds in memory at most, besides one tensor.
+        max_bytes: a shard's size; also what the writer holds in memory at most, besides one tensor,
+            of those that are not deferred.
     """
 
     def __init__(
@@ -73,17 +76,18 @@ class ShardWriter:
     ) -> None:
         self._folder, self._stem, self._metadata = folder, stem, metadata
         self._max_bytes = max_bytes
-        self._pending: dict[str, torch.Tensor] = {}
+        self._pending: dict[str, Deferred] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
         self.total_bytes = 0
 
-    def add(self, key: str, tensor: torch.Tensor) -> None:
+    def add(self, key: str, tensor: torch.Tensor | Deferred) -> None:
         """Write a tensor, sooner or later."""
-        nbytes = tensor.numel() * tensor.element_size()
+        deferred = tensor if isinstance(tensor, Deferred) else Deferred.of(tensor.contiguous())
+        nbytes = deferred.nbytes
         if self._pending and self._pending_bytes + nbytes > self._max_bytes:
             self._flush()
-        self._pending[key] = tensor.contiguous()
+        self._pending[key] = deferred
         self._pending_bytes += nbytes
         self.total_bytes += nbytes
 

@@ -1,7 +1,8 @@
 """A folder that appears under its name only when it is whole.
 
 Work goes to `NAME.partial/`, under a lock; `publish` syncs every file and renames. Whatever happens
-before that, nothing exists under the output's name, and a failed run leaves nothing behind.
+before that, nothing exists under the output's name. A failed run leaves nothing behind, unless it can
+go on where it stopped: then `NAME.partial/` stays.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ class Staging:
         out: the final folder; must not exist unless `overwrite`.
         overwrite: replace an existing delta or checkpoint, at the moment of publishing.
         inputs: folders that the run reads, which `out` must not replace.
+        resume: begin with what an earlier run left in `NAME.partial/`.
+
+    Attributes:
+        keep: leave `NAME.partial/` behind when the run is cut short from outside (interrupted, no
+            room, an input that vanished); set it once there is something worth keeping.
 
     Raises:
         DeltafoldError: `exists`; `busy` where another run works on the same folder; `bad-argument`
@@ -34,10 +40,16 @@ class Staging:
     """
 
     def __init__(
-        self, out: Path, *, overwrite: bool = False, inputs: Collection[Path] = ()
+        self,
+        out: Path,
+        *,
+        overwrite: bool = False,
+        inputs: Collection[Path] = (),
+        resume: bool = False,
     ) -> None:
         self._given = out
-        self._overwrite = overwrite
+        self._overwrite, self._resume = overwrite, resume
+        self.keep = False
         self._lock = -1
         self._published = False
         self.out = out = out.resolve()
@@ -52,8 +64,9 @@ class Staging:
             self._lock = self._take_lock()
             # The run that held the lock may have finished since.
             self._refuse_existing()
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir()
+            if not self._resume:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(exist_ok=True)
         except OSError as error:
             self._release()
             if error.errno in _FULL:
@@ -89,11 +102,19 @@ class Staging:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._published:
+        kept = self.keep and _from_outside(error)
+        if not (self._published or kept):
             shutil.rmtree(self.folder, ignore_errors=True)
         self._release()
         if isinstance(error, OSError) and error.errno in _FULL:
-            raise self._disk_full() from error
+            raise self._disk_full(kept) from error
+        if isinstance(error, DeltafoldError) and kept:
+            raise DeltafoldError(
+                error.code,
+                error.message,
+                facts=[*error.facts, ("kept", f"what is done, in {self.folder.name}")],
+                fix=f"{error.fix}; then run the same command again: it goes on where it stopped",
+            ) from error
 
     def _take_lock(self) -> int:
         while True:
@@ -142,12 +163,21 @@ class Staging:
                 fix="choose another -o, or remove it yourself",
             )
 
-    def _disk_full(self) -> DeltafoldError:
+    def _disk_full(self, kept: bool = False) -> DeltafoldError:
+        again = "free some space and run the same command again: it goes on where it stopped"
         return DeltafoldError(
             "not-enough-disk",
             f"the disk is full; nothing was written to {self._given}.",
-            fix="free some space, or choose another -o",
+            facts=[("kept", f"what is done, in {self.folder.name}")] if kept else [],
+            fix=again if kept else "free some space, or choose another -o",
         )
+
+
+def _from_outside(error: BaseException | None) -> bool:
+    """Whether the same run could end well once what stopped it is gone."""
+    if isinstance(error, DeltafoldError):
+        return error.code in ("not-enough-disk", "not-enough-memory", "not-found", "truncated")
+    return error is not None and not isinstance(error, AssertionError)
 
 
 def _same_file(descriptor: int, path: Path) -> bool:

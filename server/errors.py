@@ -45,6 +45,7 @@ STATUSES: Final[dict[str, tuple[int, str]]] = {
     "missing-tensor": _UNAVAILABLE,
     "shape-mismatch": _UNAVAILABLE,
     "tokenizer-changed": _UNAVAILABLE,
+    "input-changed": _UNAVAILABLE,
     "not-finite": _UNAVAILABLE,
     "coverage": _UNAVAILABLE,
     "checksum": _UNAVAILABLE,

@@ -1,7 +1,8 @@
 """The contract of an edit: a delta in, a delta out, before any codec sees it.
 
 An edit is a frozen dataclass whose fields are its options. One that must look at the whole model
-first (a threshold over all tensors) has a `survey`, which returns the edit with what it found.
+first (a threshold over all tensors) has a `survey`, which returns the edit with what it found. One
+that changes each row without looking at others may say so with `blockwise = True` (see `Method`).
 """
 
 from __future__ import annotations

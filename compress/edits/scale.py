@@ -32,6 +32,7 @@ class Scale:
     summary: ClassVar[str] = "multiply the delta: extrapolate above 1, interpolate below"
     paper: ClassVar[str] = "2404.16792"
     needs: ClassVar[tuple[Need, ...]] = ()
+    blockwise: ClassVar[bool] = True
 
     by: float = 1.5
 

@@ -32,7 +32,11 @@ __all__ = [
 
 @runtime_checkable
 class Method(Protocol):
-    """A way to store a tensor's delta."""
+    """A way to store a tensor's delta.
+
+    One that codes each row of a matrix without looking at others may say so with `blockwise = True`:
+    large tensors then go through it in blocks of rows, and never lie in memory as a whole.
+    """
 
     id: ClassVar[str]
     summary: ClassVar[str]

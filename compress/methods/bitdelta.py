@@ -50,6 +50,11 @@ class BitDelta:
             )
         self._term()
 
+    @property
+    def blockwise(self) -> bool:
+        """Whether rows are coded without a look at others: a scale a row, or a group within one."""
+        return bool(self.group) or self.scale in ("row", "group")
+
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
         """One term of planes."""
         term, parts = self._term().encode(delta, context)

@@ -42,6 +42,11 @@ class Chain:
         wanted = {n for step in self.edits for n in step.needs} | set(self.codec.needs)
         return tuple(n for n in NEEDS if n in wanted)
 
+    @property
+    def blockwise(self) -> bool:
+        """Whether edits and codec all change a row without a look at others."""
+        return all(getattr(part, "blockwise", False) for part in (*self.edits, self.codec))
+
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
         """The codec's terms for the edited delta."""
         for step in self.edits:

@@ -33,6 +33,7 @@ class Dare:
     summary: ClassVar[str] = "random drop and rescale, mask regenerated from a seed"
     paper: ClassVar[str] = "2311.03099"
     needs: ClassVar[tuple[Need, ...]] = ()
+    blockwise: ClassVar[bool] = True
     applied: ClassVar[str] = "sparse on the fly"
 
     drop: float = 0.9

@@ -28,6 +28,7 @@ class ExactMethod:
     summary: ClassVar[str] = "the fine-tune's values as they are"
     paper: ClassVar[str] = "-"
     needs: ClassVar[tuple[Need, ...]] = ()
+    blockwise: ClassVar[bool] = True
     applied: ClassVar[str] = "rebuilt at load"
 
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
@@ -53,6 +54,7 @@ class LosslessMethod:
     summary: ClassVar[str] = "bit-exact: differences coded by the base's exponents; level=3: zstd"
     paper: ClassVar[str] = "after FM-Delta"
     needs: ClassVar[tuple[Need, ...]] = ()
+    blockwise: ClassVar[bool] = True
     applied: ClassVar[str] = "rebuilt at load"
 
     level: int = 0

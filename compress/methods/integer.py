@@ -26,6 +26,7 @@ class Integer:
     summary: ClassVar[str] = "uniform codes of 2 to 8 bits, a scale a row or group"
     paper: ClassVar[str] = "-"
     needs: ClassVar[tuple[Need, ...]] = ()
+    blockwise: ClassVar[bool] = True
     applied: ClassVar[str] = "codes on the fly"
 
     bits: int = 4

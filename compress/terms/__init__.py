@@ -15,6 +15,7 @@ from deltafold.compress.terms.base import (
     rows_and_columns,
     term_from_config,
 )
+from deltafold.compress.terms.blocks import Blocks
 from deltafold.compress.terms.codebook import Codebook
 from deltafold.compress.terms.codes import Codes
 from deltafold.compress.terms.column_planes import ColumnPlanes
@@ -36,6 +37,7 @@ __all__ = [
     "NM",
     "REGISTRY",
     "Banded",
+    "Blocks",
     "Codebook",
     "Codes",
     "ColumnPlanes",

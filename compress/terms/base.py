@@ -32,6 +32,23 @@ import torch
 
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import Evidence
+from deltafold.compress.shapes import rows_and_columns
+
+__all__ = [
+    "REGISTRY",
+    "Checked",
+    "Context",
+    "Encoded",
+    "ExactTerm",
+    "PartSpec",
+    "Parts",
+    "Term",
+    "config_of",
+    "is_exact",
+    "register",
+    "rows_and_columns",
+    "term_from_config",
+]
 
 Parts: TypeAlias = Mapping[str, torch.Tensor]
 #: Reads a tensor that several deltas share: the family's digest and the key in it to float32 `[R, M]`.
@@ -115,38 +132,23 @@ class ExactTerm(Term, Protocol):
 
 def is_exact(term: Term) -> bool:
     """Whether `restore` gives back the fine-tune's very bytes, nested terms included."""
-    inner = getattr(term, "inner", None)
-    return isinstance(term, ExactTerm) and (inner is None or is_exact(inner))
+    inner = getattr(term, "inner", ())
+    nested = inner if isinstance(inner, tuple) else (inner,)
+    return isinstance(term, ExactTerm) and all(is_exact(t) for t in nested)
 
 
 def config_of(term: Term) -> dict[str, Any]:
     """A term as JSON: id, version and every field, nested terms included."""
     fields: dict[str, Any] = {"id": term.id, "v": term.version}
     for f in dataclasses.fields(term):  # type: ignore[arg-type]
-        value = getattr(term, f.name)
-        if isinstance(value, Term):
-            value = config_of(value)
-        elif isinstance(value, tuple):
-            value = list(value)
-        fields[f.name] = value
+        fields[f.name] = _as_json(getattr(term, f.name))
     return fields
 
 
-def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
-    """`(N, M)` of a tensor read as a matrix, by its shape alone; part of the format.
-
-    1-D is one row. A 3-D tensor whose last dimension is at least 32 is a stack of matrices (fused
-    experts `[E, N, M]`): `(E * N, M)`. Anything else of more than two dimensions (convolutions) is
-    `(first, product of the rest)`.
-    """
-    if len(shape) < 2:
-        return 1, shape[0] if shape else 1
-    if len(shape) == 3 and shape[2] >= 32:
-        return shape[0] * shape[1], shape[2]
-    columns = 1
-    for size in shape[1:]:
-        columns *= size
-    return shape[0], columns
+def _as_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_as_json(v) for v in value]
+    return config_of(value) if isinstance(value, Term) else value
 
 
 REGISTRY: Final[dict[tuple[str, int], type[Any]]] = {}
@@ -207,7 +209,9 @@ def _build(cls: type[Any], fields: dict[str, Any], where: str) -> Term:
         if isinstance(value, Mapping):
             value = term_from_config(value, where=where)
         elif isinstance(value, list):
-            value = tuple(value)
+            value = tuple(
+                term_from_config(v, where=where) if isinstance(v, Mapping) else v for v in value
+            )
         if not _same_type(value, known[key].default):
             raise DeltafoldError(
                 "bad-manifest", f"{where}: the term {cls.id!r}: {key} cannot be {value!r}."

@@ -8,12 +8,14 @@ arXiv 2512.19720. A zero counts as +1, as in the authors' code (their text says 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
 from deltafold.compress import bits as packing
+from deltafold.compress import fast
 from deltafold.compress.terms import scales
 from deltafold.compress.terms.base import (
     Checked,
@@ -60,15 +62,13 @@ class Planes(Checked):
 
     def encode(self, delta: torch.Tensor, context: Context) -> Encoded:
         """Planes of a float32 delta of any shape."""
-        rest = delta.reshape(rows_and_columns(tuple(delta.shape)))
+        rest = delta.reshape(rows_and_columns(tuple(delta.shape))).contiguous().clone()
         signs, levels = [], []
         for _ in range(self.bits):
-            plus = rest >= 0
-            parts = scales.store(self._means(rest.abs()), self.scale_format, "scales")
+            parts = scales.store(self._means(rest), self.scale_format, "scales")
             # The next plane must see what a reader will see, so it works from the stored scale.
-            level = self._spread(scales.load(parts, self.scale_format, "scales"), rest.shape[1])
-            rest = rest - torch.where(plus, level, -level)
-            signs.append(packing.pack(plus.to(torch.uint8), 1))
+            level = scales.load(parts, self.scale_format, "scales")
+            signs.append(fast.take_plane(rest, self._per_group(level), self._width(rest.shape[1])))
             levels.append(parts)
         return Encoded(self, {"signs": torch.stack(signs), **self._stack(levels)})
 
@@ -76,8 +76,8 @@ class Planes(Checked):
         """The sum of the planes, float32 of `shape`."""
         rows, columns = rows_and_columns(shape)
         total = torch.zeros(rows, columns)
-        for signs, levels in self.planes(parts, shape):
-            total += torch.where(signs, levels, -levels)
+        for plane, level in zip(parts["signs"], self.levels(parts), strict=True):
+            fast.add_plane(total, plane, self._per_group(level), self._width(columns))
         return total.reshape(shape)
 
     def planes(
@@ -118,22 +118,24 @@ class Planes(Checked):
             specs["scales_unit"] = PartSpec(torch.float32, (self.bits,))
         return specs
 
-    def _means(self, magnitudes: torch.Tensor) -> torch.Tensor:
-        rows, columns = magnitudes.shape
-        if self.scale == "tensor":
-            # Summed in float64: a float32 sum over 10^8 weights would lose the mean's last digits.
-            total = magnitudes.sum(dtype=torch.float64) / max(magnitudes.numel(), 1)
-            return total.to(torch.float32)
-        if self.scale == "row":
-            return magnitudes.mean(dim=1) if columns else torch.zeros(rows)
+    def _means(self, rest: torch.Tensor) -> torch.Tensor:
+        """Mean magnitudes: a scalar, `[N]` or `[N, groups]`."""
+        rows, columns = rest.shape
         width = self._width(columns)
-        groups = -(-columns // width)
-        padded = torch.nn.functional.pad(magnitudes, (0, groups * width - columns))
-        sums = padded.reshape(rows, groups, width).sum(dim=2)
-        widths = torch.full((groups,), float(width))
-        if groups:
-            widths[-1] = columns - (groups - 1) * width
+        sums = fast.magnitude_sums(rest, width)
+        if self.scale == "tensor":
+            # Exactly rounded: a float32 sum over 10^8 weights would lose the mean's last digits.
+            return torch.tensor(math.fsum(sums.flatten().tolist()) / max(rest.numel(), 1))
+        if self.scale == "row":
+            return sums[:, 0] / columns if columns else torch.zeros(rows)
+        widths = torch.full((sums.shape[1],), float(width))
+        if sums.shape[1]:
+            widths[-1] = columns - (sums.shape[1] - 1) * width
         return sums / widths
+
+    def _per_group(self, level: torch.Tensor) -> torch.Tensor:
+        """Levels as `fast` takes them: one, or `[N, groups]`."""
+        return level.unsqueeze(1) if self.scale == "row" else level
 
     def _spread(self, levels: torch.Tensor, columns: int) -> torch.Tensor:
         if self.scale == "tensor":
@@ -144,7 +146,7 @@ class Planes(Checked):
 
     def _width(self, columns: int) -> int:
         # Never wider than the tensor: a group of 10**9 must not be padded to its full width.
-        return min(self.group, max(columns, 1))
+        return min(self.group or columns, columns) or 1
 
     def _stack(self, levels: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         stacked = {"scales": torch.stack([level["scales"] for level in levels])}

@@ -65,6 +65,40 @@ class Sum:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """Forms of blocks of rows, one below the other.
+
+    Attributes:
+        blocks: the forms, from the top.
+        rows: rows of every block but the last.
+    """
+
+    blocks: Sequence[DeltaMatrix]
+    rows: int
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
+        return sum(block.nbytes for block in self.blocks)
+
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """`x @ D^T`."""
+        return torch.cat([block.matmul(x) for block in self.blocks], dim=1)
+
+    def gather(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of D."""
+        places = index // self.rows
+        found: torch.Tensor | None = None
+        for number in sorted(set(places.tolist())):
+            mine = (places == number).nonzero().reshape(-1)
+            rows = self.blocks[number].gather(index[mine] - number * self.rows)
+            if found is None:
+                found = rows.new_empty(len(index), rows.shape[1])
+            found[mine] = rows
+        return self.blocks[0].gather(index) if found is None else found
+
+
+@dataclass(frozen=True)
 class Scaled:
     """A form times a number: one component of a mixture."""
 

@@ -9,6 +9,7 @@ import torch
 from deltafold.compress.terms import (
     NM,
     Banded,
+    Blocks,
     Codebook,
     Codes,
     ColumnPlanes,
@@ -25,7 +26,7 @@ from deltafold.compress.terms import (
     rows_and_columns,
 )
 from deltafold.compress.terms.base import Parts
-from deltafold.runtime.kernels.base import DeltaMatrix, Sum
+from deltafold.runtime.kernels.base import DeltaMatrix, Stacked, Sum
 from deltafold.runtime.kernels.cpu import codes_forms, planes_forms
 from deltafold.runtime.kernels.reference import Dense, RowSubset
 from deltafold.runtime.kernels.shared import shared_rows
@@ -87,6 +88,10 @@ def _product(
     target: Target,
 ) -> DeltaMatrix:
     term, parts = encoded
+    if isinstance(term, Blocks):
+        blocks = term.each(parts, shape, context)
+        forms = [_product(Encoded(t, p), s, s, c, target) for t, p, s, c in blocks]
+        return Stacked(forms, term.rows)
     if isinstance(term, Planes | Codes) and target.device.type == "cpu":
         packed = _packed(term, parts, matrix, target.dtype)
         if packed is not None:
@@ -169,6 +174,10 @@ def _table(
     encoded: Encoded, shape: tuple[int, ...], context: Context, target: Target
 ) -> DeltaMatrix:
     term, parts = encoded
+    if isinstance(term, Blocks):
+        blocks = term.each(parts, shape, context)
+        forms = [_table(Encoded(t, p), s, c, target) for t, p, s, c in blocks]
+        return Stacked(forms, term.rows)
     if isinstance(term, TABLES) and len(shape) == 2 and target.device.type == "cpu":
         return PackedTable(term, dict(parts), shape[1], target.dtype, target.device)
     if isinstance(term, Rows):

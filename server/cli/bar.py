@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from typing import TYPE_CHECKING, Any, TextIO
+
+from deltafold.compress.memory import peak_memory
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -87,12 +87,6 @@ class Bar:
     def _rate(self) -> str:
         seconds = max(time.monotonic() - self._began, 1e-6)
         return f"{self._bytes / seconds / 1e9:.2f} GB/s"
-
-
-def peak_memory() -> int:
-    """The most memory in bytes that this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_memory_text() -> str:

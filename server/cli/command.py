@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 #: How a run was printed, or where it went, says nothing of what it made.
-_UNTOLD: Final = ("overwrite", "device")
+_UNTOLD: Final = ("overwrite", "device", "jobs", "max_memory", "fresh")
 #: Options that name files or folders of this machine.
 _PLACES: Final = ("out", "recipe", "file")
 #: Options that take a folder or a hub id.

@@ -12,6 +12,12 @@ import click
 from deltafold.server.cli.budget import BudgetOptions, budget_options, dry_text, wanted_evidence
 from deltafold.server.cli.calibration import CalibrationOptions, calibration_options, judge_of
 from deltafold.server.cli.command import command_line
+from deltafold.server.cli.machine import (
+    MachineOptions,
+    machine_options,
+    prediction_data,
+    prediction_text,
+)
 from deltafold.server.cli.output import Output, output_options, quiet_option
 from deltafold.server.cli.packed import pack_data, pack_text
 from deltafold.server.cli.recipes import read_recipe, recipe_options
@@ -63,6 +69,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Its first rate, in units of the weights.",
 )
+@machine_options
 @click.option("--overwrite", is_flag=True, help="Replace an existing delta.")
 @quiet_option
 @output_options
@@ -105,16 +112,32 @@ def compress(
     deltafold compress Llama-3.1-8B ./sql-ft -o zoo/sql --against dequantized \\
         --base-quantization nf4
     """
-    from deltafold.compress import compress_checkpoint, plan_checkpoint
+    from deltafold.compress import compress_checkpoint, plan_checkpoint, predict_checkpoint
 
     _refuse_half_a_choice(against, base_quantization)
-    budget = BudgetOptions.take(more)
+    budget, machine = BudgetOptions.take(more), MachineOptions.take(more)
     chosen = budget.applied(read_recipe(codec, sets, recipe, edits), codec)
+    if dry_run and chosen.budget is None:
+        found = predict_checkpoint(
+            base,
+            variant,
+            recipe=chosen,
+            accept=accept,
+            base_quantization=base_quantization,
+            limits=machine.limits(),
+        )
+        output.result(prediction_data(found), prediction_text(found))
+        return
     options = CalibrationOptions(**more)
     evidence = options.evidence(base, variant, wanted_evidence(chosen))
     judge = judge_of(evidence, options.device)
     pack: Callable[..., PackReport] = partial(
-        compress_checkpoint, judge=judge, base_quantization=base_quantization
+        compress_checkpoint,
+        judge=judge,
+        base_quantization=base_quantization,
+        jobs=machine.threads,
+        max_memory=machine.max_memory,
+        fresh=machine.fresh,
     )
     if fit_scales:
         pack = _fitting(evidence, fit_steps, fit_lr, base_quantization)

@@ -90,7 +90,7 @@ def family(
 
 
 def _data(report: FamilyReport, seconds: float) -> dict[str, Any]:
-    from deltafold.server.cli.bar import peak_memory
+    from deltafold.compress.memory import peak_memory
 
     deltas = [
         {

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def pack_data(report: PackReport, seconds: float) -> dict[str, Any]:
     """A packing run's outcome for programs."""
-    from deltafold.server.cli.bar import peak_memory
+    from deltafold.compress.memory import peak_memory
 
     manifest, totals = report.manifest, report.manifest.totals
     return {

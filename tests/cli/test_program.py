@@ -27,7 +27,7 @@ SURFACE = {
     "--target-size --max-kl --candidates --dry-run "
     "--calibrate --calibrate-rows --calibrate-length --reference --device --fit-scales "
     "--fit-steps --fit-lr "
-    "--overwrite --quiet --json --debug",
+    "--jobs --max-memory --fresh --overwrite --quiet --json --debug",
     "family": "-o --out --method --codec --names --set --accept --overwrite --quiet --json --debug",
     "import-blocks": "-o --out --overwrite --quiet --json --debug",
     "import-lora": "-o --out --accept --overwrite --quiet --json --debug",
@@ -298,18 +298,29 @@ def test_colours(failing):
 def test_interrupting_a_real_run(pair):
     code = """
 import sys, time
-from deltafold.compress import pipeline
-encode = pipeline.encode_tensor
+from deltafold.compress import streaming
+encode = streaming.encode_tensor
 def slow(*args):
     print("packing", file=sys.stderr, flush=True)
     time.sleep(30)
     return encode(*args)
-pipeline.encode_tensor = slow
+streaming.encode_tensor = slow
 from deltafold.server.cli.main import main
 main()
 """
     with subprocess.Popen(
-        [sys.executable, "-c", code, "compress", pair.base, pair.variant, "-o", pair.out],
+        [
+            sys.executable,
+            "-c",
+            code,
+            "compress",
+            pair.base,
+            pair.variant,
+            "-o",
+            pair.out,
+            "--jobs",
+            "1",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -324,7 +335,8 @@ main()
     assert out == ""
     assert "interrupted" in err
     assert "Traceback" not in err
-    assert not any(pair.out.parent.iterdir())
+    assert not pair.out.exists()
+    assert pair.out.with_name("delta.partial").is_dir(), "the journal is kept"
 
 
 def test_output_that_nobody_reads():

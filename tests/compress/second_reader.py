@@ -270,6 +270,22 @@ def planes(s: Stored) -> np.ndarray:
     return total.reshape(s.shape)
 
 
+@reader("blocks")
+def blocks(s: Stored) -> np.ndarray:
+    rows, columns = matrix_of(s.shape)
+    found = []
+    for index, start in enumerate(range(0, rows, s.term["rows"])):
+        stop = min(start + s.term["rows"], rows)
+        inner = s.term["inner"][index if len(s.term["inner"]) > 1 else 0]
+        parts = {k[len(f"{index}.") :]: v for k, v in s.parts.items() if k.startswith(f"{index}.")}
+        base = None
+        if s.base is not None:
+            base = (s.base[0], s.base[1].reshape(rows, columns)[start:stop])
+        shape = [stop - start, columns]
+        found.append(decode(inner, parts, shape, f"{s.name}[{index}]", base))
+    return np.concatenate(found).reshape(s.shape)
+
+
 @reader("column-planes")
 def column_planes(s: Stored) -> np.ndarray:
     rows, columns = matrix_of(s.shape)

@@ -12,6 +12,7 @@ from deltafold.compress.terms import (
     NM,
     REGISTRY,
     Banded,
+    Blocks,
     Codebook,
     Codes,
     ColumnPlanes,
@@ -36,6 +37,9 @@ from deltafold.compress.terms import (
 from deltafold.compress.terms.base import register
 
 CASES = [
+    Case(Blocks(rows=5, inner=(Planes(bits=4),)), error=0.20, scalars=False),
+    Case(Blocks(rows=1, inner=(Lossless(),)), error=0.0, scalars=False),
+    Case(Blocks(rows=7, inner=(Sparse(mask="bitmap"),)), error=1e-3, scalars=False),
     Case(Banded(), error=0.48),
     Case(Banded(ranks=(8, 56), widths=(16, 8), group=7), error=0.02),
     Case(Banded(ranks=(64,), widths=(4,), group=0, symmetric=True), error=0.25),
@@ -91,6 +95,7 @@ CASES = [
     Case(Shared(key="3", groups=3), error=None, homogeneous=False),
 ]
 EXACT = [
+    Blocks(rows=3, inner=(Exact(),)),
     Exact(),
     Lossless(),
     LosslessStreams(),
@@ -145,7 +150,7 @@ def _patterns(dtype: torch.dtype) -> torch.Tensor:
 
 
 every_exact = pytest.mark.parametrize(
-    "term", EXACT, ids=["exact", "lossless", "streams", "rows-exact", "rows-lossless"]
+    "term", EXACT, ids=["blocks", "exact", "lossless", "streams", "rows-exact", "rows-lossless"]
 )
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from deltafold.compress.terms import (
     NM,
     Banded,
+    Blocks,
     Codebook,
     Codes,
     ColumnPlanes,
@@ -68,6 +69,9 @@ class Golden(NamedTuple):
 
 
 CASES = [
+    Golden("planes", Blocks(rows=4, inner=(Planes(bits=2),)), (10, 24)),
+    Golden("lossless", Blocks(rows=3, inner=(Lossless(),)), (2, 4, 33)),
+    Golden("seed", Blocks(rows=2, inner=(Sparse(mask="seed", drop=0.5, seed=9),)), (5, 12)),
     Golden("", Banded(ranks=(2, 3, 4), widths=(8, 3, 2), group=8), (12, 20)),
     Golden("half", Banded(ranks=(2, 9), widths=(16, 5), symmetric=True, group=0), (4, 3, 3, 3)),
     Golden("masked", Banded(ranks=(1, 4), widths=(16, 4), group=6, masked=True, seed=9), (9, 14)),

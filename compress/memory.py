@@ -1,0 +1,101 @@
+"""Memory: what the process holds, sizes as people write them, and keeping a sum below a bound."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, Self
+
+from deltafold.compress.errors import DeltafoldError
+
+_UNITS: Final = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """`4GiB`, `500 MB`, `1.5G` or a number of bytes; KB and KiB both mean 1024.
+
+    Raises:
+        DeltafoldError: `bad-argument`.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:I?B)?\s*", text.upper())
+    if found is None:
+        raise DeltafoldError("bad-argument", f"{text!r} is not a size.", fix="write e.g. 4GiB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+class MemoryBudget:
+    """Bytes that run at the same time. Thread-safe.
+
+    Args:
+        limit: most bytes held together; None means no bound.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+        self._held = 0
+        self._free = threading.Condition()
+
+    @contextmanager
+    def hold(self, nbytes: int) -> Iterator[None]:
+        """Wait until `nbytes` more fit, and hold them; what is larger than the bound runs alone."""
+        with self._free:
+            while self._held and self._limit is not None and self._held + nbytes > self._limit:
+                self._free.wait()
+            self._held += nbytes
+        try:
+            yield
+        finally:
+            with self._free:
+                self._held -= nbytes
+                self._free.notify_all()
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+    except (OSError, IndexError, ValueError):
+        return peak_memory()
+    return pages * resource.getpagesize()
+
+
+def peak_memory() -> int:
+    """The most memory in bytes that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Timeline:
+    """Memory while packing: a sample now and then, on a thread of its own.
+
+    Attributes:
+        samples: seconds since the start, and bytes held then.
+    """
+
+    def __init__(self, every: float = 0.25) -> None:
+        self._every = every
+        self._stop = threading.Event()
+        self.samples: list[tuple[float, int]] = []
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._watch, name="deltafold-memory", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        began = time.monotonic()
+        while True:
+            self.samples.append((time.monotonic() - began, resident()))
+            # Long runs are sampled more thinly: a few hundred points draw the same picture.
+            if self._stop.wait(self._every * (1 + len(self.samples) // 200)):
+                return

@@ -1,0 +1,199 @@
+"""Coding all tensors of a fine-tune: several at a time, within a bound of memory, one line a tensor
+in the journal. What comes out does not depend on how many ran together, nor on how often the run was
+cut short.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from typing import Final
+
+import torch
+
+from deltafold.compress import dtypes
+from deltafold.compress.encode import TensorStats
+from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.journal import Journal, Record
+from deltafold.compress.manifest import TensorEntry
+from deltafold.compress.memory import MemoryBudget, resident
+from deltafold.compress.payload import payload_digest
+from deltafold.compress.progress import OnProgress, Progress
+from deltafold.compress.shapes import rows_and_columns
+from deltafold.compress.streaming import Coded, Coder
+from deltafold.compress.terms import config_of
+from deltafold.compress.terms.blocks import block_rows
+
+#: Bytes an entry of a block takes while it is coded, besides the weights of both models: the
+#: difference, what is left of it, the codes, and what reading it back makes.
+_WORKING: Final = 28
+#: The same of a tensor that goes through its method as a whole, which may square it in float64.
+_WHOLE: Final = 48
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of the machine a run may take.
+
+    Attributes:
+        jobs: tensors at a time.
+        memory: most bytes of the whole process; None means no bound.
+    """
+
+    jobs: int = 1
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise DeltafoldError("bad-argument", f"jobs must be 1 or more, not {self.jobs}.")
+
+
+def working_bytes(coder: Coder, name: str) -> int:
+    """Bytes of memory that coding a tensor takes at its peak."""
+    spec = coder.target.spec(name)
+    sizes = dtypes.TORCH[spec.dtype].itemsize
+    if name in coder.source:
+        sizes += dtypes.TORCH[coder.source.spec(name).dtype].itemsize
+    if coder.in_blocks(name):
+        columns = rows_and_columns(spec.shape)[1]
+        return block_rows(spec.shape) * columns * (sizes + _WORKING)
+    return math.prod(spec.shape) * (sizes + _WHOLE)
+
+
+def code_all(
+    coder: Coder,
+    names: list[str],
+    journal: Journal,
+    limits: Limits,
+    progress: OnProgress,
+    order: list[str] | None = None,
+) -> None:
+    """Code every tensor that the journal does not have yet.
+
+    Args:
+        coder: codes one.
+        names: all tensors.
+        journal: what is done, and where it is noted.
+        limits: how many at a time, and within which memory.
+        progress: called after every tensor.
+        order: the order in which tensors must be coded; None leaves it open.
+
+    Raises:
+        DeltafoldError: `not-enough-memory` before any work where the bound is too tight for a
+            tensor; what coding raises, of the first tensor in the order of names that failed.
+    """
+    room = _room(coder, names, limits)
+    budget, left = MemoryBudget(room), [n for n in names if n not in journal.done]
+    done = len(names) - len(left)
+    threads = torch.get_num_threads()
+
+    def one(name: str) -> None:
+        with budget.hold(working_bytes(coder, name)):
+            # Tensors run side by side; threads within one would only fight over the cores.
+            torch.set_num_threads(1 if limits.jobs > 1 else threads)
+            journal.add(_record(name, coder.code(name), coder, journal))
+
+    # The largest first, so that none is left to run alone at the end.
+    by_size = sorted(left, key=lambda n: (-math.prod(coder.target.spec(n).shape), n))
+    try:
+        for name in _finished(one, by_size if order is None else order, limits.jobs):
+            done += 1
+            spec = coder.target.spec(name)
+            nbytes = math.prod(spec.shape) * dtypes.TORCH[spec.dtype].itemsize
+            progress(Progress("pack", name, done, len(names), nbytes))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _finished(work: Callable[[str], None], names: list[str], jobs: int) -> Iterator[str]:
+    """Names as their work is done; after a failure nothing new is begun."""
+    if jobs == 1:
+        for name in names:
+            work(name)
+            yield name
+        return
+    waiting = iter(names)
+    with ThreadPoolExecutor(jobs, "deltafold-pack") as pool:
+        running: dict[Future[None], str] = {}
+        failed: dict[str, BaseException] = {}
+        while True:
+            while not failed and len(running) < jobs:
+                upcoming = next(waiting, None)
+                if upcoming is None:
+                    break
+                running[pool.submit(work, upcoming)] = upcoming
+            if not running:
+                break
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                name = running.pop(future)
+                error = future.exception()
+                if error is not None:
+                    failed[name] = error
+                else:
+                    yield name
+    if failed:
+        raise failed[min(failed)]
+
+
+def _room(coder: Coder, names: list[str], limits: Limits) -> int | None:
+    """Bytes for tensors beside what the process holds already."""
+    if limits.memory is None:
+        return None
+    room = limits.memory - resident() - _SPARE
+    needed, name = max(((working_bytes(coder, n), n) for n in names), default=(0, ""))
+    if needed > room:
+        raise DeltafoldError(
+            "not-enough-memory",
+            f"{name} cannot be coded within the memory that this run may take.",
+            facts=[
+                ("bound", f"{limits.memory} bytes"),
+                ("needed", f"{limits.memory - room + needed} bytes"),
+            ],
+            fix="raise --max-memory, or choose a codec that codes rows by themselves "
+            "(bitdelta with scale=row or groups, int, exact, lossless)",
+        )
+    return room
+
+
+#: What the process may grow by besides tensors: buffers of files, fragments of the allocator.
+_SPARE: Final = 96 * 2**20
+
+
+def _record(name: str, coded: Coded, coder: Coder, journal: Journal) -> Record:
+    """A finished tensor as the journal notes it."""
+    if not coded.terms:
+        return Record(name, coded.base, coded.variant)
+    spec = coder.target.spec(name)
+    shape = tuple(spec.shape)
+    promised = sum(s.nbytes for term in coded.terms for s in term.parts(shape).values())
+    written = sum(p.nbytes for places in coded.places for p in places.values())
+    assert promised == written, f"{name}: {promised} bytes promised, {written} written"
+    assert coded.stats is not None
+    base = coder.source.spec(name).shape if name in coder.source else None
+    entry = TensorEntry(
+        shape=shape,
+        dtype=spec.dtype,
+        base_shape=base,
+        sha256=coded.variant,
+        terms=tuple(config_of(term) for term in coded.terms),
+        payload_sha256=payload_digest([journal.reader(places) for places in coded.places]),
+        bytes=written,
+        rel_error=coded.stats.error,
+    )
+    return Record(
+        name,
+        coded.base,
+        coded.variant,
+        entry.model_dump(mode="json"),
+        asdict(coded.stats),
+        tuple(coded.places),
+    )
+
+
+def stats_of(record: Record) -> TensorStats:
+    """The numbers of a finished tensor."""
+    assert record.stats is not None
+    return TensorStats(**dict(record.stats))

@@ -1,0 +1,149 @@
+"""What a packing run would write and take, from names, dtypes and shapes alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deltafold.compress import dtypes
+from deltafold.compress.budget.options import Part
+from deltafold.compress.budget.size import companion_bytes, payload_bytes
+from deltafold.compress.checkpoint import Spec
+from deltafold.compress.encode import is_blockwise
+from deltafold.compress.memory import resident
+from deltafold.compress.methods import Method
+from deltafold.compress.packing import Limits, working_bytes
+from deltafold.compress.payload import payload_key
+from deltafold.compress.spec import spec_of
+from deltafold.compress.streaming import Coder
+from deltafold.compress.terms import (
+    NM,
+    Blocks,
+    Codebook,
+    Codes,
+    ColumnPlanes,
+    Context,
+    Dense,
+    Exact,
+    LowRank,
+    Patches,
+    Planes,
+    Rows,
+    Term,
+)
+from deltafold.compress.terms.blocks import block_rows
+
+if TYPE_CHECKING:
+    from deltafold.compress.journal import Place
+    from deltafold.compress.pipeline import Job
+
+#: Terms whose size follows from the shape.
+_FIXED = (Planes, ColumnPlanes, Codes, LowRank, Codebook, NM, Patches, Exact, Dense)
+#: Side of the square matrix that speed is tried on.
+_TRIED = 1024
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run would come to.
+
+    Attributes:
+        nbytes: of the delta, as `Totals.delta_bytes` counts, if every tensor differs from the base's.
+        variant_bytes: of the fine-tune's tensors.
+        fixed: whether that is so to the byte; where codecs depend on the data it is an estimate.
+        seconds: that coding would take on this machine as busy as it is now, reading left out.
+        memory: bytes that the process would hold at its peak.
+    """
+
+    nbytes: int
+    variant_bytes: int
+    fixed: bool
+    seconds: float
+    memory: int
+
+    @property
+    def ratio(self) -> float:
+        """Delta size over the fine-tune's."""
+        return self.nbytes / max(self.variant_bytes, 1)
+
+
+def predict(job: Job, limits: Limits) -> Prediction:
+    """Look at headers only; no tensor is read. Speed is tried on random numbers."""
+    coder = Coder(job.source, job.target, job.recipe, _nowhere, {}, quantization=job.quantization)
+    parts: list[Part] = []
+    entries: dict[str, list[Any]] = {}
+    fixed = True
+    for name in job.target.names():
+        spec = job.target.spec(name)
+        method = coder.method(name)
+        for number, term in enumerate(_terms(job, name, spec, method)):
+            fixed = fixed and _is_fixed(term)
+            for key, part in sorted(term.parts(spec.shape).items()):
+                parts.append(Part(payload_key(name, number, key), part.dtype, part.shape))
+        known = entries.setdefault(spec_of(method), [method, 0])
+        known[1] += math.prod(spec.shape)
+    names = job.target.names()
+    needs = sorted((working_bytes(coder, n) for n in names), reverse=True)[: limits.jobs]
+    seconds = sum(count * _seconds_an_entry(method) for method, count in entries.values())
+    return Prediction(
+        nbytes=payload_bytes(parts) + companion_bytes(job.companions, job.source),
+        variant_bytes=sum(_size(job.target.spec(n)) for n in names),
+        fixed=fixed,
+        seconds=seconds / limits.jobs,
+        memory=resident() + min(sum(needs), limits.memory or sum(needs)),
+    )
+
+
+def _terms(job: Job, name: str, spec: Spec, method: Method) -> Iterator[Term]:
+    shape = tuple(spec.shape)
+    if name not in job.source or not shape:
+        yield Exact(dtype=spec.dtype)
+        return
+    planned, step = method.plan(shape, spec.dtype), block_rows(shape)
+    base_rows = job.source.spec(name).shape[0]
+    added = max(shape[0] - base_rows, 0)
+    for number, term in enumerate(planned):
+        if added:
+            yield Rows(inner=term, added=0 if number else added, dtype=spec.dtype)
+        elif step and is_blockwise(method):
+            yield Blocks(step, (term,))
+        else:
+            yield term
+
+
+def _is_fixed(term: Term) -> bool:
+    if isinstance(term, Blocks):
+        return all(map(_is_fixed, term.inner))
+    if isinstance(term, Rows):
+        return _is_fixed(term.inner)
+    return isinstance(term, _FIXED)
+
+
+def _seconds_an_entry(method: Method) -> float:
+    """Coding and reading back a matrix of random numbers, a weight's share; 0 without its evidence."""
+    if method.needs:
+        return 0.0
+    draw = torch.Generator().manual_seed(0)
+    base = torch.randn(_TRIED, _TRIED, generator=draw).mul(0.02).to(torch.bfloat16)
+    step = torch.randn(_TRIED, _TRIED, generator=draw) * 0.001
+    variant = (base.float() + step).to(torch.bfloat16)
+    began = time.perf_counter()
+    delta = variant.float() - base.float()
+    for term, parts in method.encode(delta, Context("tried", base, variant)):
+        term.decode(parts, (_TRIED, _TRIED), Context("tried", base))
+    dtypes.sha256(base)
+    dtypes.sha256(variant)
+    return (time.perf_counter() - began) / _TRIED**2
+
+
+def _size(spec: Spec) -> int:
+    return math.prod(spec.shape) * dtypes.TORCH[spec.dtype].itemsize
+
+
+def _nowhere(tensor: torch.Tensor) -> Place:
+    raise AssertionError("a prediction writes nothing")

@@ -1,0 +1,325 @@
+"""A packing run may be cut short at any moment, and may take as much of the machine as it is given:
+what comes out is the same, byte for byte."""
+
+from __future__ import annotations
+
+import errno
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import make_pair, write_checkpoint
+from packing import tree
+
+from deltafold.compress import (
+    DeltafoldError,
+    Recipe,
+    compress_checkpoint,
+    parse_spec,
+    predict_checkpoint,
+)
+from deltafold.compress.journal import Journal
+from deltafold.compress.memory import MemoryBudget, parse_size
+from deltafold.compress.safetensors_file import file_head
+
+LAYERS, ROWS, COLUMNS = 12, 40, 48
+
+
+@pytest.fixture
+def models(tmp_path):
+    """A base and a fine-tune of a dozen matrices and vectors, some of them equal."""
+    draw = torch.Generator().manual_seed(8)
+    base, variant = {}, {}
+    for layer in range(LAYERS):
+        for name, shape in (("weight", (ROWS, COLUMNS)), ("norm", (COLUMNS,))):
+            value = torch.randn(shape, generator=draw).mul(0.1).to(torch.bfloat16)
+            step = 0 if layer % 4 == 3 else torch.randn(shape, generator=draw) * 0.01
+            base[f"layers.{layer}.{name}"] = value
+            variant[f"layers.{layer}.{name}"] = (value.float() + step).to(torch.bfloat16)
+    return write_checkpoint(tmp_path / "base", base), write_checkpoint(tmp_path / "ft", variant)
+
+
+RECIPE = Recipe(overrides=(("*.1.weight", parse_spec("lossless")), ("*.2.*", parse_spec("int"))))
+
+
+def pack(models, out: Path, **options):
+    return compress_checkpoint(*models, out, recipe=RECIPE, **options)
+
+
+@pytest.fixture
+def whole(models, tmp_path):
+    pack(models, tmp_path / "whole")
+    return tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("jobs", [2, 5])
+def test_jobs_change_no_byte(models, whole, tmp_path, jobs):
+    pack(models, tmp_path / "out", jobs=jobs)
+    assert tree(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_disk_that_fills_again_and_again(models, whole, tmp_path, monkeypatch, jobs):
+    """What was finished before is not done again, and in the end every byte is right."""
+    out, keep, finished = tmp_path / "out", Journal.add, 0
+    for room in (0, 5, 10):
+        left = [room]
+
+        def full(journal, record, left=left):
+            if not left[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            left[0] -= 1
+            keep(journal, record)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "add", full)
+            with pytest.raises(DeltafoldError) as caught:
+                pack(models, out, jobs=jobs)
+        assert caught.value.code == "not-enough-disk"
+        assert not out.exists()
+        finished += room
+    assert pack(models, out, jobs=jobs).resumed == finished == 15
+    assert tree(out) == whole
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_torn_last_write(models, whole, tmp_path):
+    """As a power cut may leave it: half a line of the journal, parts that never reached the disk."""
+    out = tmp_path / "out"
+
+    def stop(event):
+        if event.phase == "pack" and event.done == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(models, out, progress=stop)
+    partial = tmp_path / "out.partial"
+    journal, spool = partial / ".journal", partial / ".spool"
+    journal.write_bytes(journal.read_bytes()[:-11])
+    spool.write_bytes(spool.read_bytes()[: -spool.stat().st_size // 3])
+    report = pack(models, out)
+    assert 0 < report.resumed < 9
+    assert tree(out) == whole
+
+
+KILLED = """
+import sys, time
+from deltafold.compress import Recipe, compress_checkpoint, parse_spec
+recipe = Recipe(overrides=(("*.1.weight", parse_spec("lossless")), ("*.2.*", parse_spec("int"))))
+def slowly(event):
+    print(event.done, flush=True)
+    time.sleep(0.02)
+compress_checkpoint(*sys.argv[1:4], recipe=recipe, progress=slowly)
+"""
+
+
+def test_killed_outright(models, whole, tmp_path):
+    out = tmp_path / "out"
+    run = subprocess.Popen(
+        [sys.executable, "-c", KILLED, *map(str, models), str(out)], stdout=subprocess.PIPE
+    )
+    assert run.stdout is not None
+    for _ in range(7):
+        assert run.stdout.readline()
+    time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait(30)
+    run.stdout.close()
+    assert not out.exists()
+    assert pack(models, out).resumed >= 6
+    assert tree(out) == whole
+
+
+def interrupted(models, out):
+    def stop(event):
+        if event.done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(models, out, progress=stop)
+
+
+def test_fresh_starts_over(models, whole, tmp_path):
+    interrupted(models, tmp_path / "out")
+    assert pack(models, tmp_path / "out", fresh=True).resumed == 0
+    assert tree(tmp_path / "out") == whole
+
+
+def test_other_settings_start_over(models, tmp_path):
+    interrupted(models, tmp_path / "out")
+    report = compress_checkpoint(*models, tmp_path / "out", recipe=Recipe())
+    assert report.resumed == 0
+
+
+def test_a_changed_input_starts_over(models, tmp_path):
+    interrupted(models, tmp_path / "out")
+    weights = models[1] / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    assert pack(models, tmp_path / "out").resumed == 0
+
+
+def test_an_input_that_vanishes(models, whole, tmp_path):
+    weights, away = models[1] / "model.safetensors", models[1] / "away"
+
+    def vanish(event):
+        if event.done == 4 and weights.exists():
+            weights.rename(away)
+
+    with pytest.raises(DeltafoldError) as caught:
+        pack(models, tmp_path / "out", progress=vanish)
+    assert caught.value.code == "not-found"
+    assert "out.partial" in str(caught.value)
+    away.rename(weights)
+    pack(models, tmp_path / "out")
+    assert tree(tmp_path / "out") == whole
+
+
+def test_two_runs_into_one_folder(models, tmp_path):
+    tried = []
+
+    def second(event):
+        if event.done == 2:
+            with pytest.raises(DeltafoldError) as caught:
+                pack(models, tmp_path / "out")
+            tried.append(caught.value.code)
+
+    pack(models, tmp_path / "out", progress=second)
+    assert tried[0] == "busy"
+
+
+def test_large_tensors_are_the_same_on_every_way(tmp_path, monkeypatch):
+    """From a checkpoint in blocks, and from a lossless delta as a whole."""
+    monkeypatch.setattr("deltafold.compress.terms.blocks.BLOCK", 200)
+    pair = make_pair(tmp_path)
+    archive = tmp_path / "archive"
+    lossless = Recipe(default=parse_spec("lossless"))
+    compress_checkpoint(pair.base, pair.variant, archive, recipe=lossless)
+    compress_checkpoint(pair.base, pair.variant, tmp_path / "direct", jobs=2)
+    compress_checkpoint(pair.base, archive, tmp_path / "again")
+    payload = "delta.safetensors"
+    direct, again = (tmp_path / name / payload for name in ("direct", "again"))
+    assert direct.read_bytes() == again.read_bytes()
+
+
+BOUNDED = """
+import sys
+from deltafold.compress import Recipe, compress_checkpoint, parse_spec
+from deltafold.compress.memory import peak_memory
+options = {} if sys.argv[5] == "-" else {"max_memory": sys.argv[5]}
+recipe = Recipe(default=parse_spec(sys.argv[4]))
+compress_checkpoint(*sys.argv[1:4], recipe=recipe, jobs=2, **options)
+print(peak_memory())
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A matrix of 46 million entries beside its fine-tune: 92 MB each."""
+    folder = tmp_path_factory.mktemp("large")
+    block = torch.randn(1250, 4096, generator=torch.Generator().manual_seed(1)).mul(0.02)
+    base = block.repeat(9, 1).to(torch.bfloat16)
+    variant = (block.mul(1.01).repeat(9, 1)).to(torch.bfloat16)
+    first = write_checkpoint(folder / "base", {"w": base})
+    return first, write_checkpoint(folder / "ft", {"w": variant})
+
+
+@pytest.mark.parametrize("codec", ["bitdelta:bits=2", "int:bits=4"])
+def test_the_bound_of_memory_holds(large, tmp_path, codec):
+    """The peak of a process of its own, against its bound and against what it would take as a whole."""
+    bound = parse_size("1300MiB")
+    arguments = [*map(str, large), str(tmp_path / "out"), codec, "1300MiB"]
+    run = subprocess.run(
+        [sys.executable, "-c", BOUNDED, *arguments], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) <= bound
+
+
+def test_a_bound_that_is_too_tight(large, tmp_path):
+    for codec, bound in (("int", "200MiB"), ("svd:rank=1", "1300MiB")):
+        with pytest.raises(DeltafoldError) as caught:
+            compress_checkpoint(
+                *large, tmp_path / "out", recipe=Recipe(default=parse_spec(codec)), max_memory=bound
+            )
+        assert caught.value.code == "not-enough-memory"
+        assert not (tmp_path / "out").exists()
+
+
+def test_sizes_as_people_write_them():
+    assert parse_size("4GiB") == parse_size("4g") == 4 * 2**30
+    assert parse_size("1.5 MB") == 3 * 2**19
+    assert parse_size("77") == 77
+    with pytest.raises(DeltafoldError):
+        parse_size("much")
+
+
+def test_a_budget_of_memory_never_goes_over():
+    budget, held = MemoryBudget(10), []
+    with budget.hold(6):
+        held.append(budget)
+        with budget.hold(4):
+            held.append(budget)
+    with budget.hold(25):  # larger than the bound: runs alone
+        held.append(budget)
+    assert len(held) == 3
+
+
+@pytest.mark.parametrize("codec", ["bitdelta:bits=4,group=16", "int:bits=3", "exact"])
+def test_a_dry_run_knows_the_size_to_the_byte(models, tmp_path, codec):
+    for name in ("a", "b"):
+        models[1].joinpath(f"{name}.json").write_text("{}")
+    recipe = Recipe(default=parse_spec(codec), vectors=parse_spec("int:bits=8"))
+    draw = torch.Generator().manual_seed(1)
+    shapes = {"a.weight": (33, 70), "b.weight": (3, 4, 40), "c.norm": (50,), "d.scalar": ()}
+    base = {n: torch.randn(s, generator=draw).to(torch.bfloat16) for n, s in shapes.items()}
+    write_checkpoint(tmp_path / "one", base)
+    write_checkpoint(tmp_path / "two", {n: v + 1 for n, v in base.items()})
+    inputs = tmp_path / "one", tmp_path / "two"
+    found = predict_checkpoint(*inputs, recipe=recipe)
+    report = compress_checkpoint(*inputs, tmp_path / "out", recipe=recipe)
+    assert found.fixed
+    assert found.nbytes == report.manifest.totals.delta_bytes
+    assert found.variant_bytes == report.manifest.totals.variant_bytes
+
+
+def hollow(folder: Path, layers: int) -> Path:
+    """A checkpoint with the shapes of a 70B model, all holes: its files take no room."""
+    folder.mkdir()
+    folder.joinpath("config.json").write_text("{}")
+    shapes = {"model.embed_tokens": (128256, 8192), "lm_head": (128256, 8192)}
+    for layer in range(layers):
+        for name, shape in {
+            "self_attn.q_proj": (8192, 8192),
+            "self_attn.k_proj": (1024, 8192),
+            "self_attn.v_proj": (1024, 8192),
+            "self_attn.o_proj": (8192, 8192),
+            "mlp.gate_proj": (28672, 8192),
+            "mlp.up_proj": (28672, 8192),
+            "mlp.down_proj": (8192, 28672),
+            "input_layernorm": (8192,),
+            "post_attention_layernorm": (8192,),
+        }.items():
+            shapes[f"model.layers.{layer}.{name}"] = shape
+    specs = {f"{name}.weight": (torch.bfloat16, shape) for name, shape in shapes.items()}
+    head, _ = file_head(specs, {})
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(head)
+        file.truncate(len(head) + 2 * sum(math.prod(s) for _, s in specs.values()))
+    return folder
+
+
+def test_a_dry_run_of_70b(tmp_path):
+    base, tuned = hollow(tmp_path / "base", 80), hollow(tmp_path / "ft", 80)
+    found = predict_checkpoint(base, tuned, recipe=Recipe(default=parse_spec("bitdelta")))
+    assert found.variant_bytes > 140e9
+    assert 0.062 < found.ratio < 0.065
+    assert found.fixed
+    assert found.memory < 2**31
+    assert found.seconds > 1

@@ -1,0 +1,102 @@
+"""Large tensors in blocks: the same fine-tune comes back, whatever the codec and the cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import write_checkpoint
+
+from deltafold.compress import Checkpoint, Recipe, parse_spec
+from deltafold.compress.dtypes import sha256
+from deltafold.compress.journal import Journal
+from deltafold.compress.repo import pad_rows
+from deltafold.compress.streaming import Coder
+from deltafold.compress.terms import Blocks, Context, Rows, is_exact
+
+ROWS, COLUMNS = 50, 24
+SPECS = ["bitdelta:bits=2", "bitdelta:bits=4,group=8", "int:bits=8", "exact", "lossless"]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Nine rows a block."""
+    monkeypatch.setattr("deltafold.compress.terms.blocks.BLOCK", 9 * COLUMNS)
+
+
+def pair(folder: Path, change: str, dtype=torch.bfloat16):
+    draw = torch.Generator().manual_seed(3)
+    base = torch.randn(ROWS, COLUMNS, generator=draw).mul(0.1).to(dtype)
+    step = torch.randn(ROWS, COLUMNS, generator=draw) * 0.01
+    if change == "few":
+        step[torch.arange(ROWS) % 3 > 0] = 0
+    variant = (base.float() + (0 if change == "none" else step)).to(dtype)
+    if change == "more":
+        variant = torch.cat([variant, torch.full((13, COLUMNS), 0.5, dtype=dtype)])
+    if change == "less":
+        variant = variant[:-5].clone()
+    if change == "stack":
+        base, variant = (t.reshape(5, 10, COLUMNS)[..., :24] for t in (base, variant))
+        base, variant = (torch.cat([t, t[..., :10]], -1).contiguous() for t in (base, variant))
+    write_checkpoint(folder / "base", {"w": base})
+    write_checkpoint(folder / "variant", {"w": variant})
+    return base, variant
+
+
+def coded(folder: Path, spec: str):
+    source, target = Checkpoint.open(folder / "base"), Checkpoint.open(folder / "variant")
+    folder.joinpath("out").mkdir(exist_ok=True)
+    with Journal(folder / "out", "test") as journal:
+        coder = Coder(source, target, Recipe(default=parse_spec(spec)), journal.put, {})
+        assert coder.in_blocks("w")
+        found = coder.code("w")
+        parts = [{k: journal.part(p) for k, p in places.items()} for places in found.places]
+    return found, parts
+
+
+@pytest.mark.parametrize("change", ["all", "few", "more", "less", "stack"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_blocks_hold_the_whole_difference(tmp_path, spec, change):
+    base, variant = pair(tmp_path, change)
+    found, parts = coded(tmp_path, spec)
+    assert (found.base, found.variant) == (sha256(base), sha256(variant))
+    shape = tuple(variant.shape)
+    context = Context("w", pad_rows(base, shape))
+    (term,) = found.terms
+    promised = {k: (s.dtype, s.shape) for k, s in term.parts(shape).items()}
+    assert promised == {k: (p.dtype, tuple(p.shape)) for k, p in parts[0].items()}
+    assert isinstance(term, Rows if change in ("few", "more") else Blocks)
+    assert context.base is not None
+    delta = variant.float() - context.base.float()
+    decoded = term.decode(parts[0], shape, context)
+    error = ((decoded - delta).norm() / delta.norm()).item()
+    assert error < 0.4
+    assert found.stats is not None
+    if is_exact(term):
+        restored = term.restore(parts[0], shape, variant.dtype, context)
+        assert sha256(restored) == sha256(variant)
+        assert found.stats.error == 0
+    elif change in ("all", "stack"):
+        assert found.stats.error == pytest.approx(error, rel=1e-4)
+        assert found.stats.mean_abs == pytest.approx(delta.abs().mean().item(), rel=1e-4)
+        assert found.stats.relative == pytest.approx(
+            (delta.norm() / base.float().norm()).item(), rel=1e-4
+        )
+
+
+def test_equal_tensors_store_nothing(tmp_path):
+    base, _ = pair(tmp_path, "none")
+    found, parts = coded(tmp_path, "int")
+    assert found.terms == parts == []
+    assert found.variant == sha256(base)
+
+
+def test_dtypes_may_differ(tmp_path):
+    draw = torch.Generator().manual_seed(5)
+    base = torch.randn(ROWS, COLUMNS, generator=draw).to(torch.float16)
+    write_checkpoint(tmp_path / "base", {"w": base})
+    write_checkpoint(tmp_path / "variant", {"w": base.float() + 0.01})
+    found, parts = coded(tmp_path, "bitdelta:bits=4")
+    decoded = found.terms[0].decode(parts[0], (ROWS, COLUMNS), Context("w", base))
+    assert (decoded - 0.01).abs().max() < 1e-4
