@@ -41,6 +41,7 @@ from deltafold.compress.manifest import (
     is_evidence,
     version_for,
 )
+from deltafold.compress.naming import NamedBase
 from deltafold.compress.progress import OnProgress, Progress, ignore
 from deltafold.compress.quantized import dequantized, quantization_of
 from deltafold.compress.recipe import Recipe
@@ -117,8 +118,9 @@ def compress_checkpoint(
     Raises:
         DeltafoldError: whatever is wrong, before anything stands under `out`.
     """
-    source = Checkpoint.open(base)
-    target = open_variant(variant, source)
+    checkpoint = Checkpoint.open(base)
+    target = open_variant(variant, checkpoint)
+    source = NamedBase.of(checkpoint, target)
     companions = named(target.reference.folder)
     quantization = quantization_of(source, base_quantization) if base_quantization else None
     job = Job(
@@ -141,7 +143,7 @@ class Job:
     """What is packed, and how.
 
     Attributes:
-        source: the base.
+        source: the base, under the fine-tune's names.
         target: the fine-tune.
         companions: the small files of the delta repo: name there -> file to copy.
         recipe: which codec for which tensor.
@@ -157,7 +159,7 @@ class Job:
         quality: the manifest's `quality`.
     """
 
-    source: Checkpoint
+    source: NamedBase
     target: TensorSource
     companions: Mapping[str, Path]
     recipe: Recipe
@@ -248,7 +250,7 @@ class _Run:
         job, target = self.job, self.job.target
         base_digests = self._hash(job.source)
         variant_digests = self._hash(target)
-        metadata = {"format": FORMAT, "format_version": version_for(job.quantization)}
+        metadata = {"format": FORMAT, "format_version": self._version()}
         writer = ShardWriter(folder, "delta", metadata)
         names, follower = target.names(), self._follower()
         for done, name in enumerate(follower.order(names) if follower else names, 1):
@@ -258,7 +260,7 @@ class _Run:
             job.progress(Progress("pack", name, done, len(names), nbytes))
         assert len(self.entries) + len(self.unchanged) == len(names)
         payload = writer.finish()
-        _write_base_tensors(folder, base_digests)
+        _write_base_tensors(folder, job.source.by_own(base_digests))
         copy_files(job.companions, folder)
         accepted = [*structure.accepted, *(["tokenizer"] if tokenizer else [])]
         manifest = self._manifest(
@@ -268,6 +270,9 @@ class _Run:
         write_card(folder, manifest, job.source.reference)
         _write_json(folder / MANIFEST_NAME, manifest.to_json())
         return manifest, self.stats
+
+    def _version(self) -> str:
+        return version_for(self.job.quantization, self.job.source.scheme)
 
     def _follower(self) -> SequentialSource | None:
         source = self.job.evidence
@@ -340,10 +345,11 @@ class _Run:
         covered = len(self.entries) + len(self.unchanged)
         record = self.job.recipe.to_json() if self.job.record is None else dict(self.job.record)
         draft = Manifest(
-            format_version=version_for(self.job.quantization),
+            format_version=self._version(),
             base_quantization=self.job.quantization,
+            base_names=self.job.source.scheme,
             delta_id="sha256:" + "0" * 64,
-            base=_origin(self.job.source, base_digests),
+            base=_origin(self.job.source, self.job.source.by_own(base_digests)),
             variant=_origin(self.job.target, variant_digests),
             created_by=f"deltafold {version()}",
             command=self.job.command,
