@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 
@@ -16,6 +16,7 @@ from deltafold.compress.checkpoint import Checkpoint, Spec, TensorSource
 from deltafold.compress.manifest import BaseNames
 
 Value = TypeVar("Value")
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
 class NamedBase:
@@ -109,22 +110,28 @@ def base_names(base: TensorSource, variant: TensorSource) -> BaseNames | None:
     """
     ours = {name: base.spec(name).shape for name in base.names()}
     theirs = {name: variant.spec(name).shape for name in variant.names()}
-    counts: Counter[BaseNames] = Counter()
-    for change, longer, shorter in (("add", theirs, ours), ("remove", ours, theirs)):
-        partners = Counter(
-            prefix
-            for name, shape in longer.items()
-            for prefix in _prefixes(name)
-            if shorter.get(name[len(prefix) :]) == shape
-        )
-        counts.update({BaseNames(change=change, prefix=p): n for p, n in partners.items()})
-    enough = [scheme for scheme, count in counts.items() if 2 * count >= len(ours)]
+    half = len(ours) / 2
+    enough = [
+        *(BaseNames(change="add", prefix=p) for p in _bridging(theirs, ours, half)),
+        *(BaseNames(change="remove", prefix=p) for p in _bridging(ours, theirs, half)),
+    ]
     if len(enough) != 1:
         return None
     (scheme,) = enough
     moved = {name: renamed(scheme, name) for name in ours}
     kept = any(new != name and theirs.get(name) == ours[name] for name, new in moved.items())
     return None if kept or len(set(moved.values())) < len(moved) else scheme
+
+
+def _bridging(longer: Shapes, shorter: Shapes, least: float) -> list[str]:
+    """Prefixes that at least so many of the longer names have before a shorter one of their shape."""
+    counts = Counter(
+        prefix
+        for name, shape in longer.items()
+        for prefix in _prefixes(name)
+        if shorter.get(name[len(prefix) :]) == shape
+    )
+    return [prefix for prefix, count in counts.items() if count >= least]
 
 
 def _prefixes(name: str) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Names:
     """A source of which names and shapes alone are known."""
 
     shapes: dict[str, tuple[int, ...]]
-    reference: Reference = Reference(Path("nowhere"), "nowhere")
+    reference: Reference = field(default=Reference(Path("nowhere"), "nowhere"))
 
     def names(self) -> list[str]:
         return sorted(self.shapes)
@@ -148,7 +148,8 @@ def test_a_renamed_fine_tune_is_a_small_delta_and_comes_back(renamed: Pair) -> N
     assert scheme.prefix == "deep.er."
     assert manifest.format_version == "1.2"
     assert new == {"score.weight"}
-    assert set(manifest.unchanged) == {f"{pre(renamed)}model.{n}" for n in ("norm.weight", "position_ids")}
+    kept = {f"{pre(renamed)}model.{n}" for n in ("norm.weight", "position_ids")}
+    assert set(manifest.unchanged) == kept
     head = "lm_head.weight"
     assert manifest.absent == ((f"deep.er.{head}",) if pre(renamed) else ("cls.bias", head))
     # The base is known by its own names.
@@ -326,7 +327,9 @@ def test_merging_deltas_of_one_naming(renamed: Pair) -> None:
     named = NamedBase.of(Checkpoint.open(renamed.base), Checkpoint.open(renamed.variant))
     name = next(n for n in renamed.variant_tensors if n.endswith(QUERY))
     base = named.tensor(name).float()
-    mean = base + ((renamed.variant_tensors[name].float() - base) + (second[name].float() - base)) / 2
+    mean = (
+        base + ((renamed.variant_tensors[name].float() - base) + (second[name].float() - base)) / 2
+    )
     assert torch.equal(restored(renamed)[name], mean.to(torch.bfloat16))
     # A model that kept the base's names has other tensors.
     own = fine_tuned(renamed.base_tensors, seed=6)

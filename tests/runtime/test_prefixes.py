@@ -100,7 +100,10 @@ def test_a_bert_with_a_head_and_bare_fine_tunes(tmp_path: Path) -> None:
             for vector in found[:2]:
                 with torch.inference_mode():
                     out = made.dense(vector.variant)(torch.tensor([ids]))
-                expected = {"mean": out.last_hidden_state[0].mean(0), "pooler": out.pooler_output[0]}
+                expected = {
+                    "mean": out.last_hidden_state[0].mean(0),
+                    "pooler": out.pooler_output[0],
+                }
                 assert same(vector.vector, expected[pooling]), (vector.variant, pooling)
 
 
@@ -159,9 +162,7 @@ def test_a_bare_llama_and_fine_tunes_that_write(tmp_path: Path) -> None:
     start = family.build()
     start.model.save_pretrained(tmp_path / "base")
     for seed, (name, codec) in enumerate({"exact": "lossless", "sign": "bitdelta:bits=3"}.items()):
-        repo = pack(
-            tmp_path, name, moved(family.build(), seed=seed), codec, accept=["new-tensors"]
-        )
+        repo = pack(tmp_path, name, moved(family.build(), seed=seed), codec, accept=["new-tensors"])
         assert repo.manifest.base_names == BaseNames(change="add", prefix="model.")
         new = {n for n, e in repo.manifest.tensors.items() if e.base_shape is None}
         assert new == {"lm_head.weight"}
@@ -172,6 +173,28 @@ def test_a_bare_llama_and_fine_tunes_that_write(tmp_path: Path) -> None:
         assert tokens == greedy(plain(tmp_path / name), PROMPT, 8), name
 
 
+def test_fine_tunes_that_call_things_differently_mix(tmp_path: Path) -> None:
+    """One has the base's names and one a prefix; both have the same added words."""
+    start = arch_table.Family("Llama", {"tie_word_embeddings": True}).build()
+    start.model.save_pretrained(tmp_path / "base")
+    tuned = {}
+    for seed, name in enumerate(("sql", "law")):
+        model = arch_table.Family("Llama", {"tie_word_embeddings": True}).build()
+        model.load_state_dict(start.state_dict())
+        model.resize_token_embeddings(100, mean_resizing=False)
+        tuned[name] = moved(model, seed=seed)
+    pack(tmp_path, "sql", tuned["sql"], "lossless", accept=["resized"])
+    pack(tmp_path, "law", tuned["law"].model, "lossless", accept=["resized"])
+    opened = open_model(tmp_path / "base", tmp_path / "zoo", device="cpu")
+    with EmbeddedEngine(opened.model, opened.deltas) as engine:
+        (output,) = engine.generate([Request("sql*0.25+law*0.75", PROMPT, SAMPLING)])
+    mean = tuned["sql"].float()
+    with torch.no_grad():
+        for name, value in mean.named_parameters():
+            value.mul_(0.25).add_(tuned["law"].get_parameter(name), alpha=0.75)
+    assert list(output.token_ids) == greedy(mean.eval(), PROMPT, 8)
+
+
 def test_a_decoder_with_its_head_and_a_bare_fine_tune_that_embeds(tmp_path: Path) -> None:
     made = pooling_zoo.Made(tmp_path)
     sizes = {**_TEXT, "num_key_value_heads": 2}
@@ -180,7 +203,9 @@ def test_a_decoder_with_its_head_and_a_bare_fine_tune_that_embeds(tmp_path: Path
     assert scheme_of(made, "search") == BaseNames(change="remove", prefix="model.")
     small(made, "search", set())
     with PoolingEngine.open(made.base, made.zoo, device="cpu") as engine:
-        (vector,) = engine.embed([PoolRequest("search", [4, 5, 6])], pooling="last", normalize=False)
+        (vector,) = engine.embed(
+            [PoolRequest("search", [4, 5, 6])], pooling="last", normalize=False
+        )
     with torch.inference_mode():
         states = made.dense("search")(torch.tensor([[4, 5, 6]])).last_hidden_state
     assert same(vector.vector, states[0, -1])
