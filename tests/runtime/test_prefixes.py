@@ -13,9 +13,17 @@ import pytest
 import torch
 import transformers
 from arch_encoders import _PICTURE, _TEXT
+from safetensors.torch import load_file, save_file
 from truth import greedy, moved
 
-from deltafold.compress import DeltaRepo, Recipe, compress_checkpoint, parse_spec, verify_delta
+from deltafold.compress import (
+    DeltaRepo,
+    Recipe,
+    compress_checkpoint,
+    dtypes,
+    parse_spec,
+    verify_delta,
+)
 from deltafold.compress.manifest import BaseNames
 from deltafold.compress.restore import restore_checkpoint
 from deltafold.runtime import EmbeddedEngine, PoolingEngine, PoolRequest, Request, Sampling
@@ -171,6 +179,28 @@ def test_a_bare_llama_and_fine_tunes_that_write(tmp_path: Path) -> None:
     for name, tokens in found.items():
         assert infos[name].applied == "delta"
         assert tokens == greedy(plain(tmp_path / name), PROMPT, 8), name
+
+
+def test_a_prefix_that_no_class_knows(tmp_path: Path) -> None:
+    """As compiled or wrapped models are saved; transformers itself would find no tensor in it."""
+    start = arch_table.Family("Llama").build()
+    start.save_pretrained(tmp_path / "base")
+    tuned = moved(arch_table.Family("Llama").build())
+    tuned.resize_token_embeddings(100, mean_resizing=False)
+    tuned.save_pretrained(tmp_path / "full")
+    file = tmp_path / "full/model.safetensors"
+    save_file({f"_orig_mod.{n}": v for n, v in load_file(file).items()}, file)
+    recipe = Recipe(default=parse_spec("lossless"))
+    delta, accept = tmp_path / "zoo/tuned", ["resized"]
+    compress_checkpoint(tmp_path / "base", tmp_path / "full", delta, recipe=recipe, accept=accept)
+    found, infos = generated(tmp_path)
+    assert infos["tuned"].applied == "delta"
+    assert found["tuned"] == greedy(tuned.eval(), PROMPT, 8)
+    restore_checkpoint(delta, tmp_path / "base", tmp_path / "restored")
+    again = load_file(tmp_path / "restored/model.safetensors")
+    assert {n: dtypes.sha256(v) for n, v in again.items()} == {
+        n: dtypes.sha256(v) for n, v in load_file(file).items()
+    }
 
 
 def test_fine_tunes_that_call_things_differently_mix(tmp_path: Path) -> None:
