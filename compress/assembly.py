@@ -136,7 +136,8 @@ class Run:
         """
         job = self.job
         clear(folder)
-        caches = [DigestCache(s) for s in (job.source, job.target) if isinstance(s, Checkpoint)]
+        inputs = (job.source.checkpoint, job.target)
+        caches = [DigestCache(s) for s in inputs if isinstance(s, Checkpoint)]
         stamps = [c.stamps for c in caches]
         with Timeline() as timeline, Journal(folder, self._identity()) as journal:
             self.resumed = journal.resumed
@@ -145,7 +146,7 @@ class Run:
                 raise _changed(caches, stamps)
             records = [journal.done[name] for name in sorted(job.target.names())]
             writer = self._payload(folder, journal, records)
-        for cache, found in zip(caches, digests, strict=False):
+        for cache, found in zip(caches, (job.source.by_own(digests[0]), digests[1]), strict=False):
             cache.remember(found)
         manifest = self._files(folder, writer, records, digests, structure, tokenizer)
         stats = {r.name: stats_of(r) for r in records if r.entry is not None}
@@ -159,6 +160,7 @@ class Run:
         """Code what the journal lacks; the digests of base and fine-tune."""
         job, follower = self.job, self._follower()
         known = [cache.known() for cache in caches]
+        known[0] = job.source.named(known[0])
         coder = Coder(
             job.source,
             job.target,
@@ -190,7 +192,7 @@ class Run:
 
     def _payload(self, folder: Path, journal: Journal, records: list[Record]) -> list[Path]:
         """Put the parts into shards, in the order of names, terms and parts."""
-        metadata = {"format": FORMAT, "format_version": version_for(self.job.quantization)}
+        metadata = {"format": FORMAT, "format_version": self._version()}
         writer = ShardWriter(folder, "delta", metadata)
         for record in records:
             for number, places in enumerate(record.parts):
@@ -210,7 +212,7 @@ class Run:
         tokenizer: bool,
     ) -> Manifest:
         job = self.job
-        base, variant = digests
+        base, variant = job.source.by_own(digests[0]), digests[1]
         _write_base_tensors(folder, base)
         copy_files(job.companions, folder)
         files = _file_entries(folder, {p.name for p in payload if p.suffix == ".safetensors"})
@@ -223,8 +225,9 @@ class Run:
         )
         delta_bytes = sum(f.bytes for n, f in files.items() if not is_evidence(n))
         draft = Manifest(
-            format_version=version_for(job.quantization),
+            format_version=self._version(),
             base_quantization=job.quantization,
+            base_names=job.source.scheme,
             delta_id="sha256:" + "0" * 64,
             base=_origin(job.source, base),
             variant=_origin(job.target, variant),
@@ -247,6 +250,9 @@ class Run:
         )
         return draft.model_copy(update={"delta_id": draft.content_digest()})
 
+    def _version(self) -> str:
+        return version_for(self.job.quantization, self.job.source.scheme)
+
     def _identity(self) -> str:
         """What a journal belongs to: inputs as they are now, settings, and this version."""
         job = self.job
@@ -254,8 +260,8 @@ class Run:
             return ""
         assert isinstance(job.target, Checkpoint)
         content = {
-            "version": [version(), version_for(job.quantization)],
-            "inputs": [[str(s.folder), s.stamps()] for s in (job.source, job.target)],
+            "version": [version(), self._version()],
+            "inputs": [[str(s.folder), s.stamps()] for s in (job.source.checkpoint, job.target)],
             "recipe": self.recipe.to_json(),
             "accept": sorted(job.accept),
             "quantization": None if job.quantization is None else job.quantization.model_dump(),

@@ -21,6 +21,7 @@ from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.fingerprint import digest_source
 from deltafold.compress.hub import Reference
 from deltafold.compress.methods import LosslessMethod
+from deltafold.compress.naming import NamedBase
 from deltafold.compress.pipeline import Job, PackReport, pack
 from deltafold.compress.progress import OnProgress, ignore
 from deltafold.compress.recipe import Recipe
@@ -70,7 +71,7 @@ def import_blocks(
         },
     }
     job = Job(
-        source,
+        NamedBase(source),
         target,
         named(source.folder),
         Recipe(default=LosslessMethod()),

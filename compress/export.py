@@ -24,6 +24,7 @@ from deltafold.compress.companions import copy_files, is_tokenizer_file, vocabul
 from deltafold.compress.errors import DeltafoldError, name_some
 from deltafold.compress.fingerprint import digest_source
 from deltafold.compress.manifest import TensorEntry
+from deltafold.compress.naming import NamedBase
 from deltafold.compress.progress import OnProgress, Progress, ignore
 from deltafold.compress.repo import DeltaRepo
 from deltafold.compress.restore import own_companions
@@ -111,7 +112,7 @@ def export_peft(
     digests = digest_source(source)
     repo.check_base(digests, given=source.reference.name)
     check_coverage(repo, digests)
-    run = _Run(repo, source, rank, _kinds(repo, source, drop))
+    run = _Run(repo, repo.named(source), rank, _kinds(repo, source, drop))
     with Staging(Path(out), overwrite=overwrite, inputs=(source.folder, repo.folder)) as staging:
         for done, name in enumerate(run.kinds, 1):
             run.tensor(name)
@@ -131,7 +132,7 @@ class _Run:
     """One export: the choices, and what has come of them so far."""
 
     repo: DeltaRepo
-    source: Checkpoint
+    source: NamedBase
     rank: int
     kinds: Mapping[str, Kind]
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -143,7 +144,7 @@ class _Run:
         self.transposed = _transposed(self.source, matrices)
 
     def tensor(self, name: str) -> None:
-        kind, base = self.kinds[name], self.repo.base_tensor(self.source, name)
+        kind, base = self.kinds[name], self.repo.base_tensor(self.source.checkpoint, name)
         delta = self._delta(name, base)
         norm, missed, rank = _norm(delta), 0.0, 0
         module, _, attribute = name.rpartition(".")
@@ -213,7 +214,7 @@ class _Run:
         """All tensors of a module: a wrapper of PEFT's holds the whole module."""
         for name in _tensors_of(module, self.source):
             coded = self.kinds.get(name) == "saved"
-            base = self.repo.base_tensor(self.source, name)
+            base = self.repo.base_tensor(self.source.checkpoint, name)
             self.tensors[PREFIX + name] = (
                 self.repo.restored(name, base) if coded else self.source.tensor(name)
             )
@@ -291,7 +292,7 @@ def _fits(repo: DeltaRepo, name: str, kind: Kind) -> bool:
     return ours and bool(module) and named
 
 
-def _transposed(source: Checkpoint, names: Collection[str]) -> bool:
+def _transposed(source: NamedBase, names: Collection[str]) -> bool:
     """Whether the layers store `[in, out]`: their biases then have a column's length, not a row's."""
     found: dict[bool, str] = {}
     for name in names:
@@ -309,7 +310,7 @@ def _transposed(source: Checkpoint, names: Collection[str]) -> bool:
     return True in found
 
 
-def _tensors_of(module: str, source: Checkpoint) -> list[str]:
+def _tensors_of(module: str, source: NamedBase) -> list[str]:
     return [name for name in source.names() if name.rpartition(".")[0] == module]
 
 

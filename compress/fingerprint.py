@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
+from deltafold.compress.naming import NamedBase
 from deltafold.compress.safetensors_file import SafetensorsFile
 
 #: A file that was written less than this ago is not cached: it may change again without its stamp
@@ -48,6 +49,8 @@ def digest_source(
     source: TensorSource, progress: Callable[[str, int], None] | None = None
 ) -> dict[str, TensorDigest]:
     """Hash every tensor of a source; `progress(name, bytes)` after each."""
+    if isinstance(source, NamedBase):
+        return source.named(digest_source(source.checkpoint, progress))
     if isinstance(source, Checkpoint):
         digests: dict[str, TensorDigest] = {}
         for file in source.files:

@@ -19,6 +19,7 @@ from deltafold.compress.companions import has_tokenizer, is_tokenizer_file, name
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.fingerprint import cache_folder, digest_source, fingerprint
 from deltafold.compress.methods import LosslessMethod
+from deltafold.compress.naming import NamedBase
 from deltafold.compress.pipeline import Job, PackReport, pack
 from deltafold.compress.progress import OnProgress, ignore
 from deltafold.compress.recipe import Recipe
@@ -64,7 +65,7 @@ def import_lora(
     adapter, source = Adapter.open(lora), Checkpoint.open(base)
     target = LoraSource(adapter, source)
     job = Job(
-        source,
+        NamedBase(source),
         target,
         _companions(source.folder, adapter.folder),
         Recipe(default=LosslessMethod()),

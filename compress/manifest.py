@@ -13,11 +13,13 @@ from deltafold.compress.errors import DeltafoldError
 
 FORMAT = "deltafold"
 #: Readers accept any minor version of their own major version.
-FORMAT_VERSION = "1.1"
-#: The first minor version that knows `base_quantization`; what does not use it is still written as 1.0.
-_QUANTIZED_VERSION = "1.1"
+FORMAT_VERSION = "1.2"
+#: The first minor versions that know these fields; what uses neither is still written as 1.0.
+_QUANTIZED_VERSION, _NAMES_VERSION = "1.1", "1.2"
 MANIFEST_NAME = "delta_config.json"
 BASE_TENSORS_NAME = "base_tensors.json"
+#: Fields that are left out where they are not used, and are part of the identity where they are.
+_OPTIONAL = ("base_quantization", "base_names")
 
 Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -51,6 +53,24 @@ class Quantization(_Strict):
     method: QuantizationMethod
     block: Size
     tensors: tuple[str, ...]
+
+
+class BaseNames(_Strict):
+    """How the fine-tune's names differ from those that the base gives the same tensors.
+
+    Attributes:
+        change: `add`: the fine-tune puts the prefix before every name of the base; `remove`: it drops
+            the prefix from those that begin with it, and the others stay.
+        prefix: ends in a dot.
+    """
+
+    change: Literal["add", "remove"]
+    prefix: Annotated[str, Field(pattern=r"^.+\.$")]
+
+    def text(self) -> str:
+        """The scheme as people read it."""
+        word = "before" if self.change == "add" else "taken from"
+        return f"{self.prefix!r} {word} the base's names"
 
 
 class TensorEntry(_Strict):
@@ -116,6 +136,8 @@ class Manifest(_Strict):
     quality: dict[str, Any] = Field(default_factory=dict)
     #: Where the delta was taken against a base that is quantised so; None is the base as it is.
     base_quantization: Quantization | None = None
+    #: Where the fine-tune calls the base's tensors otherwise. All names here are the fine-tune's.
+    base_names: BaseNames | None = None
 
     def content_digest(self) -> str:
         """`sha256:<hex>` over what decides the restored model; the value of `delta_id`.
@@ -139,16 +161,18 @@ class Manifest(_Strict):
                 if f.sha256 is not None and not is_evidence(name)
             },
         }
-        if self.base_quantization is not None:
-            content["base_quantization"] = self.base_quantization.model_dump(mode="json")
+        for field in _OPTIONAL:
+            if (value := getattr(self, field)) is not None:
+                content[field] = value.model_dump(mode="json")
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
     def to_json(self) -> dict[str, Any]:
         """The file's content. A field that is not used is left out: readers of 1.0 refuse its name."""
         data = self.model_dump(mode="json")
-        if self.base_quantization is None:
-            del data["base_quantization"]
+        for field in _OPTIONAL:
+            if data[field] is None:
+                del data[field]
         return data
 
     def codec_summary(self) -> str:
@@ -162,8 +186,10 @@ class Manifest(_Strict):
         return f"{default} and {count} other{'s' * (count > 1)}"
 
 
-def version_for(quantization: Quantization | None) -> str:
+def version_for(quantization: Quantization | None, names: BaseNames | None = None) -> str:
     """The lowest format version that can say what a manifest says."""
+    if names is not None:
+        return _NAMES_VERSION
     return "1.0" if quantization is None else _QUANTIZED_VERSION
 
 

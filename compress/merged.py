@@ -15,6 +15,7 @@ from deltafold.compress.errors import DeltafoldError, name_some
 from deltafold.compress.fingerprint import Digests, digest_source
 from deltafold.compress.hub import Reference
 from deltafold.compress.merges import Merge, Merging, SurveyedMerge
+from deltafold.compress.naming import NamedBase
 from deltafold.compress.repo import DeltaRepo, pad_rows
 from deltafold.compress.terms import Context
 
@@ -29,9 +30,15 @@ class Parents:
     Raises:
         DeltafoldError: `base-mismatch`; `shape-mismatch`, `unexpected-tensor`, `missing-tensor` or
             `tokenizer-changed` where the deltas differ in structure; `bad-argument`.
+
+    Attributes:
+        base: under the names of all deltas.
+        repos: the deltas.
+        weights: of each.
+        digests: of the base's tensors, by the deltas' names.
     """
 
-    base: Checkpoint
+    base: NamedBase
     repos: tuple[DeltaRepo, ...]
     weights: tuple[float, ...]
     digests: Digests
@@ -54,7 +61,10 @@ class Parents:
         repos = tuple(DeltaRepo.open(d) for d in deltas)
         for repo in repos:
             repo.check_base(digests, given=base.reference.name)
-        parents = cls(base, repos, weights, digests)
+        for repo in repos[1:]:
+            _same_names(repos[0], repo)
+        named = repos[0].named(base)
+        parents = cls(named, repos, weights, named.named(digests))
         parents._check_structure()
         return parents
 
@@ -170,6 +180,22 @@ class Parents:
                 "floating-point tensors can be merged.",
                 fix="merge deltas in which it is the same",
             )
+
+
+def _same_names(first: DeltaRepo, other: DeltaRepo) -> None:
+    """Refuse deltas of fine-tunes that call the base's tensors differently."""
+    schemes = [repo.manifest.base_names for repo in (first, other)]
+    if schemes[0] == schemes[1]:
+        return
+    raise DeltafoldError(
+        "unexpected-tensor",
+        f"{first.folder} and {other.folder} give the base's tensors different names.",
+        facts=[
+            (repo.folder.name, "the base's own" if scheme is None else scheme.text())
+            for repo, scheme in zip((first, other), schemes, strict=True)
+        ],
+        fix="save both fine-tunes as models of one class, and pack them again",
+    )
 
 
 @dataclass(frozen=True)

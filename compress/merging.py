@@ -19,6 +19,7 @@ from deltafold.compress.evidence import EvidenceSource, check_needs
 from deltafold.compress.hub import Reference
 from deltafold.compress.merged import MergedSource, Parents, combining
 from deltafold.compress.merges import Merge, SurveyedMerge, Twin
+from deltafold.compress.naming import NamedBase
 from deltafold.compress.pipeline import Job, PackReport, pack
 from deltafold.compress.progress import OnProgress, ignore
 from deltafold.compress.recipe import Recipe
@@ -155,7 +156,7 @@ class _Merge:
         return cls(Parents.open(Checkpoint.open(base), deltas, weights), method, companions)
 
     @property
-    def base(self) -> Checkpoint:
+    def base(self) -> NamedBase:
         return self.parents.base
 
     @property

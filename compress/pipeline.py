@@ -26,6 +26,7 @@ from deltafold.compress.manifest import (
     Quantization,
 )
 from deltafold.compress.memory import parse_size
+from deltafold.compress.naming import NamedBase
 from deltafold.compress.packing import Limits
 from deltafold.compress.predict import Prediction, predict
 from deltafold.compress.progress import OnProgress, ignore
@@ -189,8 +190,9 @@ def predict_checkpoint(
 
 def _opened(base: str | Path, variant: str | Path) -> Job:
     """Base, fine-tune and the small files of the delta; everything else at its default."""
-    source = Checkpoint.open(base)
-    target = open_variant(variant, source)
+    checkpoint = Checkpoint.open(base)
+    target = open_variant(variant, checkpoint)
+    source = NamedBase.of(checkpoint, target)
     return Job(source, target, named(target.reference.folder), Recipe())
 
 
@@ -199,7 +201,7 @@ class Job:
     """What is packed, and how.
 
     Attributes:
-        source: the base.
+        source: the base, under the fine-tune's names.
         target: the fine-tune.
         companions: the small files of the delta repo: name there -> file to copy.
         recipe: which codec for which tensor.
@@ -217,7 +219,7 @@ class Job:
         shared: where given terms read what they share with other deltas.
     """
 
-    source: Checkpoint
+    source: NamedBase
     target: TensorSource
     companions: Mapping[str, Path]
     recipe: Recipe

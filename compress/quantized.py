@@ -18,6 +18,7 @@ from deltafold.compress.checkpoint import Checkpoint, Spec
 from deltafold.compress.companions import vocabulary
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.manifest import Quantization, QuantizationMethod
+from deltafold.compress.naming import NamedBase
 
 METHODS: Final[tuple[QuantizationMethod, ...]] = ("nf4", "int8")
 #: Weights that share a scale in `nf4`.
@@ -74,11 +75,12 @@ class Packed:
         return sum(t.numel() * t.element_size() for t in (self.codes, self.absmax))
 
 
-def quantization_of(base: Checkpoint, method: str) -> Quantization:
+def quantization_of(base: Checkpoint | NamedBase, method: str) -> Quantization:
     """The tensors of a base that are quantised, by name, dtype and shape alone.
 
     Matrices called `*.weight` whose rows are whole blocks long, but for embeddings, output layers,
-    routers and experts: models keep the last two in ways of their own.
+    routers and experts: models keep the last two in ways of their own. A base under a fine-tune's names
+    gives these.
 
     Raises:
         DeltafoldError: `bad-argument` for an unknown method.
@@ -91,7 +93,11 @@ def quantization_of(base: Checkpoint, method: str) -> Quantization:
             facts=[("known", ", ".join(METHODS))],
         )
     words, _ = vocabulary(base.folder)
-    names = tuple(n for n in base.names() if _is_quantised(n, base.spec(n), words))
+    view = base if isinstance(base, NamedBase) else NamedBase(base)
+    own = view.checkpoint
+    # A base is quantised by its own names, whatever a fine-tune calls its tensors.
+    chosen = [n for n in own.names() if _is_quantised(n, own.spec(n), words)]
+    names = tuple(sorted(view.named(dict.fromkeys(chosen))))
     return Quantization(method=known, block=block_of(known), tensors=names)
 
 

@@ -24,6 +24,7 @@ from deltafold.compress.manifest import (
     is_evidence,
     parse_manifest,
 )
+from deltafold.compress.naming import NamedBase, renamed
 from deltafold.compress.payload import payload_digest, payload_key
 from deltafold.compress.quantized import dequantized
 from deltafold.compress.safetensors_file import SafetensorsFile
@@ -124,14 +125,19 @@ class DeltaRepo:
         quantization = self.manifest.base_quantization
         return frozenset(quantization.tensors if quantization else ())
 
+    def named(self, base: Checkpoint) -> NamedBase:
+        """The base under the fine-tune's names."""
+        return NamedBase(base, self.manifest.base_names)
+
     def base_tensor(self, base: Checkpoint, name: str) -> torch.Tensor | None:
         """What a tensor's delta is added to: the base's tensor, or its dequantised values (float32).
 
-        None where the base has no such tensor.
+        None where the base has no such tensor. The name is the fine-tune's.
         """
-        if name not in base:
+        own = self.named(base).own(name)
+        if own is None:
             return None
-        value, quantization = base.tensor(name), self.manifest.base_quantization
+        value, quantization = base.tensor(own), self.manifest.base_quantization
         if quantization is None or name not in self.quantised:
             return value
         return dequantized(name, value, quantization.method)
@@ -219,6 +225,9 @@ class DeltaRepo:
         quantised base holds.
         """
         needed = self.manifest.base_quantization
+        if served is not None:
+            own = (renamed(self.manifest.base_names, name) for name in served.tensors)
+            served = served.model_copy(update={"tensors": tuple(sorted(own))})
         if needed is None or needed == served:
             return
         option = f"--base-quantization {needed.method}"

@@ -89,7 +89,10 @@ class _Run:
     def deferred(self, name: str) -> Deferred:
         """A tensor's dtype and shape, and how it is made."""
         entry = self.repo.manifest.tensors.get(name)
-        spec = self.source.spec(name) if entry is None else Spec(entry.dtype, tuple(entry.shape))
+        if entry is None:
+            spec = self.repo.named(self.source).spec(name)
+        else:
+            spec = Spec(entry.dtype, tuple(entry.shape))
         dtype = dtypes.TORCH[spec.dtype]
         if self.dtype is not None and dtype.is_floating_point:
             dtype = self.dtype

@@ -31,7 +31,7 @@ class RestoredSource:
             )
         repo.check_base(digest_source(base), given=base.reference.name)
         self.reference = repo.reference
-        self._repo, self._base = repo, base
+        self._repo, self._checkpoint, self._base = repo, base, repo.named(base)
 
     def names(self) -> list[str]:
         """Sorted tensor names."""
@@ -44,7 +44,7 @@ class RestoredSource:
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor, bit for bit the fine-tune's."""
-        base = self._repo.base_tensor(self._base, name)
+        base = self._repo.base_tensor(self._checkpoint, name)
         if name not in self._repo.manifest.tensors:
             assert base is not None
             return base
@@ -53,7 +53,11 @@ class RestoredSource:
     def sha256(self, name: str) -> str:
         """As the manifest records it; `compress` packs from what `restored` checks against it."""
         entry = self._repo.manifest.tensors.get(name)
-        return entry.sha256 if entry else self._repo.base_tensors[name].sha256
+        if entry:
+            return entry.sha256
+        own = self._base.own(name)
+        assert own is not None
+        return self._repo.base_tensors[own].sha256
 
 
 def open_variant(reference: str | Path, base: Checkpoint) -> TensorSource:

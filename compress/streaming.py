@@ -32,6 +32,7 @@ from deltafold.compress.fingerprint import TensorDigest
 from deltafold.compress.journal import Place
 from deltafold.compress.manifest import Quantization
 from deltafold.compress.methods import Method
+from deltafold.compress.naming import NamedBase
 from deltafold.compress.quantized import dequantized
 from deltafold.compress.recipe import Recipe
 from deltafold.compress.repo import pad_rows
@@ -87,7 +88,7 @@ class Coder:
             for it gets tensors in the order in which they are coded, as a whole.
     """
 
-    source: Checkpoint
+    source: NamedBase
     target: TensorSource
     recipe: Recipe
     sink: Sink
@@ -276,7 +277,7 @@ class _InBlocks:
                 changed[start : start + shared] = found
         return known or ours.hexdigest(), known_target or theirs.hexdigest(), changed
 
-    def _read(self, checkpoint: Checkpoint, start: int, rows: int) -> torch.Tensor:
+    def _read(self, checkpoint: Checkpoint | NamedBase, start: int, rows: int) -> torch.Tensor:
         return checkpoint.matrix_rows(self._name, start, max(min(start + self._step, rows), start))
 
     def _pair(self, start: int, stop: int) -> _Pair:

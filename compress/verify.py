@@ -11,6 +11,7 @@ from deltafold.compress import dtypes
 from deltafold.compress.checkpoint import Checkpoint, Spec
 from deltafold.compress.errors import DeltafoldError, name_some
 from deltafold.compress.fingerprint import TensorDigest, digest_source
+from deltafold.compress.naming import renamed
 from deltafold.compress.progress import OnProgress, Progress, ignore
 from deltafold.compress.quantized import block_of, fits
 from deltafold.compress.repo import DeltaRepo
@@ -86,8 +87,20 @@ def check_payload(repo: DeltaRepo, progress: OnProgress = ignore) -> None:
 
 
 def check_coverage(repo: DeltaRepo, base: Mapping[str, TensorDigest]) -> None:
-    """Every tensor of the base is coded, unchanged, or known to be absent; or `coverage`."""
+    """Every tensor of the base is coded, unchanged, or known to be absent; or `coverage`.
+
+    Args:
+        repo: the delta.
+        base: digests by the base's own names.
+    """
     manifest = repo.manifest
+    own, base = base, {renamed(manifest.base_names, name): d for name, d in base.items()}
+    if len(base) < len(own):
+        raise DeltafoldError(
+            "bad-manifest",
+            f"{repo.folder}: its base_names give two tensors of the base one name.",
+            fix="pack the fine-tune again",
+        )
     known = {*manifest.tensors, *manifest.unchanged, *manifest.absent}
     missing = sorted(set(base) - known)
     orphans = sorted({*manifest.unchanged, *manifest.absent} - set(base))

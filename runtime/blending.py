@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from deltafold.compress import DeltafoldError, DeltaRepo
 from deltafold.compress.companions import check_tokenizer
+from deltafold.compress.naming import own_names
 from deltafold.runtime.kernels.base import DeltaMatrix, Scaled, Sum
 from deltafold.runtime.loading import LoadedVariant
 
@@ -67,12 +68,17 @@ def check_mixable(first: DeltaRepo, other: DeltaRepo) -> None:
 
 
 def _resized(repo: DeltaRepo) -> dict[str, list[int]]:
-    """Tables with other rows than the base's."""
+    """Tables with other rows than the base's, by the base's own names."""
     return {
-        name: list(entry.shape)
+        _own(repo, name): list(entry.shape)
         for name, entry in sorted(repo.manifest.tensors.items())
         if entry.base_shape is not None and tuple(entry.base_shape) != tuple(entry.shape)
     }
+
+
+def _own(repo: DeltaRepo, name: str) -> str:
+    likely = own_names(repo.manifest.base_names, name)
+    return next(own for own in likely if own in repo.base_tensors)
 
 
 @dataclass

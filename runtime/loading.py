@@ -12,6 +12,7 @@ import torch
 
 from deltafold.compress import Checkpoint, DeltaRepo
 from deltafold.compress.errors import name_some
+from deltafold.compress.naming import NamedBase
 from deltafold.compress.terms import Context, Encoded, LowRank
 from deltafold.runtime.kernels.base import DeltaMatrix, Sum
 from deltafold.runtime.kernels.forms import Target, product_form, table_form
@@ -23,6 +24,7 @@ from deltafold.runtime.misfit import (
     misfit,
     not_appliable,
     own_slots,
+    slot_of,
     unreachable,
 )
 from deltafold.runtime.quantized import QuantizedLinear
@@ -151,7 +153,7 @@ def load_variant(
     if problem is not None:
         raise problem
     loaded = LoadedVariant(repo.digest, repo.folder)
-    load = _Load(loaded, repo, base, slots, target, frozenset(beside or ()))
+    load = _Load(loaded, repo, repo.named(base), slots, target, frozenset(beside or ()))
     lost = [tensor for tensor in sorted(repo.manifest.tensors) if not load.tensor(tensor)]
     if lost:
         raise NotAppliableError(
@@ -172,7 +174,7 @@ class _Load:
 
     loaded: LoadedVariant
     repo: DeltaRepo
-    base: Checkpoint
+    base: NamedBase
     slots: SlotMap
     target: Target
     beside: frozenset[str]
@@ -180,17 +182,18 @@ class _Load:
     @cached_property
     def _own(self) -> set[str | None]:
         """Slots that a tensor of the delta names."""
-        return own_slots(self.repo, self.slots)
+        return own_slots(self.repo, self.base, self.slots)
 
     def tensor(self, tensor: str) -> bool:
         """Place one coded tensor; False where the model has no place for it."""
-        name = self.slots.find(tensor)
+        name = slot_of(tensor, self.base, self.slots)
         if name is None and tensor in self.beside:
             self.loaded.applied.add(tensor)
             return True
         stored = self.base.tensor(tensor) if tensor in self.base else None
         if stored is not None and (name is None or not self._same(name, stored)):
-            region = self.slots.region(tensor, stored, self.base.names())
+            (own,) = self.base.likely(tensor)
+            region = self.slots.region(own, stored, self.base.checkpoint.names())
             if region is None and name is not None:
                 raise self._unsupported(
                     tensor,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
 from deltafold.compress.errors import name_some
+from deltafold.compress.naming import NamedBase
 from deltafold.runtime.configs import differing_keys
 from deltafold.runtime.layers import is_embedding, is_linear
 from deltafold.runtime.slots import Home, SlotMap
@@ -75,17 +76,24 @@ def misfit(
             "its config.json asks for another computation than the base's",
             facts=[("differing", name_some(keys, len(keys)))],
         )
-    own = own_slots(repo, slots)
+    named = repo.named(base)
+    own = own_slots(repo, named, slots)
     for tensor in sorted(repo.manifest.tensors):
-        problem = _of_tensor(repo, base, slots, tensor, own)
+        problem = _of_tensor(repo, named, slots, tensor, own)
         if problem is not None:
             return problem
-    return _of_absent(repo, slots) if whole else None
+    return _of_absent(repo, named, slots) if whole else None
 
 
-def own_slots(repo: DeltaRepo, slots: SlotMap) -> set[str | None]:
+def slot_of(tensor: str, base: NamedBase, slots: SlotMap) -> str | None:
+    """The slot of a fine-tune's tensor: the model has the names of the base's checkpoint."""
+    found = (slots.find(name) for name in base.likely(tensor))
+    return next((slot for slot in found if slot is not None), None)
+
+
+def own_slots(repo: DeltaRepo, base: NamedBase, slots: SlotMap) -> set[str | None]:
     """Slots that a tensor of a delta names."""
-    return {slots.find(tensor) for tensor in repo.manifest.tensors}
+    return {slot_of(tensor, base, slots) for tensor in repo.manifest.tensors}
 
 
 def unreachable(
@@ -103,9 +111,9 @@ def unreachable(
 
 
 def _of_tensor(
-    repo: DeltaRepo, base: Checkpoint, slots: SlotMap, tensor: str, own: set[str | None]
+    repo: DeltaRepo, base: NamedBase, slots: SlotMap, tensor: str, own: set[str | None]
 ) -> NotAppliableError | None:
-    name = slots.find(tensor)
+    name = slot_of(tensor, base, slots)
     if name is None:
         return None
     held = tuple(slots.slots[name].tensor.shape)
@@ -135,11 +143,11 @@ def _of_shape(
     )
 
 
-def _of_absent(repo: DeltaRepo, slots: SlotMap) -> NotAppliableError | None:
+def _of_absent(repo: DeltaRepo, base: NamedBase, slots: SlotMap) -> NotAppliableError | None:
     """A tensor that the fine-tune dropped and the shared model goes on using."""
-    kept = {slots.find(name) for name in repo.variant_names()}
+    kept = {slot_of(name, base, slots) for name in repo.variant_names()}
     for tensor in repo.manifest.absent:
-        name = slots.find(tensor)
+        name = slot_of(tensor, base, slots)
         if name is not None and not kept & set(slots.tied_to(name)):
             return not_appliable(
                 repo, tensor, f"the fine-tune lacks {tensor}, which the model uses"

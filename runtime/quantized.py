@@ -76,6 +76,11 @@ class QuantizedLinear(nn.Module):
             y = bnb.matmul_4bit(x, self.weight.t(), state, bias=self.bias)
         return y
 
+    def beside(self, bias: nn.Parameter | None) -> QuantizedLinear:
+        """A layer of the same weight, held in the same memory, with a bias of its own."""
+        packed = Packed(self.method, self.weight.detach(), self.absmax, self.shape)
+        return QuantizedLinear(self.tensor, packed, bias, transposed=self.transposed).eval()
+
     def values(self) -> torch.Tensor:
         """The weight as the checkpoint lays it out: float32, on the CPU."""
         codes, absmax = self.weight.detach().cpu(), self.absmax.cpu()

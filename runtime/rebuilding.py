@@ -3,13 +3,15 @@
 For variants whose delta cannot be applied to the shared model: it sits in what a layer remembers, or
 the fine-tune has other layers or another configuration. transformers itself puts the tensors into the
 model, so fused and renamed ones find their place as in any checkpoint. What the fine-tune left as it
-was is not copied: the model holds the base's own parameters there.
+was is not copied: the model holds the base's own parameters there, or its own quantised layers. What it
+changed has the fine-tune's values, whether the base runs quantised or not.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,9 +19,13 @@ from torch import nn
 
 from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
 from deltafold.compress.errors import name_some
+from deltafold.compress.naming import renamed
 from deltafold.compress.restore import restored_tensor
 from deltafold.runtime.kernels.forms import Target
+from deltafold.runtime.layers import is_linear, is_transposed_linear
 from deltafold.runtime.loading import RebuiltVariant
+from deltafold.runtime.misfit import slot_of
+from deltafold.runtime.quantized import QuantizedLinear, is_quantized
 from deltafold.runtime.quiet import quiet
 from deltafold.runtime.slots import SlotMap
 
@@ -57,8 +63,9 @@ def rebuild_variant(
     lost = _lost(repo, model, state, told=not info["unexpected_keys"])
     if lost:
         raise _not_whole(repo, "without a place", lost)
-    del state
     _share(model, slots)
+    _share_quantised(repo, model, slots, state)
+    del state
     model = model.to(target.device).eval()
     nbytes = _own_bytes(model, slots)
     _log.info("%s is served by a model of its own (%d bytes): %s", repo.folder, nbytes, tensor)
@@ -69,8 +76,10 @@ def _value(
     repo: DeltaRepo, base: Checkpoint, slots: SlotMap, target: Target, name: str
 ) -> torch.Tensor:
     """One tensor of the fine-tune, rounded once, to the dtype in which its like is run."""
-    slot = slots.find(name)
-    held = None if slot is None else slots.slots[slot].tensor.detach()
+    slot = slot_of(name, repo.named(base), slots)
+    # Codes of a quantised layer are no values.
+    plain = slot is not None and not is_quantized(slots.slots[slot].module)
+    held = slots.slots[slot].tensor.detach() if slot is not None and plain else None
     dtype = held.dtype if held is not None and held.is_floating_point() else target.dtype
     value, _ = restored_tensor(repo, base, name, dtype)
     unchanged = name not in repo.manifest.tensors
@@ -149,6 +158,28 @@ def _share(model: nn.Module, slots: SlotMap) -> None:
                 continue
             if torch.equal(mine.to(held.device), held):
                 module._parameters[attribute] = slot.tensor
+
+
+def _share_quantised(
+    repo: DeltaRepo, model: Any, slots: SlotMap, state: Mapping[str, torch.Tensor]
+) -> None:
+    """Give the model the base's quantised layers where the fine-tune left the weights as they were."""
+    unchanged = set(repo.manifest.unchanged)
+    for slot in slots.slots.values():
+        layer = slot.module
+        if not isinstance(layer, QuantizedLinear) or slot.attribute != "weight":
+            continue
+        name = renamed(repo.manifest.base_names, layer.tensor)
+        mine = _module(model, slot.module_name)
+        if name not in unchanged or not (is_linear(mine) or is_transposed_linear(mine)):
+            continue
+        if mine.weight.shape == state[name].shape and _equal(mine.weight.detach(), state[name]):
+            model.set_submodule(slot.module_name, layer.beside(mine._parameters.get("bias")))
+
+
+def _module(model: nn.Module, name: str) -> Any:
+    """A module by its name; None where the model has none such."""
+    return dict(model.named_modules()).get(name)
 
 
 def _own_bytes(model: nn.Module, slots: SlotMap) -> int:

@@ -55,7 +55,7 @@ def judged(job: Job, repo: DeltaRepo) -> dict[str, Any]:
     from deltafold.compress.calibration import decoded_tensors
 
     assert job.judge is not None
-    found = job.judge.measure(decoded_tensors(job.source, repo))
+    found = job.judge.measure(decoded_tensors(job.source.checkpoint, repo))
     budget = job.recipe.budget
     if budget is not None and budget.max_kl and not found.kl <= budget.max_kl:
         raise too_much(found.kl, budget.max_kl)

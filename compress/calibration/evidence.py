@@ -21,6 +21,7 @@ from deltafold.compress.calibration.quality import batch_logits, predictions
 from deltafold.compress.calibration.sequence import first_tensor, stages
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
 from deltafold.compress.evidence import NEEDS, Evidence, Need
+from deltafold.compress.naming import NamedBase
 
 #: Bytes that one group's moments or gradients may take.
 _GROUP_BYTES: Final = 2 * 2**30
@@ -86,7 +87,7 @@ class CalibratedEvidence:
         data: CalibrationSet,
         *,
         wanted: Iterable[Need] = AT_THE_FINE_TUNE,
-        references: Mapping[str, Checkpoint] | None = None,
+        references: Mapping[str, Checkpoint | NamedBase] | None = None,
         device: str = "cpu",
         group_bytes: int = _GROUP_BYTES,
         model: Any = None,

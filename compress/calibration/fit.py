@@ -28,6 +28,7 @@ from deltafold.compress.checkpoint import Checkpoint, TensorSource
 from deltafold.compress.companions import named
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import EvidenceSource
+from deltafold.compress.naming import NamedBase
 from deltafold.compress.pipeline import Job, PackReport, compress_checkpoint, pack
 from deltafold.compress.progress import OnProgress, Progress, ignore
 from deltafold.compress.recipe import Recipe
@@ -146,8 +147,8 @@ def fit_scales(
             no scales; `engine-unsupported` where the model fuses a tensor that has some.
     """
     options = fit or LogitFit()
-    source, repo = Checkpoint.open(base), DeltaRepo.open(delta)
-    target = open_variant(variant, source)
+    checkpoint, repo = Checkpoint.open(base), DeltaRepo.open(delta)
+    source, target = repo.named(checkpoint), open_variant(variant, checkpoint)
     _check_variant(repo, target)
     student = _Student.open(source, repo, target, device)
     teacher = load_source(target, device=device)
@@ -203,9 +204,9 @@ class _Student:
 
     @classmethod
     def open(
-        cls, source: Checkpoint, repo: DeltaRepo, target: TensorSource, device: str
+        cls, source: NamedBase, repo: DeltaRepo, target: TensorSource, device: str
     ) -> _Student:
-        model = load_delta(source, repo, device=device).requires_grad_(False)
+        model = load_delta(source.checkpoint, repo, device=device).requires_grad_(False)
         found, tensors, parameters = ParameterMap(model, target), {}, {}
         for name in sorted(repo.manifest.tensors):
             shape = tuple(repo.entry(name).shape)
@@ -327,7 +328,7 @@ def _check_variant(repo: DeltaRepo, target: TensorSource) -> None:
             )
 
 
-def _difference(source: Checkpoint, target: TensorSource, name: str) -> torch.Tensor:
+def _difference(source: NamedBase, target: TensorSource, name: str) -> torch.Tensor:
     value = target.tensor(name).to(torch.float32)
     base = pad_rows(source.tensor(name), tuple(value.shape)) if name in source else None
     return value if base is None else value - base.to(torch.float32)

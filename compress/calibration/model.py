@@ -71,9 +71,9 @@ def decoded_tensors(
     base: Checkpoint, repo: DeltaRepo, *, scale: float = 1.0
 ) -> dict[str, torch.Tensor]:
     """Every tensor of a delta's model: base plus decoded difference in float32, others as stored."""
-    tensors = {}
+    tensors, named = {}, repo.named(base)
     for name in repo.variant_names():
-        stored = base.tensor(name) if name in base else None
+        stored = named.tensor(name) if name in named else None
         if name not in repo.manifest.tensors:
             assert stored is not None
             tensors[name] = stored

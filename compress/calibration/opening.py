@@ -11,6 +11,7 @@ from deltafold.compress.calibration.evidence import AT_THE_FINE_TUNE, Calibrated
 from deltafold.compress.checkpoint import Checkpoint
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import Need, Role
+from deltafold.compress.naming import NamedBase
 from deltafold.compress.source import open_variant
 
 
@@ -50,5 +51,8 @@ def calibrate(
             )
     source = open_variant(variant, Checkpoint.open(base))
     data = read_calibration(file, source.reference.folder, rows=rows, length=length)
-    others = {role: Checkpoint.open(folder) for role, folder in (references or {}).items()}
+    others = {
+        role: NamedBase.of(Checkpoint.open(folder), source)
+        for role, folder in (references or {}).items()
+    }
     return CalibratedEvidence(source, data, wanted=wanted, references=others, device=device)

@@ -29,6 +29,7 @@ from deltafold.compress.family import (
 from deltafold.compress.fingerprint import digest_source, fingerprint
 from deltafold.compress.manifest import FileEntry
 from deltafold.compress.methods import Method
+from deltafold.compress.naming import NamedBase
 from deltafold.compress.payload import payload_digest, payload_key
 from deltafold.compress.pipeline import Job, PackReport, pack
 from deltafold.compress.progress import OnProgress, Progress, ignore
@@ -211,7 +212,7 @@ class _Run:
             return family.tensor(key)
 
         return Job(
-            self.source,
+            NamedBase(self.source),
             target,
             named(target.reference.folder),
             self.recipe,

@@ -266,8 +266,10 @@ class Heads:
 
     def _value(self, name: str, repo: DeltaRepo | None) -> torch.Tensor:
         """A checkpoint's tensor as the variant has it."""
-        base = self._base.tensor(name) if name in self._base else None
-        if repo is not None and name in repo.manifest.tensors:
+        if repo is None:
+            return self._base.tensor(name)
+        base = repo.base_tensor(self._base, name)
+        if name in repo.manifest.tensors:
             return repo.restored(name, base)
         assert base is not None
         return base

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltafold.server.cli.output import Output, facts, output_options, size, table
-from deltafold.server.cli.packed import against_text, quantization_data
+from deltafold.server.cli.packed import against_text, names_data, quantization_data
 
 if TYPE_CHECKING:
     from deltafold.compress import DeltaRepo, Manifest
@@ -117,6 +117,7 @@ def _summary(repo: DeltaRepo) -> dict[str, Any]:
         "format_version": manifest.format_version,
         "base": manifest.base.model_dump(),
         "base_quantization": quantization_data(manifest),
+        "base_names": names_data(manifest),
         "variant": manifest.variant.model_dump(),
         "codec": manifest.codec_summary(),
         "recipe": manifest.recipe,
@@ -190,6 +191,8 @@ def _tensors(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _text(data: dict[str, Any]) -> str:
+    from deltafold.compress.manifest import BaseNames
+
     base, counts = data["base"], data["counts"]
     name = base["name"] + (f"@{base['revision']}" if base["revision"] else "")
     lines = [
@@ -208,6 +211,8 @@ def _text(data: dict[str, Any]) -> str:
     if data["base_quantization"]:
         lines.insert(2, ("against", against_text(data["base_quantization"])))
     lines += [("shares", _shares(family)) for family in data["families"]]
+    if data["base_names"]:
+        lines.append(("names", BaseNames(**data["base_names"]).text()))
     if data["accepted"]:
         lines.append(("accepted", ", ".join(data["accepted"])))
     lines += [(f"quality {key}", _figure(value)) for key, value in data["quality"].items()]

@@ -33,6 +33,7 @@ def pack_data(report: PackReport, seconds: float) -> dict[str, Any]:
         "recipe": manifest.recipe,
         "base": manifest.base.model_dump(),
         "base_quantization": quantization_data(manifest),
+        "base_names": names_data(manifest),
         "plan": report.plan.to_json() if report.plan else None,
         "quality": manifest.quality,
         "worst": [{"tensor": name, "rel_error": error} for name, error in report.worst()],
@@ -58,6 +59,8 @@ def pack_text(report: PackReport, seconds: float) -> str:
     quantization = quantization_data(manifest)
     if quantization:
         lines.append(("against", against_text(quantization)))
+    if manifest.base_names is not None:
+        lines.append(("names", manifest.base_names.text()))
     worst = report.worst(1)
     if worst and worst[0][1] > 0:
         lines.append(("largest error", f"{worst[0][1]:.3f} of its delta, {worst[0][0]}"))
@@ -78,6 +81,12 @@ def quantization_data(manifest: Manifest) -> dict[str, Any] | None:
     """What a delta's base must run as, for programs; None where that is free."""
     quantization = manifest.base_quantization
     return None if quantization is None else quantization.model_dump(mode="json")
+
+
+def names_data(manifest: Manifest) -> dict[str, str] | None:
+    """How the fine-tune calls the base's tensors, for programs; None where it calls them the same."""
+    scheme = manifest.base_names
+    return None if scheme is None else scheme.model_dump(mode="json")
 
 
 def against_text(quantization: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import torch
 from adapters import factors, write_adapter
-from checkpoints import QUERY, assert_same, read_checkpoint, wide_pair
+from checkpoints import QUERY, assert_same, read_checkpoint, wide_pair, write_checkpoint
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
@@ -65,6 +65,21 @@ def test_compress_json(pair):
 def test_compress_lossless_says_so(pair):
     result = run("compress", pair.base, pair.variant, "-o", pair.out, "--codec", "lossless")
     assert "bit for bit" in result.stdout
+
+
+def test_another_prefix_is_a_fact(pair):
+    tensors = {f"deep.{name}": value for name, value in pair.variant_tensors.items()}
+    write_checkpoint(pair.variant, tensors)
+    given = ("compress", pair.base, pair.variant, "-o", pair.out)
+    assert "names          'deep.' before the base's names" in run(*given).stdout
+    assert "names      'deep.' before the base's names" in run("inspect", pair.out).stdout
+    scheme = {"change": "add", "prefix": "deep."}
+    assert run_json("inspect", pair.out)["base_names"] == scheme
+    back = pair.root / "back"
+    data = run_json("compress", pair.variant, pair.base, "-o", back)
+    assert data["base_names"] == scheme | {"change": "remove"}
+    assert "'deep.' taken from the base's names" in run("inspect", back).stdout
+    run("verify", back, "--base", pair.variant, "--full")
 
 
 def test_against_a_quantised_base(tmp_path):

@@ -20,8 +20,11 @@ from deltafold.compress import (
 from deltafold.compress.calibration import (
     CalibratedEvidence,
     CalibrationSet,
+    LogitFit,
     ParameterMap,
+    calibrate,
     compare,
+    compress_and_fit,
     decoded_tensors,
     load_delta,
     load_model,
@@ -320,6 +323,40 @@ def test_a_calibrated_delta_is_packed_and_verified(tmp_path, made, variant, code
     packed = load_delta(Checkpoint.open(made.base), DeltaRepo.open(tmp_path / "out"))
     fine_tune, base = load_model(variant), load_model(made.base)
     assert compare(fine_tune, packed, words()).kl < compare(fine_tune, base, words()).kl
+
+
+def test_a_bare_base_is_followed_by_evidence_and_scales(tmp_path, made, variant):
+    """The base's tensors lack the prefix that the fine-tune's have; so do those of a reference."""
+    base = tmp_path / "base"
+    load_model(made.base, dtype=torch.bfloat16).model.save_pretrained(base)
+    (base / "tokenizer.json").write_bytes((made.base / "tokenizer.json").read_bytes())
+    file = write(tmp_path / "a.jsonl", *({"text": "abc def"}, {"text": "hello world"}))
+    recipe = Recipe(default=parse_spec("int-hessian"))
+    evidence = calibrate(base, variant, file, wanted=recipe.needs(), references={"aligned": base})
+    reference = calibrate(base, variant, file, wanted=("reference",), references={"aligned": base})
+    assert torch.equal(
+        reference.of(Q).references["aligned"].bfloat16(), Checkpoint.open(made.base).tensor(Q)
+    )
+    report = compress_and_fit(
+        base,
+        variant,
+        tmp_path / "out",
+        evidence.data,
+        fit=LogitFit(steps=2),
+        recipe=recipe,
+        accept=["new-tensors"],
+        evidence=evidence,
+    )
+    assert report.manifest.base_names.prefix == "model."
+    assert report.manifest.quality["fit"]["tensors"] > 10
+    assert verify_delta(tmp_path / "out", base=base, full=True).coded
+    packed = load_delta(Checkpoint.open(base), DeltaRepo.open(tmp_path / "out"))
+    # As near to the fine-tune as it comes over the base with the same names.
+    plain = tmp_path / "plain"
+    compress_checkpoint(made.base, variant, plain, recipe=recipe, evidence=evidence)
+    other = load_delta(Checkpoint.open(made.base), DeltaRepo.open(plain))
+    kls = [compare(load_model(variant), model, words()).kl for model in (packed, other)]
+    assert kls[0] < 1.2 * kls[1]
 
 
 def test_tensors_that_the_model_calls_otherwise_are_known_by_their_values(variant):

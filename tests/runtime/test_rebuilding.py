@@ -14,6 +14,7 @@ import pico
 import pytest
 import torch
 import transformers
+from truth import greedy, moved
 
 from deltafold.compress import (
     Checkpoint,
@@ -33,16 +34,6 @@ from deltafold.runtime.misfit import NotAppliableError
 LOSSY, EXACT = "bitdelta:bits=2,group=16", "lossless"
 
 
-def moved(model: Any, keep: Callable[[str], bool] = lambda name: False, seed: int = 1) -> Any:
-    """A model with every parameter moved a little, but for those that are kept."""
-    noise = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if not keep(name):
-                value += torch.randn(value.shape, generator=noise) * 0.05
-    return model
-
-
 def pack(folder: Path, name: str, model: Any, codec: str = EXACT, accept: Any = ()) -> None:
     """Pack a fine-tune into the zoo, and restore it as a float32 checkpoint."""
     model.save_pretrained(folder / f"{name}-full")
@@ -56,20 +47,6 @@ def pack(folder: Path, name: str, model: Any, codec: str = EXACT, accept: Any = 
 
 def plain(folder: Path, kind: Any = transformers.AutoModelForCausalLM) -> Any:
     return kind.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def greedy(model: Any, prompt: list[int], new: int) -> list[int]:
-    """What transformers generates for one prompt alone."""
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return out[0, len(prompt) :].tolist()
 
 
 def family(name: str) -> Any:
