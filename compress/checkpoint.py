@@ -91,9 +91,11 @@ class Checkpoint:
         """The tensor in its own dtype, in memory of its own."""
         return self._home[name].tensor(name)
 
-    def matrix_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows of a tensor read as a matrix, `[stop - start, M]`, in memory of their own."""
-        return self._home[name].matrix_rows(name, start, stop)
+    def matrix_rows(
+        self, name: str, start: int, stop: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Rows of a tensor read as a matrix, `[stop - start, M]`; see `SafetensorsFile`."""
+        return self._home[name].matrix_rows(name, start, stop, out)
 
     def sha256(self, name: str) -> str:
         """Hex digest of the tensor's bytes."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from deltafold.compress import dtypes
+from deltafold.compress import dtypes, fast
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import EvidenceSource, check_needs
 from deltafold.compress.fingerprint import TensorDigest
@@ -165,6 +165,10 @@ def context_of(
     return replace(context, evidence=evidence.of(name))
 
 
+#: Norms below this may have lost squares to the bottom of float32's range.
+_UNSURE = 1e-15
+
+
 def measure(
     name: str,
     encoded: list[Encoded],
@@ -175,26 +179,29 @@ def measure(
     """Decode what was just coded and compare; raises `not-finite` where the codec overflowed."""
     shape = tuple(delta.shape)
     context = Context(name, pad_rows(base, shape), shared=shared)
-    decoded = torch.zeros(shape)
+    missed = delta.clone()
     for term, parts in encoded:
-        decoded += term.decode(parts, shape, context)
-    norm = _norm(delta)
-    error = _norm(delta - decoded) / norm if norm > 0 else 0.0
+        missed -= term.decode(parts, shape, context)
+    found = fast.totals(delta, missed)
+    norm, lost = math.sqrt(found.square), math.sqrt(found.rest)
+    if not (math.isfinite(lost + norm) and norm > _UNSURE):
+        # Squares in float32 overflow early, and are nothing early.
+        norm, lost = _norm(delta), _norm(missed)
+    error = lost / norm if norm > 0 else 0.0
     if not math.isfinite(error) and bool(torch.isfinite(delta).all()):
         raise DeltafoldError(
             "not-finite",
             f"{name} has entries that are too large for its codec.",
             fix=f"check the fine-tune, or keep this tensor as it is: --set '{name}=lossless'",
         )
-    weights = _norm(base.to(torch.float32)) if base is not None else 0.0
-    magnitude = delta.abs()
-    empty = delta.numel() == 0
+    weights = 0.0 if base is None else math.sqrt(fast.square_sum(base))
+    count = max(delta.numel(), 1)
     return TensorStats(
-        mean_abs=0.0 if empty else magnitude.mean().item(),
-        max_abs=0.0 if empty else magnitude.amax().item(),
+        mean_abs=found.magnitude / count,
+        max_abs=found.largest,
         relative=norm / weights if weights > 0 else 0.0,
         error=error if math.isfinite(error) else 0.0,
-        changed=0.0 if empty else (delta != 0).to(torch.float64).mean().item(),
+        changed=found.changed / count,
     )
 
 
@@ -247,6 +254,9 @@ def manifest_entry(
 
 def refuse_not_finite(name: str, delta: torch.Tensor, method: Method) -> None:
     """Raises `not-finite` where a lossy method would have to store NaN or infinity."""
+    # A sum tells most of the time; it may overflow, and then every entry is asked.
+    if math.isfinite(fast.totals(delta).magnitude):
+        return
     if not bool(torch.isfinite(delta).all()):
         raise DeltafoldError(
             "not-finite",

@@ -173,3 +173,68 @@ void totals(const float *d, const float *left, int64_t count, double *out) {
 void rows_changed(const uint8_t *a, const uint8_t *b, int64_t rows, int64_t bytes, uint8_t *changed) {
     for (int64_t n = 0; n < rows; n++) changed[n] = memcmp(a + n * bytes, b + n * bytes, bytes) != 0;
 }
+
+/* Sum of squares of numbers of a dtype. */
+double square_sum(const void *x, int dtype, int64_t count) {
+    double total = 0;
+    for (int64_t start = 0; start < count; start += 4096) {
+        int64_t stop = start + 4096 < count ? start + 4096 : count, i = start;
+        __m256 sum = _mm256_setzero_ps();
+        float left = 0, lane[8];
+        for (; i + 8 <= stop; i += 8) {
+            __m256 v = eight(x, dtype, i);
+            sum = _mm256_add_ps(sum, _mm256_mul_ps(v, v));
+        }
+        for (; i < stop; i++) left += one(x, dtype, i) * one(x, dtype, i);
+        _mm256_storeu_ps(lane, sum);
+        for (int j = 0; j < 8; j++) left += lane[j];
+        total += left;
+    }
+    return total;
+}
+
+/* Sum of squares of what planes miss of d. levels: [planes][rows * groups] where per_row, else [planes]. */
+double planes_error(const float *d, int64_t rows, int64_t columns, int64_t width, int64_t planes,
+                    const float *levels, int per_row, const uint8_t *signs) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256 minus = _mm256_set1_ps(-0.0f);
+    int64_t groups = (columns + width - 1) / width, bytes = (columns + 7) / 8;
+    double total = 0;
+    for (int64_t n = 0; n < rows; n++) {
+        const float *row = d + n * columns;
+        for (int64_t g = 0; g < groups; g++) {
+            int64_t m = g * width, last = (g + 1) * width < columns ? (g + 1) * width : columns;
+            __m256 sum = _mm256_setzero_ps();
+            float left = 0, lane[8];
+            while (m < last) {
+                int whole = m % 8 == 0 && m + 8 <= last;
+                __m256 v = _mm256_setzero_ps();
+                float one_sum = 0;
+                for (int64_t p = 0; p < planes; p++) {
+                    float level = levels[per_row ? (p * rows + n) * groups + g : p];
+                    uint8_t byte = signs[(p * rows + n) * bytes + m / 8];
+                    if (whole) {
+                        __m256i set = _mm256_and_si256(_mm256_set1_epi32(byte), bit);
+                        __m256 clear = _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, _mm256_setzero_si256()));
+                        v = _mm256_add_ps(v, _mm256_xor_ps(_mm256_set1_ps(level), _mm256_and_ps(clear, minus)));
+                    } else {
+                        one_sum += byte >> (m % 8) & 1 ? level : -level;
+                    }
+                }
+                if (whole) {
+                    v = _mm256_sub_ps(_mm256_loadu_ps(row + m), v);
+                    sum = _mm256_add_ps(sum, _mm256_mul_ps(v, v));
+                    m += 8;
+                } else {
+                    float miss = row[m] - one_sum;
+                    left += miss * miss;
+                    m++;
+                }
+            }
+            _mm256_storeu_ps(lane, sum);
+            for (int j = 0; j < 8; j++) left += lane[j];
+            total += left;
+        }
+    }
+    return total;
+}

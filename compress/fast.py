@@ -7,6 +7,8 @@ halves, so that scales do not depend on a library's order of summation.
 from __future__ import annotations
 
 import ctypes
+import math
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -19,6 +21,10 @@ from deltafold.compress.native import compiled
 
 _LANES: Final = 16
 _DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+#: By name, what `scratch` has lent to this thread.
+_lent = threading.local()
 
 
 class Totals(NamedTuple):
@@ -48,6 +54,12 @@ def fast_library() -> ctypes.CDLL | None:
     ]  # fmt: skip
     library.add_plane.restype = None
     library.add_plane.argtypes = library.take_plane.argtypes
+    library.square_sum.restype = ctypes.c_double
+    library.square_sum.argtypes = [pointer, kind, integer]
+    library.planes_error.restype = ctypes.c_double
+    library.planes_error.argtypes = [
+        pointer, integer, integer, integer, integer, pointer, kind, pointer
+    ]  # fmt: skip
     library.rows_changed.restype = None
     library.rows_changed.argtypes = [pointer, pointer, integer, integer, pointer]
     library.totals.restype = None
@@ -167,6 +179,61 @@ def add_plane(total: torch.Tensor, signs: torch.Tensor, levels: torch.Tensor, wi
         total.data_ptr(), rows, columns, width, levels.data_ptr(), int(levels.dim() == 2),
         signs.data_ptr(),
     )  # fmt: skip
+
+
+def square_sum(tensor: torch.Tensor) -> float:
+    """The sum of squares of a floating-point tensor."""
+    library = fast_library()
+    if library is None or tensor.dtype not in _DTYPES:
+        return float(tensor.double().square().sum())
+    tensor = tensor.contiguous()
+    return float(library.square_sum(tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.numel()))
+
+
+def planes_error(
+    delta: torch.Tensor, signs: torch.Tensor, levels: torch.Tensor, width: int
+) -> float:
+    """The sum of squares of what sign planes miss of a matrix, read back from their bits.
+
+    Args:
+        delta: float32 `[N, M]`.
+        signs: uint8 `[planes, N, ceil(M / 8)]`.
+        levels: float32 `[planes, N, ceil(M / width)]`, or `[planes]`.
+        width: columns of a group.
+    """
+    rows, columns = delta.shape
+    library = fast_library()
+    if library is None or not delta.numel():
+        total = torch.zeros(rows, columns)
+        for plane, level in zip(signs, levels, strict=True):
+            add_plane(total, plane, level, width)
+        return square_sum(delta - total)
+    delta, signs, levels = delta.contiguous(), signs.contiguous(), levels.contiguous()
+    return float(
+        library.planes_error(
+            delta.data_ptr(), rows, columns, width, len(signs), levels.data_ptr(),
+            int(levels.dim() == 3), signs.data_ptr(),
+        )
+    )  # fmt: skip
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Memory that this thread lends again and again: new memory costs more than the work in it.
+
+    What it holds is lost when the same name is asked for again, so it must not be kept.
+    """
+    count = math.prod(shape) * dtype.itemsize
+    lent: dict[str, torch.Tensor] = _lent.__dict__
+    if name not in lent or lent[name].numel() < count:
+        lent[name] = torch.empty(count, dtype=torch.uint8)
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return lent[name][:count].view(dtype).reshape(shape)
+
+
+def forget() -> None:
+    """Give this thread's scratch memory back."""
+    _lent.__dict__.clear()
 
 
 def rows_changed(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -66,9 +66,11 @@ class NamedBase:
         """The tensor in its own dtype, in memory of its own."""
         return self.checkpoint.tensor(self._known(name))
 
-    def matrix_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows of a tensor read as a matrix, `[stop - start, M]`, in memory of their own."""
-        return self.checkpoint.matrix_rows(self._known(name), start, stop)
+    def matrix_rows(
+        self, name: str, start: int, stop: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Rows of a tensor read as a matrix, `[stop - start, M]`; see `SafetensorsFile`."""
+        return self.checkpoint.matrix_rows(self._known(name), start, stop, out)
 
     def sha256(self, name: str) -> str:
         """Hex digest of the tensor's bytes."""

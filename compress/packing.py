@@ -13,7 +13,7 @@ from typing import Final
 
 import torch
 
-from deltafold.compress import dtypes
+from deltafold.compress import dtypes, fast
 from deltafold.compress.encode import TensorStats
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.journal import Journal, Record
@@ -104,6 +104,7 @@ def code_all(
             nbytes = math.prod(spec.shape) * dtypes.TORCH[spec.dtype].itemsize
             progress(Progress("pack", name, done, len(names), nbytes))
     finally:
+        fast.forget()
         torch.set_num_threads(threads)
 
 

@@ -73,8 +73,16 @@ class SafetensorsFile:
             return torch.empty(entry.shape, dtype=dtype)
         return self.read(name, 0, entry.stop - entry.start).view(dtype).reshape(entry.shape)
 
-    def matrix_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows of a tensor read as a matrix (see `rows_and_columns`), in memory of their own.
+    def matrix_rows(
+        self, name: str, start: int, stop: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Rows of a tensor read as a matrix (see `rows_and_columns`).
+
+        Args:
+            name: the tensor.
+            start: the first row.
+            stop: behind the last.
+            out: uint8 1-D, at least as long as the rows, to read into; memory of their own if None.
 
         Returns:
             `[stop - start, M]` in the tensor's own dtype.
@@ -85,7 +93,7 @@ class SafetensorsFile:
         width = dtype.itemsize * columns
         if start >= stop or not columns:
             return torch.empty((max(stop - start, 0), columns), dtype=dtype)
-        return self.read(name, start * width, stop * width).view(dtype).reshape(-1, columns)
+        return self.read(name, start * width, stop * width, out).view(dtype).reshape(-1, columns)
 
     def sha256(self, name: str) -> str:
         """Hex digest of a tensor's bytes."""
@@ -107,8 +115,10 @@ class SafetensorsFile:
             raise DeltafoldError("not-found", f"{self.path}: {error.strerror}.") from error
         return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Bytes `start` to `stop` of a tensor, uint8 1-D, in memory of their own.
+    def read(
+        self, name: str, start: int, stop: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Bytes `start` to `stop` of a tensor, uint8 1-D, in `out` or in memory of their own.
 
         Read, not mapped: pages of a map count as this process's memory for as long as they are
         cached, and a file that shrinks meanwhile would kill the process instead of raising.
@@ -118,7 +128,7 @@ class SafetensorsFile:
         """
         entry = self.entries[name]
         assert 0 <= start <= stop <= entry.stop - entry.start
-        out = torch.empty(stop - start, dtype=torch.uint8)
+        out = torch.empty(stop - start, dtype=torch.uint8) if out is None else out[: stop - start]
         view, first, done = memoryview(out.numpy().data), entry.start + start, 0
         if self._held is not None:
             view[:] = memoryview(self._held)[first : first + len(view)]

@@ -42,6 +42,7 @@ from deltafold.compress.terms import (
     Context,
     Encoded,
     ExactTerm,
+    Planes,
     Rows,
     SharedSource,
     Term,
@@ -196,19 +197,17 @@ class _Sums:
     largest: float = 0.0
     changed: int = 0
 
-    def add(
-        self, delta: torch.Tensor, missed: torch.Tensor | None, base: torch.Tensor | None
-    ) -> None:
-        """Count one block: its difference, what its terms miss (None: nothing), the base's weights."""
-        found = fast.totals(delta, missed)
+    def add(self, delta: torch.Tensor, missed: float, base: torch.Tensor) -> None:
+        """Count one block: its difference, the squares that its terms miss, the base's weights."""
+        found = fast.totals(delta)
         self.entries += delta.numel()
         self.magnitude += found.magnitude
         self.square += found.square
-        self.rest += found.rest
+        self.rest += missed
         self.largest = max(self.largest, found.largest)
         self.changed += found.changed
-        if base is not None and base.is_floating_point():
-            self.weights += fast.totals(fast.difference(base, None)).square
+        if base.is_floating_point():
+            self.weights += fast.square_sum(base)
 
     def stats(self) -> TensorStats:
         """The numbers as the table of tensors has them."""
@@ -278,18 +277,26 @@ class _InBlocks:
         return known or ours.hexdigest(), known_target or theirs.hexdigest(), changed
 
     def _read(self, checkpoint: Checkpoint | NamedBase, start: int, rows: int) -> torch.Tensor:
-        return checkpoint.matrix_rows(self._name, start, max(min(start + self._step, rows), start))
+        return self._rows_of(checkpoint, start, max(min(start + self._step, rows), start))
+
+    def _rows_of(self, checkpoint: Checkpoint | NamedBase, start: int, stop: int) -> torch.Tensor:
+        """Rows in memory that the next reading of the same checkpoint takes again."""
+        whose = "variant" if checkpoint is self._target else "base"
+        itemsize = dtypes.TORCH[checkpoint.spec(self._name).dtype].itemsize
+        size = (stop - start) * self._columns * itemsize
+        lent = fast.scratch(whose, (size,), torch.uint8)
+        return checkpoint.matrix_rows(self._name, start, stop, lent)
 
     def _pair(self, start: int, stop: int) -> _Pair:
-        variant = self._target.matrix_rows(self._name, start, stop)
-        base = self._source.matrix_rows(self._name, start, min(stop, max(self._base_rows, start)))
+        variant = self._rows_of(self._target, start, stop)
+        base = self._rows_of(self._source, start, min(stop, max(self._base_rows, start)))
         padded = pad_rows(self._coder.as_served(self._name, base), tuple(variant.shape))
         assert padded is not None
         return _Pair(variant, padded)
 
     def _gathered(self, index: torch.Tensor) -> _Pair:
         """Rows anywhere in the tensor: neighbours are read together."""
-        pieces = [self._pair(start, stop) for start, stop in _runs(index)]
+        pieces = [_Pair(*map(torch.clone, self._pair(a, b))) for a, b in _runs(index)]
         return _Pair(torch.cat([p.variant for p in pieces]), torch.cat([p.base for p in pieces]))
 
     def _code_all(self, method: Method) -> tuple[list[Term], list[dict[str, Place]]]:
@@ -344,7 +351,8 @@ class _InBlocks:
         return [Blocks(step, tuple(own[:1] if _all_equal(own) else own)) for own in terms], places
 
     def _block(self, method: Method, pair: _Pair, number: int | None) -> list[Encoded]:
-        delta = fast.difference(pair.variant, pair.base)
+        lent = fast.scratch("delta", tuple(pair.variant.shape))
+        delta = fast.difference(pair.variant, pair.base, lent)
         context = Context(self._name, pair.base, pair.variant)
         if method.needs:
             check_needs(method.needs, self._coder.evidence, method.id)
@@ -354,13 +362,14 @@ class _InBlocks:
         if not all(is_exact(term) for term in method.plan(shape, self._spec.dtype)):
             refuse_not_finite(self._name, delta, method)
         encoded = method.encode(delta, context)
-        self._check(encoded, pair, replace(context, variant=None))
+        self._check(encoded, pair, delta, replace(context, variant=None))
         return encoded
 
-    def _check(self, encoded: list[Encoded], pair: _Pair, context: Context) -> None:
+    def _check(
+        self, encoded: list[Encoded], pair: _Pair, delta: torch.Tensor, context: Context
+    ) -> None:
         """Read a block back: exact ones bit for bit, others to know what is lost."""
         shape = tuple(pair.variant.shape)
-        delta = fast.difference(pair.variant, pair.base)
         if len(encoded) == 1 and is_exact(encoded[0].term):
             term, parts = encoded[0]
             assert isinstance(term, ExactTerm)
@@ -371,12 +380,9 @@ class _InBlocks:
                     f"{self._name} would not come back bit for bit.",
                     fix="pack again; if no file changed during the run, this is a bug",
                 )
-            self._sums.add(delta, None, pair.base)
+            self._sums.add(delta, 0.0, pair.base)
             return
-        missed = delta.clone()
-        for term, parts in encoded:
-            missed -= term.decode(parts, shape, context)
-        self._sums.add(delta, missed, pair.base)
+        self._sums.add(delta, _squares_missed(delta, encoded, context), pair.base)
         if not math.isfinite(self._sums.rest):
             raise DeltafoldError(
                 "not-finite",
@@ -384,6 +390,15 @@ class _InBlocks:
                 fix="check the fine-tune, or keep this tensor as it is: "
                 f"--set '{self._name}=lossless'",
             )
+
+
+def _squares_missed(delta: torch.Tensor, encoded: list[Encoded], context: Context) -> float:
+    if len(encoded) == 1 and isinstance(encoded[0].term, Planes):
+        return encoded[0].term.squared_error(delta, encoded[0].parts)
+    missed = fast.scratch("missed", tuple(delta.shape)).copy_(delta)
+    for term, parts in encoded:
+        missed -= term.decode(parts, tuple(delta.shape), context)
+    return fast.square_sum(missed)
 
 
 def _spans(rows: int, step: int) -> list[tuple[int, int]]:

@@ -62,7 +62,8 @@ class Planes(Checked):
 
     def encode(self, delta: torch.Tensor, context: Context) -> Encoded:
         """Planes of a float32 delta of any shape."""
-        rest = delta.reshape(rows_and_columns(tuple(delta.shape))).contiguous().clone()
+        matrix = delta.reshape(rows_and_columns(tuple(delta.shape)))
+        rest = fast.scratch("planes", tuple(matrix.shape)).copy_(matrix)
         signs, levels = [], []
         for _ in range(self.bits):
             parts = scales.store(self._means(rest), self.scale_format, "scales")
@@ -79,6 +80,14 @@ class Planes(Checked):
         for plane, level in zip(parts["signs"], self.levels(parts), strict=True):
             fast.add_plane(total, plane, self._per_group(level), self._width(columns))
         return total.reshape(shape)
+
+    def squared_error(self, delta: torch.Tensor, parts: Parts) -> float:
+        """`||D - decode||_F^2` of a float32 delta, without decoding it to memory of its own."""
+        rows, columns = rows_and_columns(tuple(delta.shape))
+        levels = self.levels(parts)
+        per_group = torch.stack([self._per_group(level) for level in levels])
+        matrix = delta.reshape(rows, columns)
+        return fast.planes_error(matrix, parts["signs"], per_group, self._width(columns))
 
     def planes(
         self, parts: Parts, shape: tuple[int, ...]

@@ -96,3 +96,32 @@ def test_rows_differ_by_any_bit(dtype, portable):
     for found in (fast.rows_changed(first, second), portable(fast.rows_changed, first, second)):
         assert found.nonzero().flatten().tolist() == [2, 8]
     assert fast.rows_changed(first[:0], second[:0]).shape == (0,)
+
+
+@needs_c
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("width", [1, 5, 16, 1000])
+def test_what_planes_miss(shape, width, portable):
+    delta, rows, columns = noise(shape), *shape
+    groups = -(-columns // width)
+    signs = torch.stack([pack((noise(shape, s) >= 0).to(torch.uint8), 1) for s in (1, 2)])
+    for levels in (torch.rand(2, rows, groups), torch.rand(2)):
+        total = torch.zeros(shape)
+        for plane, level in zip(signs, levels, strict=True):
+            fast.add_plane(total, plane, level, width)
+        expected = (delta - total).double().square().sum().item()
+        arguments = (delta, signs, levels, width)
+        assert fast.planes_error(*arguments) == pytest.approx(expected, rel=1e-5)
+        assert portable(fast.planes_error, *arguments) == pytest.approx(expected, rel=1e-5)
+    for dtype in DTYPES:
+        exact = delta.to(dtype).double().square().sum().item()
+        assert fast.square_sum(delta.to(dtype)) == pytest.approx(exact, rel=1e-5)
+
+
+def test_scratch_memory_is_lent_again():
+    first = fast.scratch("test", (4, 5)).fill_(1)
+    again = fast.scratch("test", (2, 3))
+    assert again.data_ptr() == first.data_ptr()
+    assert fast.scratch("other", (4, 5)).data_ptr() != first.data_ptr()
+    assert fast.scratch("test", (0, 7)).shape == (0, 7)
+    fast.forget()
