@@ -178,7 +178,7 @@ def measure(folder: Path, layers: int, jobs: int, zipnn: str | None) -> dict[str
     run(HASH, base, tuned, jobs)  # fills the system's cache, and compiles
     hashing = min(run(HASH, base, tuned, jobs)[0] for _ in range(2))
     result["hash_seconds"] = hashing
-    for codec in ("bitdelta", "bitdelta:bits=4,group=128", "int:bits=4", "lossless"):
+    for codec in ("bitdelta", "bitdelta:bits=4,group=128", "lossless"):
         out = folder / "delta"
         seconds, peak = run(PACK, base, tuned, jobs, out, codec, "2GiB")
         row = {
