@@ -16,7 +16,7 @@ def apply_slices(  # type: ignore[no-untyped-def]
     x, out, order, tile_slot, tile_start, tile_length, scales,
     words_table, levels_table, factors_table, columns_table, counts,
     rows, columns, x_stride, out_stride, split_stride, group, level_stride,
-    BITS: tl.constexpr, FIELDS: tl.constexpr, FOLD: tl.constexpr,
+    BITS: tl.constexpr, FIELDS: tl.constexpr, USED: tl.constexpr, FOLD: tl.constexpr,
     BN: tl.constexpr, BW: tl.constexpr, BT: tl.constexpr, ENTRIES: tl.constexpr,
     TILES: tl.constexpr, SPLITS: tl.constexpr, TILES_EACH: tl.constexpr, EVEN: tl.constexpr, BY_COLUMN: tl.constexpr, HALF_LEVELS: tl.constexpr,
     SCALED: tl.constexpr, DIRECT: tl.constexpr,
@@ -61,7 +61,7 @@ def apply_slices(  # type: ignore[no-untyped-def]
                 t = split * TILES_EACH + step
                 # The last split may have fewer tiles: it meets activations of zero there.
                 word = tl.load(tiles + tl.minimum(t, TILES - 1) * (BN * BW))
-                for j in tl.static_range(FIELDS):
+                for j in tl.static_range(USED):
                     k = t * TK + j * BW + w
                     if EVEN:
                         taken = tl.load(inputs + k[:, None])

@@ -19,8 +19,8 @@ _ROWS = 16
 def expand(  # type: ignore[no-untyped-def]
     out, base, index, count, words_table, levels_table, factors_table, columns_table,
     rows, columns, group, level_stride, base_stride,
-    BITS: tl.constexpr, FIELDS: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
-    BR: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr, ONE_GROUP: tl.constexpr,
+    BITS: tl.constexpr, FIELDS: tl.constexpr, USED: tl.constexpr, BN: tl.constexpr,
+    BW: tl.constexpr, BR: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr, ONE_GROUP: tl.constexpr,
     INDEXED: tl.constexpr, BASED: tl.constexpr, BY_COLUMN: tl.constexpr,
     HALF_LEVELS: tl.constexpr,
 ):  # fmt: skip
@@ -34,7 +34,7 @@ def expand(  # type: ignore[no-untyped-def]
         row = tl.minimum(place, rows - 1).to(tl.int64)
     w = tl.arange(0, BW)
     at = ((row // BN * TILES + t) * BN + row % BN) * BW
-    for j in tl.static_range(FIELDS):
+    for j in tl.static_range(USED):
         k = t * (FIELDS * BW) + j * BW + w
         inside = kept[:, None] & (k < columns)[None, :]
         total = tl.zeros((BR, BW), dtype=tl.float32)
@@ -96,7 +96,8 @@ def expand_slices(
         table.words, table.levels, table.factors, table.columns,
         kind.rows, kind.columns, kind.group, kind.row_blocks * kind.block_rows,
         0 if base is None else base.stride(0),
-        BITS=kind.bits, FIELDS=kind.fields, BN=kind.block_rows, BW=kind.block_words, BR=_ROWS,
+        BITS=kind.bits, FIELDS=kind.fields, USED=kind.used_fields, BN=kind.block_rows,
+        BW=kind.block_words, BR=_ROWS,
         ENTRIES=table.entries, TILES=kind.column_tiles, ONE_GROUP=kind.one_group,
         INDEXED=index is not None, BASED=base is not None, BY_COLUMN=kind.by_column,
         HALF_LEVELS=kind.level_dtype == torch.float16,

@@ -12,7 +12,11 @@ from deltafold.compress import bits as packing
 from deltafold.compress.terms import Codebook, Codes, ColumnPlanes, Planes
 from deltafold.compress.terms.base import Parts
 from deltafold.runtime.kernels.signs import codebook_planes
+from deltafold.runtime.kernels.triton.expand import expand_slices
+from deltafold.runtime.kernels.triton.launch import add_slices
 from deltafold.runtime.kernels.triton.layout import Kind, Slice, group_fits, make_slice
+from deltafold.runtime.kernels.triton.segments import block_for, make_segments
+from deltafold.runtime.kernels.triton.table import SliceTable, make_table
 
 #: Above this many tokens a variant, rebuilding the delta and a plain product read and compute less.
 REBUILD_ABOVE = 384
@@ -44,23 +48,21 @@ class BitSlices:
         return sum(held.values())
 
     @cached_property
-    def by_kind(self) -> dict[Kind, list[tuple[Slice, float]]]:
-        """Slices that can share a launch."""
-        return by_kind([(piece, 1.0) for piece in self.slices])
+    def _tables(self) -> list[SliceTable]:
+        """Tables of one slot, by what can share a launch."""
+        device = self.slices[0].words.device
+        kinds = by_kind([(piece, 1.0) for piece in self.slices])
+        return [make_table(kind, [slices], device) for kind, slices in kinds.items()]
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         """`x @ D^T`; x `[k, M]` float32, bfloat16 or float16."""
-        from deltafold.runtime.kernels.triton.launch import add_slices
-        from deltafold.runtime.kernels.triton.segments import block_for, make_segments
-        from deltafold.runtime.kernels.triton.table import make_table
-
         if len(x) > REBUILD_ABOVE:
             return torch.nn.functional.linear(x, self.dense(x.dtype))
         y = x.new_zeros(len(x), self.shape[0])
         slots = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         segments = make_segments(slots, 1, block_for(len(x)))
-        for kind, slices in self.by_kind.items():
-            add_slices(y, x.contiguous(), make_table(kind, [slices], x.device), segments)
+        for table in self._tables:
+            add_slices(y, x.contiguous(), table, segments)
         return y
 
     def gather(self, index: torch.Tensor) -> torch.Tensor:
@@ -74,14 +76,10 @@ class BitSlices:
     def _expanded(
         self, index: torch.Tensor | None, base: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        from deltafold.runtime.kernels.triton.expand import expand_slices
-        from deltafold.runtime.kernels.triton.table import make_table
-
-        device = self.slices[0].words.device
-        for i, (kind, slices) in enumerate(self.by_kind.items()):
+        for i, table in enumerate(self._tables):
             # Sums of several kinds are rounded once, at the end.
-            wide = torch.float32 if i + 1 < len(self.by_kind) else dtype
-            base = expand_slices(make_table(kind, [slices], device), index, base, wide, first=not i)
+            wide = torch.float32 if i + 1 < len(self._tables) else dtype
+            base = expand_slices(table, index, base, wide, first=not i)
         assert base is not None
         return base
 

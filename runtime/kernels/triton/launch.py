@@ -73,6 +73,7 @@ def constants(
     return {
         "BITS": kind.bits,
         "FIELDS": kind.fields,
+        "USED": kind.used_fields,
         "FOLD": kind.fold,
         "BN": kind.block_rows,
         "BW": kind.block_words,

@@ -69,6 +69,14 @@ class Kind:
         return _WORD_BITS // self.bits
 
     @property
+    def used_fields(self) -> int:
+        """Fields that hold a column in some tile: narrow matrices do not fill even one."""
+        if self.column_tiles > 1:
+            return self.fields
+        used = -(-self.columns // self.block_words)
+        return min(self.fields, -(-used // max(self.fold, 1)) * max(self.fold, 1))
+
+    @property
     def tile_columns(self) -> int:
         """TK: columns of a tile."""
         return self.fields * self.block_words
