@@ -190,14 +190,14 @@ def _table(
     encoded: Encoded, shape: tuple[int, ...], context: Context, target: Target
 ) -> DeltaMatrix:
     term, parts = encoded
-    if isinstance(term, TABLES) and len(shape) == 2 and target.device.type == "cpu":
-        return PackedTable(term, dict(parts), shape[1], target.dtype, target.device)
     if isinstance(term, Planes | Codes | ColumnPlanes | Codebook) and applies_packed(target.device):
         from deltafold.runtime.kernels.triton.forms import bit_slices
 
         slices = bit_slices(term, parts, rows_and_columns(shape), target.device)
         if slices is not None:
             return slices
+    if isinstance(term, TABLES) and len(shape) == 2 and target.device.type == "cpu":
+        return PackedTable(term, dict(parts), shape[1], target.dtype, target.device)
     if isinstance(term, Rows):
         return _row_subset(term, encoded, shape, context, target)
     if isinstance(term, LowRank) or (isinstance(term, Banded) and _is_thin(term, shape)):

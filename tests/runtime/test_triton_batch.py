@@ -1,9 +1,9 @@
-"""Mixed batches through the engine with deltas applied by the GPU kernels (interpreted without a GPU)."""
+"""Mixed batches through the engine, deltas applied by the GPU kernels (interpreted without a GPU)."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,14 @@ import torch
 import zoo_models
 
 from deltafold.runtime import EmbeddedEngine, Request, Sampling
-from deltafold.runtime.batch import BatchState, SlotBook
-from deltafold.runtime.kernels import devices
-from deltafold.runtime.kernels.base import leaves
+from deltafold.runtime.batch import SlotBook
+from deltafold.runtime.loading import LoadedVariant
 
-pytest.importorskip("triton", reason="Triton exists for Linux alone")
+if sys.platform != "linux":
+    pytest.skip("Triton exists for Linux alone", allow_module_level=True)
+
+from deltafold.runtime.kernels.triton.grouped import GroupedProducts
+from deltafold.runtime.kernels.triton.layout import Kind
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CODECS = {
@@ -27,8 +30,9 @@ CODECS = {
     "rank8": "svd:rank=8",
     "exact": "lossless",
 }
-PROMPT = "a fox"
-NEW = 3
+PLACES = [f"deltafold.runtime.{where}.applies_packed" for where in ("batch", "kernels.forms")]
+PROMPT = "fox"
+NEW = 2
 
 
 @pytest.fixture(scope="module")
@@ -41,50 +45,67 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> zoo_models.Models:
 
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for where in ("batch", "kernels.forms"):
-        monkeypatch.setattr(f"deltafold.runtime.{where}.applies_packed", lambda device: True)
+    for where in PLACES:
+        monkeypatch.setattr(where, lambda device: True)
 
 
-def _answers(folder: Path, zoo: Path | None, requests: list[Request]) -> list[list[float]]:
+def answers(folder: Path, zoo: Path | None, requests: list[Request]) -> list[list[float]]:
     with EmbeddedEngine.open(folder, zoo=zoo, device=DEVICE, dtype="float32") as engine:
         outputs = list(engine.generate(requests))
-        if zoo is not None:
-            state = engine
-            assert state is not None
-    return [[t.logprob for t in out.logprobs] for out in outputs]
+    return [[token.logprob for token in out.logprobs] for out in outputs]
 
 
 def test_a_mixed_batch_equals_restored_dense_models(
-    made: zoo_models.Models, packed: None
+    made: zoo_models.Models, packed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    launched: set[object] = set()
+    refresh = GroupedProducts._fill
+
+    def watched(layer: GroupedProducts, device: torch.device) -> None:
+        refresh(layer, device)
+        launched.update(layer._tables)
+
+    monkeypatch.setattr(GroupedProducts, "_fill", watched)
     sampling = Sampling(max_tokens=NEW, logprobs=0, ignore_eos=True)
-    half = Sampling(max_tokens=NEW, logprobs=0, ignore_eos=True, scale=0.5)
     names = ["base", *made.variants]
-    requests = [Request(name, PROMPT, sampling) for name in names]
-    requests += [Request("code3", PROMPT, half), Request("sign3*0.5+rank8*2", PROMPT, sampling)]
-    mixed = _answers(made.base, made.zoo, requests)
-    for name, found in zip(names, mixed, strict=False):
+    mixed = answers(made.base, made.zoo, [Request(name, PROMPT, sampling) for name in names])
+    for name, found in zip(names, mixed, strict=True):
         folder = made.base if name == "base" else made.dense / name
-        (alone,) = _answers(folder, None, [Request("base", PROMPT, sampling)])
+        (alone,) = answers(folder, None, [Request("base", PROMPT, sampling)])
         assert max(abs(a - b) for a, b in zip(found, alone, strict=True)) < 1e-4, name
     assert len({tuple(found) for found in mixed}) == len(mixed)
+    # Signs by row group and by column, two kinds of codes, both sparse layouts, and low rank.
+    assert sum(isinstance(key, Kind) for key in launched) >= 3 * len({(32, 32), (48, 32)})
+    assert {key for key in launched if not isinstance(key, Kind)} == {(0, 0), (16, 8), None}
 
 
 def test_scales_and_mixtures_equal_those_of_dense_deltas(
     made: zoo_models.Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sampling = Sampling(max_tokens=NEW, logprobs=0, ignore_eos=True, scale=0.5)
     plain = Sampling(max_tokens=NEW, logprobs=0, ignore_eos=True)
+    half = Sampling(max_tokens=NEW, logprobs=0, ignore_eos=True, scale=0.5)
     requests = [
-        Request("code3", PROMPT, sampling),
-        Request("exact", PROMPT, sampling),
+        Request("code3", PROMPT, half),
+        Request("exact", PROMPT, half),
         Request("sign3*0.5+rank8*2", PROMPT, plain),
     ]
     seen = []
     for packed in (True, False):
-        for where in ("batch", "kernels.forms"):
-            name = f"deltafold.runtime.{where}.applies_packed"
-            monkeypatch.setattr(name, lambda device, packed=packed: packed)
-        seen.append(_answers(made.base, made.zoo, requests))
+        for where in PLACES:
+            monkeypatch.setattr(where, lambda device, packed=packed: packed)
+        seen.append(answers(made.base, made.zoo, requests))
     for here, there in zip(*seen, strict=True):
         assert max(abs(a - b) for a, b in zip(here, there, strict=True)) < 1e-4
+
+
+def test_a_variant_keeps_its_slot_and_leaves_it_when_it_is_dropped() -> None:
+    book = SlotBook()
+    variants = [LoadedVariant(str(i), Path()) for i in range(9)]
+    assert [book.of(v) for v in variants] == list(range(9))
+    assert book.capacity == 16
+    assert [book.of(v) for v in variants] == list(range(9))
+    del variants[3]
+    gc.collect()
+    newcomer = LoadedVariant("new", Path())
+    assert book.of(newcomer) == 3
+    assert book.of(variants[-1]) == 8

@@ -7,9 +7,6 @@ import triton.language as tl
 
 from deltafold.runtime.kernels.triton.unpack import field_values
 
-# mypy knows no kernels: their arguments have no types and their bodies are another language.
-# ruff: noqa: D103
-
 
 @triton.jit
 def apply_slices(  # type: ignore[no-untyped-def]
@@ -18,9 +15,9 @@ def apply_slices(  # type: ignore[no-untyped-def]
     rows, columns, x_stride, out_stride, split_stride, group, level_stride,
     BITS: tl.constexpr, FIELDS: tl.constexpr, USED: tl.constexpr, FOLD: tl.constexpr,
     BN: tl.constexpr, BW: tl.constexpr, BT: tl.constexpr, ENTRIES: tl.constexpr,
-    TILES: tl.constexpr, SPLITS: tl.constexpr, TILES_EACH: tl.constexpr, EVEN: tl.constexpr, BY_COLUMN: tl.constexpr, HALF_LEVELS: tl.constexpr,
-    SCALED: tl.constexpr, DIRECT: tl.constexpr,
-    COMPUTE: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr,
+    TILES: tl.constexpr, SPLITS: tl.constexpr, TILES_EACH: tl.constexpr, EVEN: tl.constexpr,
+    BY_COLUMN: tl.constexpr, HALF_LEVELS: tl.constexpr, SCALED: tl.constexpr,
+    DIRECT: tl.constexpr, COMPUTE: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # One block of rows, a share of the columns (`split`), and up to BT tokens of one variant.
     tile = tl.program_id(1)

@@ -9,10 +9,22 @@ import triton.language as tl
 from deltafold.runtime.kernels.triton.table import SliceTable
 from deltafold.runtime.kernels.triton.unpack import field_values
 
-# ruff: noqa: D103
+#: Rows that one block of threads expands, by two warps: each thread then writes 16 bytes at a time.
+_ROWS, _WARPS = 16, 2
 
-#: Rows that one block of threads expands.
-_ROWS = 16
+
+@triton.jit
+def _words(table, entry, at):  # type: ignore[no-untyped-def]
+    words = tl.load(table + entry).to(tl.pointer_type(tl.int16))
+    return tl.load(tl.multiple_of(words, 16) + at)
+
+
+@triton.jit
+def _levels(table, entry, at, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    if HALF:
+        return tl.load(tl.load(table + entry).to(tl.pointer_type(tl.float16)) + at).to(tl.float32)
+    else:
+        return tl.load(tl.load(table + entry).to(tl.pointer_type(tl.float32)) + at)
 
 
 @triton.jit
@@ -20,8 +32,8 @@ def expand(  # type: ignore[no-untyped-def]
     out, base, index, count, words_table, levels_table, factors_table, columns_table,
     rows, columns, group, level_stride, base_stride,
     BITS: tl.constexpr, FIELDS: tl.constexpr, USED: tl.constexpr, BN: tl.constexpr,
-    BW: tl.constexpr, BR: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr, ONE_GROUP: tl.constexpr,
-    INDEXED: tl.constexpr, BASED: tl.constexpr, BY_COLUMN: tl.constexpr,
+    BW: tl.constexpr, BR: tl.constexpr, ENTRIES: tl.constexpr, TILES: tl.constexpr,
+    ONE_GROUP: tl.constexpr, INDEXED: tl.constexpr, BASED: tl.constexpr, BY_COLUMN: tl.constexpr,
     HALF_LEVELS: tl.constexpr,
 ):  # fmt: skip
     # BR output rows and one tile of columns; each field's columns are neighbours in the output.
@@ -33,7 +45,13 @@ def expand(  # type: ignore[no-untyped-def]
     else:
         row = tl.minimum(place, rows - 1).to(tl.int64)
     w = tl.arange(0, BW)
-    at = ((row // BN * TILES + t) * BN + row % BN) * BW
+    at = ((row // BN * TILES + t) * BN + row % BN)[:, None] * BW + w[None, :]
+    if ENTRIES == 1:
+        # Read once: between stores the compiler cannot know that the words are still the same.
+        word = _words(words_table, 0, at)
+        factor = tl.load(factors_table)
+        if ONE_GROUP:
+            level = _levels(levels_table, 0, row, HALF_LEVELS)
     for j in tl.static_range(USED):
         k = t * (FIELDS * BW) + j * BW + w
         inside = kept[:, None] & (k < columns)[None, :]
@@ -42,20 +60,18 @@ def expand(  # type: ignore[no-untyped-def]
             known = base + place.to(tl.int64)[:, None] * base_stride + k[None, :]
             total += tl.load(known, mask=inside, other=0.0).to(tl.float32)
         for entry in tl.static_range(ENTRIES):
-            words = tl.load(words_table + entry).to(tl.pointer_type(tl.int16))
-            word = tl.load(tl.multiple_of(words, 16) + at[:, None] + w[None, :])
-            value = field_values(word, j, BITS, tl.float32, False)
-            if HALF_LEVELS:
-                levels = tl.load(levels_table + entry).to(tl.pointer_type(tl.float16))
-            else:
-                levels = tl.load(levels_table + entry).to(tl.pointer_type(tl.float32))
-            if ONE_GROUP:
-                level = tl.load(levels + row)
-            else:
+            if ENTRIES > 1:
+                word = _words(words_table, entry, at)
+                factor = tl.load(factors_table + entry)
+            if not ONE_GROUP:
                 # A field's columns share a group.
                 g = tl.minimum(t * (FIELDS * BW) + j * BW, columns - 1) // group
-                level = tl.load(levels + g.to(tl.int64) * level_stride + row)
-            value *= (level.to(tl.float32) * tl.load(factors_table + entry))[:, None]
+                level = _levels(
+                    levels_table, entry, g.to(tl.int64) * level_stride + row, HALF_LEVELS
+                )
+            elif ENTRIES > 1:
+                level = _levels(levels_table, entry, row, HALF_LEVELS)
+            value = field_values(word, j, BITS, tl.float32, False) * (level * factor)[:, None]
             if BY_COLUMN:
                 by_column = tl.load(columns_table + entry).to(tl.pointer_type(tl.float32))
                 value *= tl.load(by_column + k, mask=k < columns, other=0.0)[None, :]
@@ -100,6 +116,6 @@ def expand_slices(
         BW=kind.block_words, BR=_ROWS,
         ENTRIES=table.entries, TILES=kind.column_tiles, ONE_GROUP=kind.one_group,
         INDEXED=index is not None, BASED=base is not None, BY_COLUMN=kind.by_column,
-        HALF_LEVELS=kind.level_dtype == torch.float16,
+        HALF_LEVELS=kind.level_dtype == torch.float16, num_warps=_WARPS,
     )  # fmt: skip
     return out

@@ -123,11 +123,8 @@ def _planes(
     levels = parts["scales"]
     kind = Kind(1, rows, columns, group, False, levels.dtype)
     for i in range(term.bits):
-        level = levels[i]
-        if term.scale != "group":
-            level = level.reshape(1, -1).expand(1, rows)
-        else:
-            level = level.T
+        whole = levels[i].reshape(1, -1) if term.scale != "group" else levels[i].T
+        level = whole.expand(-1, rows)
         factor = float(parts["scales_unit"][i]) if "scales_unit" in parts else 1.0
         fields = unpacked(parts["signs"][i], 1, columns, device)
         yield make_slice(fields, kind, level.to(device), factor)

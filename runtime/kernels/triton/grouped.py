@@ -38,9 +38,7 @@ def groupable(form: DeltaMatrix, rows: int, dtype: torch.dtype, longest: int) ->
         dtype: of the activations.
         longest: most tokens of one variant; many are faster by a rebuilt matrix.
     """
-    return longest <= REBUILD_ABOVE and all(
-        _fits(leaf, rows, dtype) for leaf, _ in leaves(form)
-    )
+    return longest <= REBUILD_ABOVE and all(_fits(leaf, rows, dtype) for leaf, _ in leaves(form))
 
 
 def _fits(leaf: DeltaMatrix, rows: int, dtype: torch.dtype) -> bool:

@@ -13,8 +13,6 @@ from deltafold.runtime.kernels.simple import Factors
 from deltafold.runtime.kernels.triton.launch import compute_type
 from deltafold.runtime.kernels.triton.segments import Segments
 
-# ruff: noqa: D103
-
 _COLUMNS, _ROWS = 128, 64
 
 
@@ -140,9 +138,7 @@ def make_factor_table(
     )
 
 
-def add_factors(
-    y: torch.Tensor, x: torch.Tensor, table: FactorTable, segments: Segments
-) -> None:
+def add_factors(y: torch.Tensor, x: torch.Tensor, table: FactorTable, segments: Segments) -> None:
     """`y[t] += s[t] * sum_i factor_i (x[t] A_i^T) B_i^T` over the factors of token t's slot.
 
     Args:

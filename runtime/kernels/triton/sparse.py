@@ -22,11 +22,9 @@ from deltafold.compress.terms import NM
 from deltafold.compress.terms.base import Parts
 from deltafold.runtime.kernels.triton.segments import Segments, block_for, make_segments
 
-# ruff: noqa: D103
-
 #: Rows that lie together, and entries of each that are read in one step.
 BLOCK: Final = 32
-_STEP: Final = 16
+_STEP: Final = 32
 #: Above this many tokens a variant, a dense product of the rebuilt matrix is the cheaper one.
 REBUILD_ABOVE: Final = 32
 _MOST_COLUMNS: Final = 2**16
@@ -108,7 +106,7 @@ class SparseRows:
 
 
 def sparse_rows(delta: torch.Tensor, device: torch.device) -> SparseRows | None:
-    """The entries of a float32 `[N, M]` delta that are not zero, as lists; None where it is too wide."""
+    """Entries of a float32 `[N, M]` delta that are not zero, as lists; None where it is too wide."""
     rows, columns = delta.shape
     if columns > _MOST_COLUMNS or not delta.numel():
         return None
@@ -269,9 +267,7 @@ def apply_sparse(  # type: ignore[no-untyped-def]
         done += 1
 
 
-def add_sparse(
-    y: torch.Tensor, x: torch.Tensor, table: SparseTable, segments: Segments
-) -> None:
+def add_sparse(y: torch.Tensor, x: torch.Tensor, table: SparseTable, segments: Segments) -> None:
     """`y[t] += s[t] * sum_i factor_i x[t] D_i^T` over the sparse forms of token t's slot.
 
     Args:

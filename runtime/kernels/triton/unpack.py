@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from triton import knobs
 
 #: Whether kernels run in Triton's interpreter, on tensors of the CPU. Fixed when Triton is imported.
@@ -44,7 +43,9 @@ def unpack_code(bits: int, field: int, bfloat: bool) -> str:
         shift = "shl.b32 t, $1, 15;" if field == 0 else "mov.b32 t, $1;"
         one = _half_bits(1.0, bfloat)
         # (t & 0x8000) ^ -1.0
-        return f"{{ .reg .b32 t; {shift} lop3.b32 $0, t, 0x80008000, {one | 0x80008000:#x}, 0x6a; }}"
+        return (
+            f"{{ .reg .b32 t; {shift} lop3.b32 $0, t, 0x80008000, {one | 0x80008000:#x}, 0x6a; }}"
+        )
     mantissa, first = (7, 1 if bits == 1 else 0) if bfloat else (10, 1 if bits == 1 else 0)
     place, shift = _place(bits, field, first)
     constant, weight = 2.0**mantissa, 2.0**place
@@ -77,11 +78,11 @@ def _place(bits: int, field: int, first: int) -> tuple[int, int]:
 
 
 @triton.jit
-def field_values(  # type: ignore[no-untyped-def]  # noqa: D103
+def field_values(  # type: ignore[no-untyped-def]
     words, FIELD: tl.constexpr, BITS: tl.constexpr, COMPUTE: tl.constexpr, PAIRS: tl.constexpr
 ):
     # int16 words to COMPUTE numbers of the same shape: signs for 1 bit, else centred.
-    if PAIRS and COMPUTE == tl.bfloat16:
+    if PAIRS and tl.bfloat16 == COMPUTE:
         return tl.inline_asm_elementwise(
             unpack_code(BITS, FIELD, True), "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2
         )
