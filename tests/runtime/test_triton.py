@@ -403,7 +403,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(
             # 14 of 16 fields take one multiply-add a pair of weights, and nothing is converted.
             counts = row["instructions"]
             assert counts["HFMA2"] == 14 * 16, row
-            assert counts["HMMA"] == 64, row
+            assert counts.get("HMMA", 0) + counts.get("HGMMA", 0) >= 64, row
             assert not {"I2F", "I2FP", "F2F", "F2FP"} & set(counts), row
 
 

@@ -85,7 +85,7 @@ def usage(binary: bytes) -> dict[str, Any]:
     return {
         "registers": int(numbers[1]),
         "stack": int(numbers[2]) + int(numbers[3]),
-        "instructions": dict(Counter(names).most_common(12)),
+        "instructions": dict(Counter(names).most_common()),
     }
 
 
