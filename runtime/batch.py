@@ -149,7 +149,8 @@ class BatchState:
                 by_row = torch.ones(self.size, device=self._device)
                 by_row[self.rows] = self.scales
                 scales = by_row.repeat_interleave(tokens)
-            found = make_segments(slots, self.capacity, block, scales)
+            tiles = sum(-(-group.size * tokens // block) for group in self.groups)
+            found = make_segments(slots, self.capacity, block, scales, tiles)
             self._segments[tokens, block] = found
         return found
 

@@ -3,8 +3,8 @@
     python tests/runtime/triton_compile.py TARGET [NAME]
 
 TARGET is 80, 90 or the like; NAME is what the kernels' names shall begin with. One line of JSON a
-kernel: registers a thread, bytes of stack (what does not fit registers), shared memory, and how many
-instructions of each kind there are.
+kernel: registers a thread, bytes of stack (what does not fit registers), shared memory, how many
+instructions of each kind there are, and how many of the main loop for each weight of a thread.
 """
 
 from __future__ import annotations
@@ -81,12 +81,40 @@ def usage(binary: bytes) -> dict[str, Any]:
         code = _run("nvdisasm", "-c", file.name)
     numbers = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", found)
     assert numbers, found
-    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)", code)
+    names = [name for name, _ in instructions(code) if not name.startswith(".L")]
     return {
         "registers": int(numbers[1]),
         "stack": int(numbers[2]) + int(numbers[3]),
+        "loop": main_loop(code),
         "instructions": dict(Counter(names).most_common()),
     }
+
+
+def instructions(code: str) -> list[tuple[str, str]]:
+    """Names and operands, in order; labels have the name of what they are."""
+    found = []
+    for line in code.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            found.append((label[1], ""))
+        parts = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9]*)(.*)", line)
+        if parts:
+            found.append((parts[1], parts[2]))
+    return found
+
+
+def main_loop(code: str) -> int:
+    """Instructions of the shortest loop in which tensor cores multiply; 0 where there is none."""
+    listed = instructions(code)
+    places = {name: i for i, (name, _) in enumerate(listed) if name.startswith(".L")}
+    lengths = []
+    for i, (name, operands) in enumerate(listed):
+        target = re.search(r"\.L_x_\d+", operands) if name == "BRA" else None
+        start = places.get(target[0], i) if target else i
+        body = [n for n, _ in listed[start:i] if not n.startswith(".L")]
+        if {"HMMA", "HGMMA"} & set(body):
+            lengths.append(len(body) + 1)
+    return min(lengths, default=0)
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -135,7 +163,12 @@ def main() -> None:
         if name.startswith(which):
             found = compiled(kernel, constexprs, dtype, target, launch)
             row = {"kernel": name, "target": target, "shared": found.metadata.shared}
-            print(json.dumps(row | usage(found.asm["cubin"])), flush=True)
+            row |= usage(found.asm["cubin"])
+            if "FIELDS" in constexprs and row["loop"]:
+                weights = constexprs["BN"] * constexprs["BW"] * constexprs["FIELDS"]
+                each = weights / (32 * launch.get("num_warps", 4))
+                row["loop_a_weight"] = round(row["loop"] / each, 2)
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from deltafold.runtime.kernels.triton.launch import on
 from deltafold.runtime.kernels.triton.table import SliceTable
 from deltafold.runtime.kernels.triton.unpack import field_values
 
@@ -107,15 +108,16 @@ def expand_slices(
     out = torch.empty(count, kind.columns, dtype=dtype, device=table.words.device)
     if not count:
         return out
-    expand[(triton.cdiv(count, _ROWS), kind.column_tiles)](
-        out, out if base is None else base, out if index is None else index, count,
-        table.words, table.levels, table.factors, table.columns,
-        kind.rows, kind.columns, kind.group, kind.row_blocks * kind.block_rows,
-        0 if base is None else base.stride(0),
-        BITS=kind.bits, FIELDS=kind.fields, USED=kind.used_fields, BN=kind.block_rows,
-        BW=kind.block_words, BR=_ROWS,
-        ENTRIES=table.entries, TILES=kind.column_tiles, ONE_GROUP=kind.one_group,
-        INDEXED=index is not None, BASED=base is not None, BY_COLUMN=kind.by_column,
-        HALF_LEVELS=kind.level_dtype == torch.float16, num_warps=_WARPS,
-    )  # fmt: skip
+    with on(out.device):
+        expand[(triton.cdiv(count, _ROWS), kind.column_tiles)](
+            out, out if base is None else base, out if index is None else index, count,
+            table.words, table.levels, table.factors, table.columns,
+            kind.rows, kind.columns, kind.group, kind.row_blocks * kind.block_rows,
+            0 if base is None else base.stride(0),
+            BITS=kind.bits, FIELDS=kind.fields, USED=kind.used_fields, BN=kind.block_rows,
+            BW=kind.block_words, BR=_ROWS,
+            ENTRIES=table.entries, TILES=kind.column_tiles, ONE_GROUP=kind.one_group,
+            INDEXED=index is not None, BASED=base is not None, BY_COLUMN=kind.by_column,
+            HALF_LEVELS=kind.level_dtype == torch.float16, num_warps=_WARPS,
+        )  # fmt: skip
     return out

@@ -15,7 +15,7 @@ from deltafold.runtime.kernels.signs import codebook_planes
 from deltafold.runtime.kernels.triton.expand import expand_slices
 from deltafold.runtime.kernels.triton.launch import add_slices
 from deltafold.runtime.kernels.triton.layout import Kind, Slice, group_fits, make_slice
-from deltafold.runtime.kernels.triton.segments import block_for, make_segments
+from deltafold.runtime.kernels.triton.segments import one_segment
 from deltafold.runtime.kernels.triton.table import SliceTable, make_table
 
 #: Above this many tokens a variant, rebuilding the delta and a plain product read and compute less.
@@ -59,8 +59,7 @@ class BitSlices:
         if len(x) > REBUILD_ABOVE:
             return torch.nn.functional.linear(x, self.dense(x.dtype))
         y = x.new_zeros(len(x), self.shape[0])
-        slots = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        segments = make_segments(slots, 1, block_for(len(x)))
+        segments = one_segment(len(x), x.device)
         for table in self._tables:
             add_slices(y, x.contiguous(), table, segments)
         return y

@@ -10,7 +10,9 @@ import torch
 
 from deltafold.runtime.kernels.base import DeltaMatrix, leaves
 from deltafold.runtime.kernels.simple import Factors
-from deltafold.runtime.kernels.triton.forms import REBUILD_ABOVE, BitSlices
+from deltafold.runtime.kernels.triton import forms as slices
+from deltafold.runtime.kernels.triton import sparse
+from deltafold.runtime.kernels.triton.forms import BitSlices
 from deltafold.runtime.kernels.triton.launch import add_slices
 from deltafold.runtime.kernels.triton.layout import Kind
 from deltafold.runtime.kernels.triton.lowrank import FactorTable, add_factors, make_factor_table
@@ -38,14 +40,16 @@ def groupable(form: DeltaMatrix, rows: int, dtype: torch.dtype, longest: int) ->
         dtype: of the activations.
         longest: most tokens of one variant; many are faster by a rebuilt matrix.
     """
-    return longest <= REBUILD_ABOVE and all(_fits(leaf, rows, dtype) for leaf, _ in leaves(form))
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    return all(_fits(leaf, rows, dtype, longest) for leaf, _ in leaves(form))
 
 
-def _fits(leaf: DeltaMatrix, rows: int, dtype: torch.dtype) -> bool:
+def _fits(leaf: DeltaMatrix, rows: int, dtype: torch.dtype, longest: int) -> bool:
     if isinstance(leaf, BitSlices):
-        return leaf.shape[0] == rows
+        return leaf.shape[0] == rows and longest <= slices.REBUILD_ABOVE
     if isinstance(leaf, SparseRows):
-        return leaf.rows == rows
+        return leaf.rows == rows and longest <= sparse.REBUILD_ABOVE
     if not isinstance(leaf, Factors):
         return False
     whole = leaf.a.is_contiguous() and leaf.b.is_contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from deltafold.runtime.kernels.triton.unpack import INTERPRETED
 _BLOCKS_EACH = 2
 _ROWS_ADDED = 1024
 _HALVES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Where kernels are launched; Triton asks torch for the current device, not the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def add_slices(
@@ -46,21 +52,23 @@ def add_slices(
         shape = (splits, segments.tokens, kind.rows)
         out = torch.empty(shape, dtype=torch.float32, device=x.device)
     scaled = segments.scales is not None
-    apply_slices[(blocks * splits, segments.tiles)](
-        x, out, segments.order, segments.slot, segments.start, segments.length,
-        segments.scales if scaled else segments.order,
-        table.words, table.levels, table.factors, table.columns, table.counts,
-        kind.rows, kind.columns, x.stride(0), out.stride(-2), 0 if direct else out.stride(0),
-        kind.group, blocks * kind.block_rows,
-        **constants(table, segments.block, x.dtype, splits, scaled),
-        **options(kind.block_rows, segments.block, x.dtype),
-    )  # fmt: skip
+    with on(x.device):
+        apply_slices[(blocks * splits, segments.tiles)](
+            x, out, segments.order, segments.slot, segments.start, segments.length,
+            segments.scales if scaled else segments.order,
+            table.words, table.levels, table.factors, table.columns, table.counts,
+            kind.rows, kind.columns, x.stride(0), out.stride(-2), 0 if direct else out.stride(0),
+            kind.group, blocks * kind.block_rows,
+            **constants(table, segments.block, x.dtype, splits, scaled),
+            **options(kind.block_rows, segments.block, x.dtype),
+        )  # fmt: skip
     if not direct:
         block = min(_ROWS_ADDED, triton.next_power_of_2(kind.rows))
-        add_splits[(triton.cdiv(kind.rows, block), segments.tokens)](
-            out, y, segments.order, segments.begin, kind.rows,
-            out.stride(1), out.stride(0), y.stride(0), SPLITS=splits, BN=block,
-        )  # fmt: skip
+        with on(x.device):
+            add_splits[(triton.cdiv(kind.rows, block), segments.tokens)](
+                out, y, segments.order, segments.begin, kind.rows,
+                out.stride(1), out.stride(0), y.stride(0), SPLITS=splits, BN=block,
+            )  # fmt: skip
 
 
 def constants(

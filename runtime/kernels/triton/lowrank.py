@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from deltafold.runtime.kernels.simple import Factors
-from deltafold.runtime.kernels.triton.launch import compute_type
+from deltafold.runtime.kernels.triton.launch import compute_type, on
 from deltafold.runtime.kernels.triton.segments import Segments
 
 _COLUMNS, _ROWS = 128, 64
@@ -157,14 +157,16 @@ def add_factors(y: torch.Tensor, x: torch.Tensor, table: FactorTable, segments: 
     ranked = torch.empty(tokens, entries, rank, dtype=torch.float32, device=x.device)
     tiles = (segments.order, segments.slot, segments.start, segments.length)
     compute = compute_type(x.dtype)
-    shrink[(entries, segments.tiles)](
-        x, ranked, *tiles, table.a, table.ranks, table.counts, columns, x.stride(0),
-        BT=segments.block, BK=_COLUMNS, R=rank, ENTRIES=entries,
-        STEPS=triton.cdiv(columns, _COLUMNS), COMPUTE=compute,
-    )  # fmt: skip
+    with on(x.device):
+        shrink[(entries, segments.tiles)](
+            x, ranked, *tiles, table.a, table.ranks, table.counts, columns, x.stride(0),
+            BT=segments.block, BK=_COLUMNS, R=rank, ENTRIES=entries,
+            STEPS=triton.cdiv(columns, _COLUMNS), COMPUTE=compute,
+        )  # fmt: skip
     scaled = segments.scales is not None
-    stretch[(triton.cdiv(rows, _ROWS), segments.tiles)](
-        ranked, y, *tiles, table.b, table.factors, table.ranks, table.counts,
-        segments.scales if scaled else segments.order, rows, y.stride(0),
-        BT=segments.block, BN=_ROWS, R=rank, ENTRIES=entries, SCALED=scaled, COMPUTE=compute,
-    )  # fmt: skip
+    with on(x.device):
+        stretch[(triton.cdiv(rows, _ROWS), segments.tiles)](
+            ranked, y, *tiles, table.b, table.factors, table.ranks, table.counts,
+            segments.scales if scaled else segments.order, rows, y.stride(0),
+            BT=segments.block, BN=_ROWS, R=rank, ENTRIES=entries, SCALED=scaled, COMPUTE=compute,
+        )  # fmt: skip

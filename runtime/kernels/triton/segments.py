@@ -49,7 +49,11 @@ class Segments:
 
 
 def make_segments(
-    slots: torch.Tensor, capacity: int, block: int, scales: torch.Tensor | None = None
+    slots: torch.Tensor,
+    capacity: int,
+    block: int,
+    scales: torch.Tensor | None = None,
+    tiles: int | None = None,
 ) -> Segments:
     """Sort tokens by slot and cut them into tiles.
 
@@ -58,6 +62,8 @@ def make_segments(
         capacity: how many slots there are.
         block: one of `TILE_TOKENS`.
         scales: float32 `[T]`, or None.
+        tiles: how many tiles to make, where the caller knows how many there are at most; None for as
+            many as any assignment can need.
     """
     assert block in TILE_TOKENS, block
     device, tokens = slots.device, slots.shape[0]
@@ -70,7 +76,7 @@ def make_segments(
     needed = torch.div(counts[1:] + (block - 1), block, rounding_mode="floor")
     ends = needed.cumsum(0)
     # Tiles hold at least one token, and each slot wastes less than one tile.
-    most = min(tokens, capacity + tokens // block)
+    most = min(tokens, capacity + tokens // block) if tiles is None else tiles
     tile = torch.arange(most, device=device)
     slot = torch.searchsorted(ends, tile, right=True)
     used = slot < capacity
@@ -91,3 +97,10 @@ def make_segments(
 def block_for(longest: int) -> int:
     """Tokens of a tile where a variant has up to `longest`."""
     return next((b for b in TILE_TOKENS if longest <= b), TILE_TOKENS[-1])
+
+
+def one_segment(tokens: int, device: torch.device) -> Segments:
+    """All tokens in slot 0."""
+    block = block_for(tokens)
+    slots = torch.zeros(tokens, dtype=torch.int64, device=device)
+    return make_segments(slots, 1, block, tiles=-(-tokens // block))

@@ -20,7 +20,8 @@ import triton.language as tl
 from deltafold.compress import bits as packing
 from deltafold.compress.terms import NM
 from deltafold.compress.terms.base import Parts
-from deltafold.runtime.kernels.triton.segments import Segments, block_for, make_segments
+from deltafold.runtime.kernels.triton.launch import on
+from deltafold.runtime.kernels.triton.segments import Segments, one_segment
 
 #: Rows that lie together, and entries of each that are read in one step.
 BLOCK: Final = 32
@@ -74,8 +75,7 @@ class SparseRows:
         if len(x) > REBUILD_ABOVE:
             return torch.nn.functional.linear(x, self.dense(x.dtype))
         y = x.new_zeros(len(x), self.rows)
-        slots = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        add_sparse(y, x.contiguous(), self._table, make_segments(slots, 1, block_for(len(x))))
+        add_sparse(y, x.contiguous(), self._table, one_segment(len(x), x.device))
         return y
 
     def gather(self, index: torch.Tensor) -> torch.Tensor:
@@ -281,10 +281,11 @@ def add_sparse(y: torch.Tensor, x: torch.Tensor, table: SparseTable, segments: S
         return
     scaled = segments.scales is not None
     of, half = table.layout
-    apply_sparse[(triton.cdiv(y.shape[1], BLOCK), segments.tiles)](
-        x, y, segments.order, segments.slot, segments.start, segments.length,
-        segments.scales if scaled else segments.order,
-        *table.addresses.unbind(0), table.factors, table.counts,
-        y.shape[1], x.shape[1], x.stride(0), y.stride(0),
-        OF=of, HALF=half, BLOCK=BLOCK, STEP=_STEP, ENTRIES=table.factors.shape[1], SCALED=scaled,
-    )  # fmt: skip
+    with on(x.device):
+        apply_sparse[(triton.cdiv(y.shape[1], BLOCK), segments.tiles)](
+            x, y, segments.order, segments.slot, segments.start, segments.length,
+            segments.scales if scaled else segments.order,
+            *table.addresses.unbind(0), table.factors, table.counts,
+            y.shape[1], x.shape[1], x.stride(0), y.stride(0),
+            OF=of, HALF=half, BLOCK=BLOCK, STEP=_STEP, ENTRIES=table.factors.shape[1], SCALED=scaled,
+        )  # fmt: skip
