@@ -12,6 +12,7 @@ import zoo_models
 
 from deltafold.runtime import EmbeddedEngine, Request, Sampling
 from deltafold.runtime.batch import SlotBook
+from deltafold.runtime.kernels.devices import applies_packed
 from deltafold.runtime.loading import LoadedVariant
 
 if sys.platform != "linux":
@@ -96,6 +97,11 @@ def test_scales_and_mixtures_equal_those_of_dense_deltas(
         seen.append(answers(made.base, made.zoo, requests))
     for here, there in zip(*seen, strict=True):
         assert max(abs(a - b) for a, b in zip(here, there, strict=True)) < 1e-4
+
+
+def test_packed_forms_are_for_gpus_alone() -> None:
+    assert not applies_packed(torch.device("cpu"))
+    assert applies_packed(torch.device("cuda"))
 
 
 def test_a_variant_keeps_its_slot_and_leaves_it_when_it_is_dropped() -> None:

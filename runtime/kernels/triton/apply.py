@@ -88,7 +88,7 @@ def apply_slices(  # type: ignore[no-untyped-def]
         known = tl.load(target, mask=kept, other=0.0)
         tl.store(target, (known.to(tl.float32) + total).to(known.dtype), mask=kept)
     else:
-        partial = out + split * split_stride + place.to(tl.int64)[None, :] * out_stride
+        partial = out + split.to(tl.int64) * split_stride + place.to(tl.int64)[None, :] * out_stride
         tl.store(partial + n[:, None], total, mask=kept)
 
 
@@ -104,9 +104,10 @@ def add_splits(  # type: ignore[no-untyped-def]
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     kept = n < rows
     total = tl.zeros((BN,), dtype=tl.float32)
-    for split in range(SPLITS):
-        at = partial + split * split_stride + place.to(tl.int64) * partial_stride + n
+    at = partial + place.to(tl.int64) * partial_stride + n
+    for _ in range(SPLITS):
         total += tl.load(at, mask=kept, other=0.0)
+        at += split_stride
     token = tl.load(order + place).to(tl.int64)
     target = y + token * y_stride + n
     known = tl.load(target, mask=kept, other=0.0)
