@@ -6,6 +6,7 @@ delta code ever visits them.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ import torch
 
 from deltafold.compress import DeltafoldError
 from deltafold.runtime.host import Row
+from deltafold.runtime.kernels.devices import applies_packed
 
 if TYPE_CHECKING:
+    from deltafold.runtime.kernels.triton.segments import Segments
     from deltafold.runtime.loading import LoadedVariant
 
 
@@ -27,10 +30,33 @@ class Group:
     Attributes:
         variant: whose delta to add.
         size: batch rows of this variant; the groups' rows follow one another in `BatchState.rows`.
+        slot: a number that is the variant's own while it lives.
     """
 
     variant: LoadedVariant
     size: int
+    slot: int = 0
+
+
+class SlotBook:
+    """Numbers of variants that stay the same while these live, so that tables by slot seldom change."""
+
+    def __init__(self) -> None:
+        self.capacity = 8
+        self._of: dict[int, tuple[weakref.ref[LoadedVariant], int]] = {}
+
+    def of(self, variant: LoadedVariant) -> int:
+        """The variant's slot; a new variant gets the lowest that no living one has."""
+        known = self._of.get(id(variant))
+        if known is not None and known[0]() is variant:
+            return known[1]
+        self._of = {key: seat for key, seat in self._of.items() if seat[0]() is not None}
+        taken = {slot for _, slot in self._of.values()}
+        slot = next(i for i in range(len(taken) + 1) if i not in taken)
+        while slot >= self.capacity:
+            self.capacity *= 2
+        self._of[id(variant)] = (weakref.ref(variant), slot)
+        return slot
 
 
 class BatchState:
@@ -41,6 +67,7 @@ class BatchState:
         rows: int64, the batch rows of all groups, one group after the other, on the model's device.
         scales: float32, the factor of each of these rows' deltas; None where all are 1.
         size: rows of the whole batch.
+        packed: whether kernels apply the variants' deltas together, by slot.
         reports: names of modules that added a delta, while a warm-up pass collects them; else None.
     """
 
@@ -50,7 +77,11 @@ class BatchState:
         self.rows = torch.empty(0, dtype=torch.int64, device=device)
         self.scales: torch.Tensor | None = None
         self.size = 0
+        self.packed = applies_packed(device)
         self.reports: set[str] | None = None
+        self._slots = SlotBook()
+        self._slot_of_row = torch.empty(0, dtype=torch.int64, device=device)
+        self._segments: dict[tuple[int, int], Segments] = {}
 
     @contextmanager
     def running(self, rows: Sequence[tuple[LoadedVariant | None, float]]) -> Iterator[None]:
@@ -66,11 +97,13 @@ class BatchState:
     def narrowed(self, variant: LoadedVariant, scale: float, size: int) -> Iterator[None]:
         """Within it, the batch is `size` requests of one variant: a module runs again for them."""
         kept = (self.groups, self.rows, self.scales, self.size)
+        kept_segments = (self._slot_of_row, self._segments)
         self._fill([(variant, scale)] * size)
         try:
             yield
         finally:
             self.groups, self.rows, self.scales, self.size = kept
+            self._slot_of_row, self._segments = kept_segments
 
     def report(self, name: str) -> None:
         """A module says that it has added its variants' deltas."""
@@ -98,6 +131,29 @@ class BatchState:
         within = torch.arange(each, device=self._device)
         return (self.rows.unsqueeze(1) * each + within).reshape(-1), each
 
+    @property
+    def capacity(self) -> int:
+        """Slots there are; all groups' are below it."""
+        return self._slots.capacity
+
+    def segments(self, tokens: int) -> Segments:
+        """The batch's tokens by slot, `tokens` of each row; made once a forward pass."""
+        from deltafold.runtime.kernels.triton.segments import block_for, make_segments
+
+        block = block_for(max(group.size for group in self.groups) * tokens)
+        found = self._segments.get((tokens, block))
+        if found is None:
+            slots = self._slot_of_row.repeat_interleave(tokens)
+            scales = None
+            if self.scales is not None:
+                by_row = torch.ones(self.size, device=self._device)
+                by_row[self.rows] = self.scales
+                scales = by_row.repeat_interleave(tokens)
+            tiles = sum(-(-group.size * tokens // block) for group in self.groups)
+            found = make_segments(slots, self.capacity, block, scales, tiles)
+            self._segments[tokens, block] = found
+        return found
+
     def for_each_row(self, value: torch.Tensor) -> torch.Tensor:
         """A tensor that is one for all requests, repeated for each; others as they are."""
         if value.shape[0] == 1 != self.size:
@@ -115,6 +171,7 @@ class BatchState:
         self.rows = torch.empty(0, dtype=torch.int64, device=self._device)
         self.scales = None
         self.size = 0
+        self._segments = {}
 
     def _fill(self, rows: Sequence[tuple[LoadedVariant | None, float]]) -> None:
         members: dict[int, list[int]] = {}
@@ -127,7 +184,8 @@ class BatchState:
         for indices in members.values():
             variant = rows[indices[0]][0]
             assert variant is not None
-            groups.append(Group(variant, len(indices)))
+            slot = self._slots.of(variant) if self.packed else 0
+            groups.append(Group(variant, len(indices), slot))
         self.size = len(rows)
         self.rows = torch.tensor(order, dtype=torch.int64, device=self._device)
         self.scales = None
@@ -135,6 +193,13 @@ class BatchState:
             factors = [rows[i][1] for i in order]
             self.scales = torch.tensor(factors, dtype=torch.float32, device=self._device)
         self.groups = tuple(groups)
+        self._segments = {}
+        if self.packed:
+            of_row = [-1] * len(rows)
+            for group, indices in zip(groups, members.values(), strict=True):
+                for i in indices:
+                    of_row[i] = group.slot
+            self._slot_of_row = torch.tensor(of_row, dtype=torch.int64, device=self._device)
 
 
 def loaded_rows(rows: Sequence[Row]) -> list[tuple[LoadedVariant | None, float]]:

@@ -17,6 +17,7 @@ from torch import nn
 from deltafold.runtime.batch import BatchState
 from deltafold.runtime.kernels.base import DeltaMatrix
 from deltafold.runtime.layout import Layout
+from deltafold.runtime.packed import PackedLayer
 from deltafold.runtime.quantized import QuantizedLinear
 
 Forward = Callable[..., Any]
@@ -28,6 +29,7 @@ class LinearHook:
     def __init__(self, name: str, module: nn.Module, state: BatchState) -> None:
         self._name, self._state = name, state
         self._original: Forward = module.forward
+        self._packed = PackedLayer(name, state)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x `[B, ..., M]` to `[B, ..., N]`.
@@ -39,6 +41,10 @@ class LinearHook:
         if self._state.groups:
             x, y = self._state.for_each_row(x), self._state.for_each_row(y)
             rows, each = self._state.rows_in(x.shape[0], self._name)
+            done = self._packed.add(x, y, rows, each) if self._state.packed else None
+            if done is not None:
+                self._state.report(self._name)
+                return done
             xs = x.index_select(0, rows)
             flat = xs.reshape(-1, x.shape[-1])
             products = self._products(flat, y.shape[-1])

@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 from checkpoints import Pair, make_pair
 from hypothesis import settings
 
 settings.register_profile("deltafold", deadline=None, database=None, derandomize=True)
 settings.load_profile("deltafold")
 os.environ["HF_HUB_OFFLINE"] = "1"
+if not torch.cuda.is_available():
+    # Read once, when Triton is first imported, perhaps by another package: GPU kernels then run in
+    # its interpreter, on tensors of the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

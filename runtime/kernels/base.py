@@ -117,3 +117,12 @@ class Scaled:
     def gather(self, index: torch.Tensor) -> torch.Tensor:
         """Rows of D."""
         return self.inner.gather(index) * self.weight
+
+
+def leaves(form: DeltaMatrix, weight: float = 1.0) -> list[tuple[DeltaMatrix, float]]:
+    """A form taken apart: what its sums and weights hold, with the weight of each."""
+    if isinstance(form, Scaled):
+        return leaves(form.inner, weight * form.weight)
+    if isinstance(form, Sum):
+        return [leaf for term in form.terms for leaf in leaves(term, weight)]
+    return [(form, weight)]

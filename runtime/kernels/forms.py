@@ -28,6 +28,7 @@ from deltafold.compress.terms import (
 from deltafold.compress.terms.base import Parts
 from deltafold.runtime.kernels.base import DeltaMatrix, Stacked, Sum
 from deltafold.runtime.kernels.cpu import codes_forms, planes_forms
+from deltafold.runtime.kernels.devices import applies_packed
 from deltafold.runtime.kernels.reference import Dense, RowSubset
 from deltafold.runtime.kernels.shared import shared_rows
 from deltafold.runtime.kernels.signs import (
@@ -92,6 +93,10 @@ def _product(
         blocks = term.each(parts, shape, context)
         forms = [_product(Encoded(t, p), s, s, c, target) for t, p, s, c in blocks]
         return Stacked(forms, term.rows)
+    if applies_packed(target.device):
+        form = _on_gpu(encoded, matrix, shape, context, target)
+        if form is not None:
+            return form
     if isinstance(term, Planes | Codes) and target.device.type == "cpu":
         packed = _packed(term, parts, matrix, target.dtype)
         if packed is not None:
@@ -114,6 +119,31 @@ def _product(
     if target.device.type == "cpu" and _is_sparse(term, delta):
         return csr(delta, target.device)
     return Dense(delta.to(target.device, target.dtype))
+
+
+def _on_gpu(
+    encoded: Encoded,
+    matrix: tuple[int, int],
+    shape: tuple[int, ...],
+    context: Context,
+    target: Target,
+) -> DeltaMatrix | None:
+    """The form for our GPU kernels, or None where they have none."""
+    from deltafold.runtime.kernels.triton.forms import bit_slices
+    from deltafold.runtime.kernels.triton.sparse import sparse_rows, strata
+
+    term, parts = encoded
+    if isinstance(term, Planes | Codes | ColumnPlanes | Codebook):
+        return bit_slices(term, parts, matrix, target.device)
+    if isinstance(term, NM):
+        found = strata(term, parts, matrix, target.device, context.name)
+        if found is not None:
+            return found
+    if isinstance(term, NM | Sparse | SparseCodes):
+        delta = term.decode(parts, shape, context).reshape(matrix)
+        if _share(term, delta) < _SPARSE_BELOW:
+            return sparse_rows(delta, target.device)
+    return None
 
 
 def _words(
@@ -178,6 +208,12 @@ def _table(
         blocks = term.each(parts, shape, context)
         forms = [_table(Encoded(t, p), s, c, target) for t, p, s, c in blocks]
         return Stacked(forms, term.rows)
+    if isinstance(term, Planes | Codes | ColumnPlanes | Codebook) and applies_packed(target.device):
+        from deltafold.runtime.kernels.triton.forms import bit_slices
+
+        slices = bit_slices(term, parts, rows_and_columns(shape), target.device)
+        if slices is not None:
+            return slices
     if isinstance(term, TABLES) and len(shape) == 2 and target.device.type == "cpu":
         return PackedTable(term, dict(parts), shape[1], target.dtype, target.device)
     if isinstance(term, Rows):
@@ -194,10 +230,13 @@ def _table(
 
 
 def _is_sparse(term: Term, delta: torch.Tensor) -> bool:
+    return _share(term, delta) < _SPARSE_BELOW and delta.numel() >= _SPARSE_FROM
+
+
+def _share(term: Term, delta: torch.Tensor) -> float:
+    """The share of entries that a term keeps."""
     if isinstance(term, NM):
-        share = term.keep / term.of
-    elif isinstance(term, Sparse | SparseCodes):
-        share = term.count / max(delta.numel(), 1)
-    else:
-        return False
-    return share < _SPARSE_BELOW and delta.numel() >= _SPARSE_FROM
+        return term.keep / term.of
+    if isinstance(term, Sparse | SparseCodes):
+        return term.count / max(delta.numel(), 1)
+    return 1.0

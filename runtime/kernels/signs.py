@@ -109,24 +109,31 @@ def codes_words(term: Codes, parts: Parts, shape: tuple[int, int]) -> SignWords 
 
 
 def codebook_words(term: Codebook, parts: Parts, shape: tuple[int, int]) -> SignWords | None:
-    """Signs with one of M levels as M planes, or None where this machine has no kernel for them.
+    """Signs with one of M levels as M planes, or None where this machine has no kernel for them."""
+    library = signs_library()
+    if library is None:
+        return None
+    planes, levels = codebook_planes(term, parts, shape)
+    return _packed(planes, levels, None, max(shape[1], 1), library)
+
+
+def codebook_planes(
+    term: Codebook, parts: Parts, shape: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Signs with one of M levels as M planes: bool `[M, rows, columns]`, levels `[M, 1, rows]`.
 
     With the index's bits as t_i in {-1, 1} any table is a sum over subsets of them, `level = sum_J c_J
     prod_{i in J} t_i` (a Walsh-Hadamard transform), and each product with the sign is a plane.
     """
-    library = signs_library()
-    if library is None:
-        return None
-    rows, columns = shape
     plus, index = term.split(parts, shape)
     table = scales.load(dict(parts), term.table_format, "table")
     subsets = torch.arange(term.levels)
     # Whether the product over subset J is negative for an index: the parity of the zeros it sees.
     negative = _parity(subsets.unsqueeze(1) & ~subsets)
     signs = 1.0 - 2.0 * negative.to(torch.float32)
-    levels = (table @ signs.T / term.levels).T.reshape(term.levels, 1, -1).expand(-1, 1, rows)
+    levels = (table @ signs.T / term.levels).T.reshape(term.levels, 1, -1).expand(-1, 1, shape[0])
     planes = torch.stack([plus ^ negative[j][index] for j in range(term.levels)])
-    return _packed(planes, levels, None, max(columns, 1), library)
+    return planes, levels
 
 
 def _parity(values: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,14 @@ import pico
 import pytest
 
 from deltafold.runtime.embedded import EmbeddedEngine
+
+
+@pytest.fixture(autouse=True)
+def packed_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With DELTAFOLD_TEST_PACKED=1 the GPU kernels apply the deltas in every test of the runtime."""
+    if os.environ.get("DELTAFOLD_TEST_PACKED") == "1":
+        for where in ("batch", "kernels.forms"):
+            monkeypatch.setattr(f"deltafold.runtime.{where}.applies_packed", lambda device: True)
 
 
 @pytest.fixture

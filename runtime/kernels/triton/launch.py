@@ -1,0 +1,120 @@
+"""Launches of the kernels in `apply.py`."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from deltafold.runtime.kernels.triton.apply import add_splits, apply_slices
+from deltafold.runtime.kernels.triton.segments import Segments
+from deltafold.runtime.kernels.triton.table import SliceTable
+from deltafold.runtime.kernels.triton.unpack import INTERPRETED
+
+#: Blocks for each multiprocessor that hide the waiting for memory.
+_BLOCKS_EACH = 2
+_ROWS_ADDED = 1024
+_HALVES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Where kernels are launched; Triton asks torch for the current device, not the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def add_slices(
+    y: torch.Tensor, x: torch.Tensor, table: SliceTable, segments: Segments, splits: int = 0
+) -> None:
+    """`y[t] += s[t] * sum_i factor_i x[t] D_i^T` over the slices of token t's slot.
+
+    Args:
+        y: `[T, N]` float32, bfloat16 or float16, changed in place; tokens of the base are not touched.
+        x: `[T, M]` of the same dtype.
+        table: the slices by slot.
+        segments: which slot each token has.
+        splits: parts that the columns are cut into, summed afterwards; 0 lets the shape decide.
+    """
+    kind = table.kind
+    assert x.shape == (segments.tokens, kind.columns), (x.shape, kind)
+    assert y.shape == (segments.tokens, kind.rows), (y.shape, kind)
+    assert x.stride(1) == 1 == y.stride(1), "rows must be contiguous"
+    if not segments.tiles:
+        return
+    blocks = kind.row_blocks
+    splits = splits or _splits(blocks * segments.tiles, kind.column_tiles, x.device)
+    splits = max(1, min(splits, kind.column_tiles))
+    direct = splits == 1
+    out = y
+    if not direct:
+        shape = (splits, segments.tokens, kind.rows)
+        out = torch.empty(shape, dtype=torch.float32, device=x.device)
+    scaled = segments.scales is not None
+    with on(x.device):
+        apply_slices[(blocks * splits, segments.tiles)](
+            x, out, segments.order, segments.slot, segments.start, segments.length,
+            segments.scales if scaled else segments.order,
+            table.words, table.levels, table.factors, table.columns, table.counts,
+            kind.rows, kind.columns, x.stride(0), out.stride(-2), 0 if direct else out.stride(0),
+            kind.group, blocks * kind.block_rows,
+            **constants(table, segments.block, x.dtype, splits, scaled),
+            **options(kind.block_rows, segments.block, x.dtype),
+        )  # fmt: skip
+    if not direct:
+        block = min(_ROWS_ADDED, triton.next_power_of_2(kind.rows))
+        with on(x.device):
+            add_splits[(triton.cdiv(kind.rows, block), segments.tokens)](
+                out, y, segments.order, segments.begin, kind.rows,
+                out.stride(1), out.stride(0), y.stride(0), SPLITS=splits, BN=block,
+            )  # fmt: skip
+
+
+def constants(
+    table: SliceTable, block: int, dtype: torch.dtype, splits: int, scaled: bool
+) -> dict[str, Any]:
+    """The compile-time arguments of `apply_slices`."""
+    kind = table.kind
+    each = triton.cdiv(kind.column_tiles, splits)
+    pairs = dtype in _HALVES and not INTERPRETED and torch.version.hip is None
+    return {
+        "BITS": kind.bits,
+        "FIELDS": kind.fields,
+        "USED": kind.used_fields,
+        "FOLD": kind.fold,
+        "BN": kind.block_rows,
+        "BW": kind.block_words,
+        "BT": block,
+        "ENTRIES": table.entries,
+        "TILES": kind.column_tiles,
+        "SPLITS": splits,
+        "TILES_EACH": each,
+        "EVEN": kind.columns == splits * each * kind.tile_columns,
+        "BY_COLUMN": kind.by_column,
+        "HALF_LEVELS": kind.level_dtype == torch.float16,
+        "SCALED": scaled,
+        "DIRECT": splits == 1,
+        "COMPUTE": compute_type(dtype),
+        "PAIRS": pairs,
+        "STAGES": 3 if block <= 16 else 2,
+    }
+
+
+def compute_type(dtype: torch.dtype) -> Any:
+    """The type that matrices are multiplied in; sums are float32 always."""
+    # The interpreter multiplies the bits of bfloat16 as if they were whole numbers.
+    return tl.float32 if INTERPRETED else _HALVES.get(dtype, tl.float32)
+
+
+def options(block_rows: int, block: int, dtype: torch.dtype) -> dict[str, int]:
+    """Warps, by the size of what they hold in registers."""
+    return {"num_warps": 8 if block_rows * block > 128 * 16 or dtype == torch.float32 else 4}
+
+
+def _splits(blocks: int, most: int, device: torch.device) -> int:
+    """How often to cut the columns so that every multiprocessor has work."""
+    if device.type != "cuda":
+        return 1
+    wanted = _BLOCKS_EACH * torch.cuda.get_device_properties(device).multi_processor_count
+    return int(max(1, min(wanted // blocks, most, 8)))
