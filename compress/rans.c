@@ -1,0 +1,440 @@
+/* The inner loops of the lossless coder: words to symbols, interleaved rANS, low bits, and back.
+ *
+ * Bytes and words are those of the portable code in `rans.py` and `symbols.py`; docs/format.md has the
+ * format. A decoder's input is a stranger's: every read is within the lengths that the caller gives, and
+ * what does not fit is refused. Functions work on one thread, for one block.
+ */
+#include <stdint.h>
+#include <string.h>
+
+enum { SCALE_BITS = 13, TOTAL = 1 << SCALE_BITS, CHUNK = 2048, COUNTS = 64 };
+enum { GOOD = 0, FEW_WORDS = -1, BAD_STATES = -2, FEW_LOW = -3, MUCH_LOW = -4, CHANGED = -5 };
+static const uint32_t LOWEST = 1u << 16;
+/* ceil(2^45 / f) is a reciprocal that is exact for every x < f * 2^19: its error e < f adds x * e / 2^45,
+ * less than 1, to what f divides, and the product x * ceil(2^45 / f) stays below 2^64. */
+enum { RECIPROCAL_BITS = 45 };
+
+/* A tensor may begin at any byte of a mapped file. */
+#define ANYWHERE __attribute__((aligned(1), may_alias))
+#define INLINE static inline __attribute__((always_inline))
+typedef uint8_t w8;
+typedef uint16_t w16 ANYWHERE;
+typedef uint32_t w32 ANYWHERE;
+typedef uint64_t w64 ANYWHERE;
+
+/* size: bytes of a word; leading: words without a base, whose first byte is the symbol. */
+typedef struct {
+    int32_t size, is_float, leading, precision, mantissa, exponents;
+} Kind;
+
+typedef struct {
+    uint64_t reciprocal;
+    uint32_t frequency, start;
+} Coded;
+
+/* Where the low bits of the words that leave k are: whole bytes, then 4, 2 and 1 bits. */
+typedef struct {
+    int64_t many[COUNTS], bytes[COUNTS], four[COUNTS], two[COUNTS], one[COUNTS];
+} Layout;
+
+int rans_supported(void) {
+    /* Where a CPU has no lzcnt, the instruction is read as another, which finds 0 here. */
+    volatile uint32_t one = 1;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_clz(one) == 31;
+}
+
+INLINE uint64_t word_at(const void *from, int size, int64_t i) {
+    switch (size) {
+        case 1: return ((const w8 *)from)[i];
+        case 2: return ((const w16 *)from)[i];
+        case 4: return ((const w32 *)from)[i];
+        default: return ((const w64 *)from)[i];
+    }
+}
+
+INLINE void set_word(void *to, int size, int64_t i, uint64_t value) {
+    switch (size) {
+        case 1: ((w8 *)to)[i] = (w8)value; break;
+        case 2: ((w16 *)to)[i] = (uint16_t)value; break;
+        case 4: ((w32 *)to)[i] = (uint32_t)value; break;
+        default: ((w64 *)to)[i] = value;
+    }
+}
+
+/* Folded differences or rotated words (numbers), and back (undo). For what is no float a place is the word. */
+#define WORD_LOOPS(BITS)                                                                                      \
+    INLINE uint##BITS##_t ordered##BITS(uint##BITS##_t w, uint##BITS##_t is_float) {                          \
+        uint##BITS##_t negative = (uint##BITS##_t)((int##BITS##_t)w >> (BITS - 1));                           \
+        return w ^ ((negative | (uint##BITS##_t)1 << (BITS - 1)) & is_float);                                 \
+    }                                                                                                         \
+    static void numbers##BITS(const Kind *kind, const w##BITS *v, const w##BITS *b, int64_t n, w##BITS *z) {  \
+        uint##BITS##_t is_float = (uint##BITS##_t)-kind->is_float;                                            \
+        if (kind->leading) {                                                                                  \
+            for (int64_t i = 0; i < n; i++)                                                                   \
+                z[i] = is_float ? (uint##BITS##_t)(v[i] << 1 | v[i] >> (BITS - 1)) : v[i];                    \
+            return;                                                                                           \
+        }                                                                                                     \
+        for (int64_t i = 0; i < n; i++) {                                                                     \
+            uint##BITS##_t step = ordered##BITS(v[i], is_float) - ordered##BITS(b[i], is_float);              \
+            z[i] = (uint##BITS##_t)(step << 1) ^ (uint##BITS##_t)((int##BITS##_t)step >> (BITS - 1));         \
+        }                                                                                                     \
+    }                                                                                                         \
+    static void undo##BITS(const Kind *kind, const w##BITS *z, const w##BITS *b, int64_t n, w##BITS *out) {   \
+        uint##BITS##_t is_float = (uint##BITS##_t)-kind->is_float, top = (uint##BITS##_t)1 << (BITS - 1);     \
+        if (kind->leading) {                                                                                  \
+            for (int64_t i = 0; i < n; i++)                                                                   \
+                out[i] = is_float ? (uint##BITS##_t)(z[i] >> 1 | z[i] << (BITS - 1)) : z[i];                  \
+            return;                                                                                           \
+        }                                                                                                     \
+        for (int64_t i = 0; i < n; i++) {                                                                     \
+            uint##BITS##_t sign = (uint##BITS##_t)(0 - (z[i] & 1));                                           \
+            uint##BITS##_t place = ((uint##BITS##_t)(z[i] >> 1) ^ sign) + ordered##BITS(b[i], is_float);      \
+            uint##BITS##_t negative = ~(uint##BITS##_t)((int##BITS##_t)place >> (BITS - 1));                  \
+            out[i] = place ^ ((negative | top) & is_float);                                                   \
+        }                                                                                                     \
+    }
+WORD_LOOPS(8)
+WORD_LOOPS(16)
+WORD_LOOPS(32)
+WORD_LOOPS(64)
+
+INLINE void numbers(const Kind *kind, int size, const void *v, const void *b, int64_t n, void *z) {
+    switch (size) {
+        case 1: numbers8(kind, v, b, n, z); break;
+        case 2: numbers16(kind, v, b, n, z); break;
+        case 4: numbers32(kind, v, b, n, z); break;
+        default: numbers64(kind, v, b, n, z);
+    }
+}
+
+INLINE void undo(const Kind *kind, int size, const void *z, const void *b, int64_t n, void *out) {
+    switch (size) {
+        case 1: undo8(kind, z, b, n, out); break;
+        case 2: undo16(kind, z, b, n, out); break;
+        case 4: undo32(kind, z, b, n, out); break;
+        default: undo64(kind, z, b, n, out);
+    }
+}
+
+/* How many low bits a symbol leaves. */
+static int low_count(const Kind *kind, int symbol) {
+    if (kind->leading) return 8 * kind->size - 8;
+    int count = (symbol >> kind->precision) - 1, most = 8 * kind->size - (kind->precision + 1);
+    return count < 0 ? 0 : count > most ? most : count;
+}
+
+/* The least symbol that leaves any. */
+static int first_with_low(const Kind *kind) {
+    if (kind->size == 1) return 256;
+    return kind->leading ? 0 : 2 << kind->precision;
+}
+
+INLINE int symbol_of(const Kind *kind, int size, uint64_t z) {
+    int precision = kind->precision;
+    if (kind->leading) return (int)(z >> (8 * size - 8));
+    uint64_t filled = z | ((2u << precision) - 1);
+    int length = size <= 4 ? 32 - __builtin_clz((uint32_t)filled) : 64 - __builtin_clzll(filled);
+    int left = length - (precision + 1);
+    return (left << precision) + (int)(z >> left);
+}
+
+/* Of the base's words the contexts: by `own`, and 0 without a base. */
+INLINE void contexts(const Kind *kind, int size, const void *base, int64_t n, const uint8_t *own, uint16_t *out) {
+    if (kind->leading || !kind->is_float) {
+        for (int64_t i = 0; i < n; i++) out[i] = kind->leading ? 0 : own[0];
+        return;
+    }
+    for (int64_t i = 0; i < n; i++)
+        out[i] = own[word_at(base, size, i) >> kind->mantissa & (uint64_t)kind->exponents & 255];
+}
+
+INLINE const void *offset(const void *from, int size, int64_t i) {
+    return from ? (const uint8_t *)from + size * i : 0;
+}
+
+/* Numbers z and keys (context << 8 | symbol) of n words, at most a chunk. */
+INLINE void keys_of(const Kind *kind, int size, const void *v, const void *b, int64_t n, const uint8_t *own,
+                    void *z, uint16_t *keys) {
+    numbers(kind, size, v, b, n, z);
+    contexts(kind, size, b, n, own, keys);
+    for (int64_t i = 0; i < n; i++) keys[i] = (uint16_t)(keys[i] << 8 | symbol_of(kind, size, word_at(z, size, i)));
+}
+
+/* Each size gets loops of its own. */
+#define BY_SIZE(call)                \
+    switch (kind->size) {            \
+        case 1: return call(1);      \
+        case 2: return call(2);      \
+        case 4: return call(4);      \
+        default: return call(8);     \
+    }
+
+INLINE void exponents_in(const Kind *kind, int size, const void *base, int64_t n, int64_t *counts) {
+    for (int64_t i = 0; i < n; i++)
+        counts[word_at(base, size, i) >> kind->mantissa & (uint64_t)kind->exponents & 255]++;
+}
+
+/* counts[256] of the low bytes of exponents. */
+void count_exponents(const Kind *kind, const void *base, int64_t n, int64_t *counts) {
+#define CALL(size) exponents_in(kind, size, base, n, counts)
+    BY_SIZE(CALL)
+#undef CALL
+}
+
+INLINE void keys_in(const Kind *kind, int size, const void *v, const void *b, int64_t n, const uint8_t *own,
+                    int64_t *counts) {
+    uint64_t z[CHUNK];
+    uint16_t keys[CHUNK];
+    for (int64_t at = 0; at < n; at += CHUNK) {
+        int64_t many = n - at < CHUNK ? n - at : CHUNK;
+        keys_of(kind, size, offset(v, size, at), offset(b, size, at), many, own, z, keys);
+        for (int64_t i = 0; i < many; i++) counts[keys[i]]++;
+    }
+}
+
+/* counts[256 * contexts] of keys. */
+void count_keys(const Kind *kind, const void *v, const void *b, int64_t n, const uint8_t *own, int64_t *counts) {
+#define CALL(size) keys_in(kind, size, v, b, n, own, counts)
+    BY_SIZE(CALL)
+#undef CALL
+}
+
+/* By key, from frequencies[rows * 256]. */
+void encoder_table(const uint16_t *frequencies, int64_t rows, Coded *out) {
+    for (int64_t row = 0; row < rows; row++) {
+        uint32_t start = 0;
+        for (int s = 0; s < 256; s++, frequencies++, out++) {
+            uint32_t f = *frequencies;
+            out->reciprocal = f ? ((1ull << RECIPROCAL_BITS) + f - 1) / f : 0;
+            out->frequency = f;
+            out->start = start;
+            start += f;
+        }
+    }
+}
+
+/* slots[rows * TOTAL]: by slot the symbol; pairs[rows * 256]: by key frequency << 16 | start. */
+void decoder_table(const uint16_t *frequencies, int64_t rows, uint8_t *slots, uint32_t *pairs) {
+    for (int64_t row = 0; row < rows; row++, slots += TOTAL) {
+        uint32_t start = 0;
+        memset(slots, 0, TOTAL);
+        for (int s = 0; s < 256; s++, frequencies++) {
+            uint32_t f = *frequencies;
+            if (f > TOTAL - start) f = TOTAL - start;
+            memset(slots + start, s, f);
+            *pairs++ = f << 16 | start;
+            start += f;
+        }
+    }
+}
+
+/* Fill in where planes begin, many[] being known. Returns how many bytes there are. */
+static int64_t planes(Layout *to) {
+    int64_t at = 0;
+    for (int k = 1; k < COUNTS; k++) {
+        int64_t many = to->many[k];
+        to->bytes[k] = at;
+        at += many * (k / 8);
+        to->four[k] = at;
+        at += k & 4 ? (many + 1) / 2 : 0;
+        to->two[k] = at;
+        at += k & 2 ? (many + 3) / 4 : 0;
+        to->one[k] = at;
+        at += k & 1 ? (many + 7) / 8 : 0;
+    }
+    return at;
+}
+
+/* Number j of those that leave k low bits. `low` was all zero. */
+INLINE void put_low(const Layout *in, int k, int64_t j, uint64_t z, uint8_t *low) {
+    uint8_t *to = low + in->bytes[k] + j;
+    for (int left = k / 8; left; left--, z >>= 8, to += in->many[k]) *to = (uint8_t)z;
+    if (k & 4) low[in->four[k] + (j >> 1)] |= (uint8_t)((z & 15) << (j & 1) * 4), z >>= 4;
+    if (k & 2) low[in->two[k] + (j >> 2)] |= (uint8_t)((z & 3) << (j & 3) * 2), z >>= 2;
+    if (k & 1) low[in->one[k] + (j >> 3)] |= (uint8_t)((z & 1) << (j & 7));
+}
+
+INLINE uint64_t take_low(const Layout *in, int k, int64_t j, const uint8_t *low) {
+    const uint8_t *from = low + in->bytes[k] + j;
+    uint64_t z = 0;
+    int shift = 0;
+    for (; shift < (k & ~7); shift += 8, from += in->many[k]) z |= (uint64_t)*from << shift;
+    if (k & 4) z |= (uint64_t)(low[in->four[k] + (j >> 1)] >> (j & 1) * 4 & 15) << shift, shift += 4;
+    if (k & 2) z |= (uint64_t)(low[in->two[k] + (j >> 2)] >> (j & 3) * 2 & 3) << shift, shift += 2;
+    if (k & 1) z |= (uint64_t)(low[in->one[k] + (j >> 3)] >> (j & 7) & 1) << shift;
+    return z;
+}
+
+/* Which of n keys leave low bits, without a branch that nobody could foretell. */
+INLINE int64_t listed(const uint16_t *keys, int64_t n, int first, uint16_t *list) {
+    int64_t many = 0;
+    for (int64_t i = 0; i < n; i++) {
+        list[many] = (uint16_t)i;
+        many += (keys[i] & 255) >= first;
+    }
+    return many;
+}
+
+/* A row's part: a lane each, the last one first. Words go in front of `words`. */
+INLINE w16 *encode_row(const uint16_t *keys, int64_t many, const Coded *table, uint32_t *states, w16 *words) {
+    for (int64_t i = many - 1; i >= 0; i--) {
+        const Coded *c = table + keys[i];
+        uint32_t x = states[i], f = c->frequency;
+        uint32_t full = (x >> (32 - SCALE_BITS)) >= f;
+        words[-1] = (uint16_t)x;
+        words -= full;
+        x >>= full << 4;
+        uint32_t quotient = (uint32_t)(x * c->reciprocal >> RECIPROCAL_BITS);
+        states[i] = x + quotient * (TOTAL - f) + c->start;
+    }
+    return words;
+}
+
+INLINE int64_t encode_in(const Kind *kind, int size, const void *v, const void *b, int64_t n, const uint8_t *own,
+                         const Coded *table, const int64_t *symbols, int64_t lanes, uint32_t *states, w16 *words,
+                         uint8_t *low, int64_t low_bytes) {
+    uint64_t z[CHUNK];
+    uint16_t keys[CHUNK], list[CHUNK + 1];
+    uint8_t leaves[256];
+    Layout in = {0};
+    int first = first_with_low(kind);
+    for (int s = 0; s < 256; s++) in.many[leaves[s] = (uint8_t)low_count(kind, s)] += symbols[s];
+    if (planes(&in) != low_bytes) return CHANGED;
+    int64_t left[COUNTS];
+    memcpy(left, in.many, sizeof left);
+    for (int64_t i = 0; i < lanes; i++) states[i] = LOWEST;
+    w16 *end = words + n, *to = end;
+    for (int64_t stop = n; stop;) {
+        int64_t at = (stop - 1) / CHUNK * CHUNK;
+        keys_of(kind, size, offset(v, size, at), offset(b, size, at), stop - at, own, z, keys);
+        for (int64_t m = listed(keys, stop - at, first, list) - 1; m >= 0; m--) {
+            int k = leaves[keys[list[m]] & 255];
+            /* Who changes a tensor while it is coded gets an error, not a broken heap. */
+            if (--left[k] < 0) return CHANGED;
+            put_low(&in, k, left[k], word_at(z, size, list[m]), low);
+        }
+        while (stop > at) {
+            int64_t row = (stop - 1) / lanes * lanes, from = row > at ? row : at;
+            to = encode_row(keys + (from - at), stop - from, table, states + (from - row), to);
+            stop = from;
+        }
+    }
+    for (int k = 1; k < COUNTS; k++)
+        if (left[k]) return CHANGED;
+    memmove(words, to, (size_t)((uint8_t *)end - (uint8_t *)to));
+    return end - to;
+}
+
+/* Code a block.
+ * symbols[256]: how often each occurs in it. states[lanes], words[n] and low[low_bytes], which is all zero, are filled.
+ * Returns how many words there are, or an error. */
+int64_t encode_block(const Kind *kind, const void *v, const void *b, int64_t n, const uint8_t *own, const Coded *table,
+                     const int64_t *symbols, int64_t lanes, uint32_t *states, uint16_t *words, uint8_t *low,
+                     int64_t low_bytes) {
+#define CALL(size) encode_in(kind, size, v, b, n, own, table, symbols, lanes, states, words, low, low_bytes)
+    BY_SIZE(CALL)
+#undef CALL
+}
+
+typedef struct {
+    const w16 *at, *end;
+} Words;
+
+/* A row's part: out[many] gets symbols. `checked` where fewer words may be left than lanes. */
+INLINE int decode_row(const uint16_t *context, int64_t many, const uint8_t *slots, const uint32_t *pairs,
+                      uint32_t *states, Words *words, int checked, uint8_t *out) {
+    const w16 *at = words->at;
+    for (int64_t i = 0; i < many; i++) {
+        uint32_t x = states[i], slot = x & (TOTAL - 1), c = context[i];
+        uint32_t symbol = slots[c << SCALE_BITS | slot], pair = pairs[c << 8 | symbol];
+        x = (pair >> 16) * (x >> SCALE_BITS) + slot - (pair & 65535);
+        uint32_t small = x < LOWEST;
+        if (checked && small && at == words->end) return FEW_WORDS;
+        uint32_t word = checked && !small ? 0 : *at;
+        states[i] = x << (small << 4) | (word & (0 - small));
+        at += small;
+        out[i] = (uint8_t)symbol;
+    }
+    words->at = at;
+    return GOOD;
+}
+
+INLINE int decode_symbols(const Kind *kind, int size, const void *b, int64_t n, const uint8_t *own, const uint8_t *slots,
+                          const uint32_t *pairs, uint32_t *states, int64_t lanes, Words *words, uint8_t *symbols) {
+    uint16_t context[CHUNK];
+    int64_t at = 0, row = 0;
+    while (at < n) {
+        int64_t start = at, stop = n - at < CHUNK ? n : at + CHUNK;
+        contexts(kind, size, offset(b, size, at), stop - at, own, context);
+        while (at < stop) {
+            int64_t until = lanes < stop - row ? row + lanes : stop, many = until - at;
+            const uint16_t *c = context + (at - start);
+            uint32_t *own_states = states + (at - row);
+            int found = words->end - words->at >= many
+                            ? decode_row(c, many, slots, pairs, own_states, words, 0, symbols + at)
+                            : decode_row(c, many, slots, pairs, own_states, words, 1, symbols + at);
+            if (found) return found;
+            at = until;
+            if (at - row == lanes) row = at;
+        }
+    }
+    for (int64_t i = 0; i < lanes; i++)
+        if (states[i] != LOWEST) return BAD_STATES;
+    return words->at == words->end ? GOOD : BAD_STATES;
+}
+
+INLINE int64_t listed_bytes(const uint8_t *symbols, int64_t n, int first, uint16_t *list) {
+    int64_t many = 0;
+    for (int64_t i = 0; i < n; i++) {
+        list[many] = (uint16_t)i;
+        many += symbols[i] >= first;
+    }
+    return many;
+}
+
+INLINE int decode_in(const Kind *kind, int size, const void *b, int64_t n, const uint8_t *own, const uint8_t *slots,
+                     const uint32_t *pairs, uint32_t *states, int64_t lanes, const w16 *words, int64_t many_words,
+                     const uint8_t *low, int64_t low_bytes, uint8_t *symbols, void *out) {
+    uint64_t z[CHUNK], tops[256];
+    uint16_t list[CHUNK + 1];
+    uint8_t leaves[256];
+    Words stream = {words, words + many_words};
+    int error = decode_symbols(kind, size, b, n, own, slots, pairs, states, lanes, &stream, symbols);
+    if (error) return error;
+    Layout in = {0};
+    int first = first_with_low(kind);
+    for (int s = 0; s < 256; s++) {
+        int k = leaves[s] = (uint8_t)low_count(kind, s);
+        tops[s] = (uint64_t)(kind->leading ? s : s - (k << kind->precision)) << k;
+    }
+    for (int64_t at = 0; at < n; at += CHUNK) {
+        int64_t many = listed_bytes(symbols + at, n - at < CHUNK ? n - at : CHUNK, first, list);
+        for (int64_t m = 0; m < many; m++) in.many[leaves[symbols[at + list[m]]]]++;
+    }
+    int64_t expected = planes(&in), next[COUNTS] = {0};
+    if (expected != low_bytes) return expected > low_bytes ? FEW_LOW : MUCH_LOW;
+    for (int64_t at = 0; at < n; at += CHUNK) {
+        int64_t count = n - at < CHUNK ? n - at : CHUNK;
+        const uint8_t *own_symbols = symbols + at;
+        for (int64_t i = 0; i < count; i++) set_word(z, size, i, tops[own_symbols[i]]);
+        int64_t many = listed_bytes(own_symbols, count, first, list);
+        for (int64_t m = 0; m < many; m++) {
+            int64_t i = list[m];
+            int k = leaves[own_symbols[i]];
+            set_word(z, size, i, word_at(z, size, i) | take_low(&in, k, next[k]++, low));
+        }
+        undo(kind, size, z, offset(b, size, at), count, (uint8_t *)out + size * at);
+    }
+    return GOOD;
+}
+
+/* The words behind `encode_block`. `states` is used up; symbols[n] is room to work in.
+ * own[256] are below the tables' rows; lanes is at least 1. Returns GOOD or what is wrong. */
+int decode_block(const Kind *kind, const void *b, int64_t n, const uint8_t *own, const uint8_t *slots,
+                 const uint32_t *pairs, uint32_t *states, int64_t lanes, const uint16_t *words, int64_t many_words,
+                 const uint8_t *low, int64_t low_bytes, uint8_t *symbols, void *out) {
+#define CALL(size)                                                                                                   \
+    decode_in(kind, size, b, n, own, slots, pairs, states, lanes, words, many_words, low, low_bytes, symbols, out)
+    BY_SIZE(CALL)
+#undef CALL
+}
