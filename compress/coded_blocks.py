@@ -63,7 +63,7 @@ class Coding:
         """For C: by slot the symbol, by key the frequency and where its slots begin."""
         library = self._ready()
         frequencies = np.ascontiguousarray(self.table.frequencies)
-        slots = np.empty(len(frequencies) * rans.TOTAL, np.uint8)
+        slots = np.empty(len(frequencies) * rans.TOTAL + 3, np.uint8)
         pairs = np.empty(frequencies.size, np.uint32)
         library.decoder_table(_at(frequencies), len(frequencies), _at(slots), _at(pairs))
         return slots, pairs
@@ -179,7 +179,7 @@ def decode(block: Block, base: Words | None, coding: Coding, out: Words) -> None
     assert base is None or len(base) == len(out)
     below = _contiguous(base)
     states = np.array(block.states.view("<u4"), np.uint32)
-    words = np.ascontiguousarray(block.words.view("<u2"))
+    words = np.pad(block.words.view("<u2"), (0, 8))
     low = np.ascontiguousarray(block.low)
     if not len(states):
         raise ValueError("there are no states")
@@ -188,7 +188,7 @@ def decode(block: Block, base: Words | None, coding: Coding, out: Words) -> None
     found = library.decode_block(
         _kind(coding.dtype, out.itemsize, leading), _at(below), len(out),
         _at(np.ascontiguousarray(coding.own)), _at(slots), _at(pairs), _at(states), len(states),
-        _at(words), len(words), _at(low), len(low), _at(room), _at(out),
+        _at(words), len(words) - 8, _at(low), len(low), _at(room), _at(out),
     )  # fmt: skip
     if found:
         raise ValueError(_DAMAGE[found])

@@ -4,6 +4,7 @@
  * format. A decoder's input is a stranger's: every read is within the lengths that the caller gives, and
  * what does not fit is refused. Functions work on one thread, for one block.
  */
+#include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -129,13 +130,27 @@ static int first_with_low(const Kind *kind) {
     return kind->leading ? 0 : 2 << kind->precision;
 }
 
-INLINE int symbol_of(const Kind *kind, int size, uint64_t z) {
-    int precision = kind->precision;
-    if (kind->leading) return (int)(z >> (8 * size - 8));
-    uint64_t filled = z | ((2u << precision) - 1);
-    int length = size <= 4 ? 32 - __builtin_clz((uint32_t)filled) : 64 - __builtin_clzll(filled);
-    int left = length - (precision + 1);
-    return (left << precision) + (int)(z >> left);
+/* How many bits of z, which is not below 2^(p + 1), a symbol leaves: its length less p + 1. */
+INLINE int left_of(const Kind *kind, int size, uint64_t z) {
+    if (size == 8) return 63 - __builtin_clzll(z) - kind->precision;
+    /* The length is a float's exponent. Without its second bit no number is rounded up to a longer one. */
+    float value = (float)(int32_t)(((uint32_t)z & ~((uint32_t)z >> 1)) >> 1);
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return (int)(bits >> 23) - 126 - kind->precision;
+}
+
+INLINE void symbols_of(const Kind *kind, int size, const void *z, int64_t n, uint8_t *out) {
+    if (kind->leading) {
+        for (int64_t i = 0; i < n; i++) out[i] = (uint8_t)(word_at(z, size, i) >> (8 * size - 8));
+        return;
+    }
+    uint32_t fill = (2u << kind->precision) - 1;
+    for (int64_t i = 0; i < n; i++) {
+        int left = left_of(kind, size, word_at(z, size, i) | fill);
+        uint64_t top = size == 8 ? word_at(z, size, i) >> left : (uint32_t)word_at(z, size, i) >> left;
+        out[i] = (uint8_t)((uint32_t)(left << kind->precision) + (uint32_t)top);
+    }
 }
 
 /* Of the base's words the contexts: by `own`, and 0 without a base. */
@@ -152,12 +167,13 @@ INLINE const void *offset(const void *from, int size, int64_t i) {
     return from ? (const uint8_t *)from + size * i : 0;
 }
 
-/* Numbers z and keys (context << 8 | symbol) of n words, at most a chunk. */
+/* Numbers z, symbols and keys (context << 8 | symbol) of n words, at most a chunk. */
 INLINE void keys_of(const Kind *kind, int size, const void *v, const void *b, int64_t n, const uint8_t *own,
-                    void *z, uint16_t *keys) {
+                    void *z, uint8_t *symbols, uint16_t *keys) {
     numbers(kind, size, v, b, n, z);
+    symbols_of(kind, size, z, n, symbols);
     contexts(kind, size, b, n, own, keys);
-    for (int64_t i = 0; i < n; i++) keys[i] = (uint16_t)(keys[i] << 8 | symbol_of(kind, size, word_at(z, size, i)));
+    for (int64_t i = 0; i < n; i++) keys[i] = (uint16_t)(keys[i] << 8 | symbols[i]);
 }
 
 /* Each size gets loops of its own. */
@@ -185,9 +201,10 @@ INLINE void keys_in(const Kind *kind, int size, const void *v, const void *b, in
                     int64_t *counts) {
     uint64_t z[CHUNK];
     uint16_t keys[CHUNK];
+    uint8_t symbols[CHUNK];
     for (int64_t at = 0; at < n; at += CHUNK) {
         int64_t many = n - at < CHUNK ? n - at : CHUNK;
-        keys_of(kind, size, offset(v, size, at), offset(b, size, at), many, own, z, keys);
+        keys_of(kind, size, offset(v, size, at), offset(b, size, at), many, own, z, symbols, keys);
         for (int64_t i = 0; i < many; i++) counts[keys[i]]++;
     }
 }
@@ -213,7 +230,7 @@ void encoder_table(const uint16_t *frequencies, int64_t rows, Coded *out) {
     }
 }
 
-/* slots[rows * TOTAL]: by slot the symbol; pairs[rows * 256]: by key frequency << 16 | start. */
+/* slots[rows * TOTAL + 3], of which 3 are read and not used: by slot the symbol; pairs[rows * 256]: by key frequency << 16 | start. */
 void decoder_table(const uint16_t *frequencies, int64_t rows, uint8_t *slots, uint32_t *pairs) {
     for (int64_t row = 0; row < rows; row++, slots += TOTAL) {
         uint32_t start = 0;
@@ -265,13 +282,18 @@ INLINE uint64_t take_low(const Layout *in, int k, int64_t j, const uint8_t *low)
     return z;
 }
 
-/* Which of n keys leave low bits, without a branch that nobody could foretell. */
-INLINE int64_t listed(const uint16_t *keys, int64_t n, int first, uint16_t *list) {
-    int64_t many = 0;
-    for (int64_t i = 0; i < n; i++) {
-        list[many] = (uint16_t)i;
-        many += (keys[i] & 255) >= first;
+/* Which of n symbols, at most a chunk, are at least `first`: they leave low bits. */
+INLINE int64_t listed(const uint8_t *symbols, int64_t n, int first, uint16_t *list) {
+    int64_t many = 0, i = 0;
+    if (first > 255) return 0;
+    __m256i least = _mm256_set1_epi8((char)first);
+    for (; i + 32 <= n; i += 32) {
+        __m256i some = _mm256_loadu_si256((const __m256i *)(symbols + i));
+        uint32_t found = (uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(some, least), some));
+        for (; found; found &= found - 1) list[many++] = (uint16_t)(i + __builtin_ctz(found));
     }
+    for (; i < n; i++)
+        if (symbols[i] >= first) list[many++] = (uint16_t)i;
     return many;
 }
 
@@ -291,14 +313,14 @@ INLINE w16 *encode_row(const uint16_t *keys, int64_t many, const Coded *table, u
 }
 
 INLINE int64_t encode_in(const Kind *kind, int size, const void *v, const void *b, int64_t n, const uint8_t *own,
-                         const Coded *table, const int64_t *symbols, int64_t lanes, uint32_t *states, w16 *words,
+                         const Coded *table, const int64_t *counts, int64_t lanes, uint32_t *states, w16 *words,
                          uint8_t *low, int64_t low_bytes) {
     uint64_t z[CHUNK];
-    uint16_t keys[CHUNK], list[CHUNK + 1];
-    uint8_t leaves[256];
+    uint16_t keys[CHUNK], list[CHUNK];
+    uint8_t symbols[CHUNK], leaves[256];
     Layout in = {0};
     int first = first_with_low(kind);
-    for (int s = 0; s < 256; s++) in.many[leaves[s] = (uint8_t)low_count(kind, s)] += symbols[s];
+    for (int s = 0; s < 256; s++) in.many[leaves[s] = (uint8_t)low_count(kind, s)] += counts[s];
     if (planes(&in) != low_bytes) return CHANGED;
     int64_t left[COUNTS];
     memcpy(left, in.many, sizeof left);
@@ -306,9 +328,9 @@ INLINE int64_t encode_in(const Kind *kind, int size, const void *v, const void *
     w16 *end = words + n, *to = end;
     for (int64_t stop = n; stop;) {
         int64_t at = (stop - 1) / CHUNK * CHUNK;
-        keys_of(kind, size, offset(v, size, at), offset(b, size, at), stop - at, own, z, keys);
-        for (int64_t m = listed(keys, stop - at, first, list) - 1; m >= 0; m--) {
-            int k = leaves[keys[list[m]] & 255];
+        keys_of(kind, size, offset(v, size, at), offset(b, size, at), stop - at, own, z, symbols, keys);
+        for (int64_t m = listed(symbols, stop - at, first, list) - 1; m >= 0; m--) {
+            int k = leaves[symbols[list[m]]];
             /* Who changes a tensor while it is coded gets an error, not a broken heap. */
             if (--left[k] < 0) return CHANGED;
             put_low(&in, k, left[k], word_at(z, size, list[m]), low);
@@ -326,12 +348,12 @@ INLINE int64_t encode_in(const Kind *kind, int size, const void *v, const void *
 }
 
 /* Code a block.
- * symbols[256]: how often each occurs in it. states[lanes], words[n] and low[low_bytes], which is all zero, are filled.
+ * counts[256]: how often each symbol occurs in it. states[lanes], words[n] and low[low_bytes], which is all zero, are filled.
  * Returns how many words there are, or an error. */
 int64_t encode_block(const Kind *kind, const void *v, const void *b, int64_t n, const uint8_t *own, const Coded *table,
-                     const int64_t *symbols, int64_t lanes, uint32_t *states, uint16_t *words, uint8_t *low,
+                     const int64_t *counts, int64_t lanes, uint32_t *states, uint16_t *words, uint8_t *low,
                      int64_t low_bytes) {
-#define CALL(size) encode_in(kind, size, v, b, n, own, table, symbols, lanes, states, words, low, low_bytes)
+#define CALL(size) encode_in(kind, size, v, b, n, own, table, counts, lanes, states, words, low, low_bytes)
     BY_SIZE(CALL)
 #undef CALL
 }
@@ -340,22 +362,67 @@ typedef struct {
     const w16 *at, *end;
 } Words;
 
-/* A row's part: out[many] gets symbols. `checked` where fewer words may be left than lanes. */
-INLINE int decode_row(const uint16_t *context, int64_t many, const uint8_t *slots, const uint32_t *pairs,
-                      uint32_t *states, Words *words, int checked, uint8_t *out) {
+/* By which lanes take a word: which of the next words each takes, a byte a lane. */
+static uint64_t taken[256];
+
+__attribute__((constructor)) static void fill_taken(void) {
+    for (int mask = 0; mask < 256; mask++)
+        for (int lane = 0; lane < 8; lane++)
+            taken[mask] |= (uint64_t)__builtin_popcount(mask & ((1 << lane) - 1)) << 8 * lane;
+}
+
+/* A row's part in whole eights of lanes. Returns how many lanes, or what is wrong. */
+INLINE int64_t decode_eights(const uint16_t *context, int64_t many, const uint8_t *slots, const uint32_t *pairs,
+                             uint32_t *states, Words *words, uint8_t *out) {
+    const __m256i slot_mask = _mm256_set1_epi32(TOTAL - 1), byte = _mm256_set1_epi32(255);
+    const __m256i low_half = _mm256_set1_epi32(65535), zero = _mm256_setzero_si256();
+    const __m256i lowest_bytes = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4,
+                                                  8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
     const w16 *at = words->at;
-    for (int64_t i = 0; i < many; i++) {
+    int64_t i = 0;
+    for (; i + 8 <= many; i += 8) {
+        __m256i x = _mm256_loadu_si256((const __m256i *)(states + i));
+        __m256i c = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(context + i)));
+        __m256i slot = _mm256_and_si256(x, slot_mask);
+        __m256i place = _mm256_or_si256(_mm256_slli_epi32(c, SCALE_BITS), slot);
+        __m256i symbol = _mm256_and_si256(_mm256_i32gather_epi32((const int *)slots, place, 1), byte);
+        __m256i key = _mm256_or_si256(_mm256_slli_epi32(c, 8), symbol);
+        __m256i pair = _mm256_i32gather_epi32((const int *)pairs, key, 4);
+        x = _mm256_mullo_epi32(_mm256_srli_epi32(pair, 16), _mm256_srli_epi32(x, SCALE_BITS));
+        x = _mm256_add_epi32(x, _mm256_sub_epi32(slot, _mm256_and_si256(pair, low_half)));
+        __m256i small = _mm256_cmpeq_epi32(_mm256_srli_epi32(x, 16), zero);
+        int mask = _mm256_movemask_ps(_mm256_castsi256_ps(small));
+        __m256i next = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at));
+        next = _mm256_permutevar8x32_epi32(next, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)taken[mask])));
+        __m256i longer = _mm256_or_si256(_mm256_slli_epi32(x, 16), next);
+        _mm256_storeu_si256((__m256i *)(states + i), _mm256_blendv_epi8(x, longer, small));
+        int64_t used = __builtin_popcount((unsigned)mask);
+        if (used > words->end - at) return FEW_WORDS;
+        at += used;
+        __m256i packed = _mm256_shuffle_epi8(symbol, lowest_bytes);
+        __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1));
+        _mm_storel_epi64((__m128i *)(out + i), both);
+    }
+    words->at = at;
+    return i;
+}
+
+/* A row's part: out[many] gets symbols. */
+INLINE int decode_row(const uint16_t *context, int64_t many, const uint8_t *slots, const uint32_t *pairs,
+                      uint32_t *states, Words *words, uint8_t *out) {
+    int64_t i = decode_eights(context, many, slots, pairs, states, words, out);
+    if (i < 0) return (int)i;
+    for (; i < many; i++) {
         uint32_t x = states[i], slot = x & (TOTAL - 1), c = context[i];
         uint32_t symbol = slots[c << SCALE_BITS | slot], pair = pairs[c << 8 | symbol];
         x = (pair >> 16) * (x >> SCALE_BITS) + slot - (pair & 65535);
-        uint32_t small = x < LOWEST;
-        if (checked && small && at == words->end) return FEW_WORDS;
-        uint32_t word = checked && !small ? 0 : *at;
-        states[i] = x << (small << 4) | (word & (0 - small));
-        at += small;
+        if (x < LOWEST) {
+            if (words->at == words->end) return FEW_WORDS;
+            x = x << 16 | *words->at++;
+        }
+        states[i] = x;
         out[i] = (uint8_t)symbol;
     }
-    words->at = at;
     return GOOD;
 }
 
@@ -367,12 +434,9 @@ INLINE int decode_symbols(const Kind *kind, int size, const void *b, int64_t n, 
         int64_t start = at, stop = n - at < CHUNK ? n : at + CHUNK;
         contexts(kind, size, offset(b, size, at), stop - at, own, context);
         while (at < stop) {
-            int64_t until = lanes < stop - row ? row + lanes : stop, many = until - at;
-            const uint16_t *c = context + (at - start);
-            uint32_t *own_states = states + (at - row);
-            int found = words->end - words->at >= many
-                            ? decode_row(c, many, slots, pairs, own_states, words, 0, symbols + at)
-                            : decode_row(c, many, slots, pairs, own_states, words, 1, symbols + at);
+            int64_t until = lanes < stop - row ? row + lanes : stop;
+            int found = decode_row(context + (at - start), until - at, slots, pairs, states + (at - row), words,
+                                   symbols + at);
             if (found) return found;
             at = until;
             if (at - row == lanes) row = at;
@@ -383,20 +447,11 @@ INLINE int decode_symbols(const Kind *kind, int size, const void *b, int64_t n, 
     return words->at == words->end ? GOOD : BAD_STATES;
 }
 
-INLINE int64_t listed_bytes(const uint8_t *symbols, int64_t n, int first, uint16_t *list) {
-    int64_t many = 0;
-    for (int64_t i = 0; i < n; i++) {
-        list[many] = (uint16_t)i;
-        many += symbols[i] >= first;
-    }
-    return many;
-}
-
 INLINE int decode_in(const Kind *kind, int size, const void *b, int64_t n, const uint8_t *own, const uint8_t *slots,
                      const uint32_t *pairs, uint32_t *states, int64_t lanes, const w16 *words, int64_t many_words,
                      const uint8_t *low, int64_t low_bytes, uint8_t *symbols, void *out) {
     uint64_t z[CHUNK], tops[256];
-    uint16_t list[CHUNK + 1];
+    uint16_t list[CHUNK];
     uint8_t leaves[256];
     Words stream = {words, words + many_words};
     int error = decode_symbols(kind, size, b, n, own, slots, pairs, states, lanes, &stream, symbols);
@@ -408,7 +463,7 @@ INLINE int decode_in(const Kind *kind, int size, const void *b, int64_t n, const
         tops[s] = (uint64_t)(kind->leading ? s : s - (k << kind->precision)) << k;
     }
     for (int64_t at = 0; at < n; at += CHUNK) {
-        int64_t many = listed_bytes(symbols + at, n - at < CHUNK ? n - at : CHUNK, first, list);
+        int64_t many = listed(symbols + at, n - at < CHUNK ? n - at : CHUNK, first, list);
         for (int64_t m = 0; m < many; m++) in.many[leaves[symbols[at + list[m]]]]++;
     }
     int64_t expected = planes(&in), next[COUNTS] = {0};
@@ -416,12 +471,12 @@ INLINE int decode_in(const Kind *kind, int size, const void *b, int64_t n, const
     for (int64_t at = 0; at < n; at += CHUNK) {
         int64_t count = n - at < CHUNK ? n - at : CHUNK;
         const uint8_t *own_symbols = symbols + at;
-        for (int64_t i = 0; i < count; i++) set_word(z, size, i, tops[own_symbols[i]]);
-        int64_t many = listed_bytes(own_symbols, count, first, list);
+        for (int64_t i = 0; i < count; i++) set_word(z, size, i, own_symbols[i]);
+        int64_t many = listed(own_symbols, count, first, list);
         for (int64_t m = 0; m < many; m++) {
             int64_t i = list[m];
             int k = leaves[own_symbols[i]];
-            set_word(z, size, i, word_at(z, size, i) | take_low(&in, k, next[k]++, low));
+            set_word(z, size, i, tops[own_symbols[i]] | take_low(&in, k, next[k]++, low));
         }
         undo(kind, size, z, offset(b, size, at), count, (uint8_t *)out + size * at);
     }
@@ -429,7 +484,7 @@ INLINE int decode_in(const Kind *kind, int size, const void *b, int64_t n, const
 }
 
 /* The words behind `encode_block`. `states` is used up; symbols[n] is room to work in.
- * own[256] are below the tables' rows; lanes is at least 1. Returns GOOD or what is wrong. */
+ * own[256] are below the tables' rows; lanes is at least 1; 8 more words can be read and are not used. Returns GOOD or what is wrong. */
 int decode_block(const Kind *kind, const void *b, int64_t n, const uint8_t *own, const uint8_t *slots,
                  const uint32_t *pairs, uint32_t *states, int64_t lanes, const uint16_t *words, int64_t many_words,
                  const uint8_t *low, int64_t low_bytes, uint8_t *symbols, void *out) {
