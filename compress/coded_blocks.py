@@ -147,12 +147,13 @@ def encode(
     assert base is None or len(base) == len(words)
     words, below = np.ascontiguousarray(words), _contiguous(base)
     each = np.ascontiguousarray(counts.sum(axis=0))
-    low = np.zeros(symbols.low_size(each, words.itemsize, leading=base is None), np.uint8)
+    low = np.empty(symbols.low_size(each, words.itemsize, leading=base is None), np.uint8)
     states, moved = np.empty(lanes, np.uint32), np.empty(len(words), np.uint16)
+    room = np.empty_like(words)
     found = library.encode_block(
         _kind(coding.dtype, words.itemsize, base is None), _at(words), _at(below), len(words),
         _at(np.ascontiguousarray(coding.own)), _at(coding.encoder), _at(each), lanes,
-        _at(states), _at(moved), _at(low), len(low),
+        _at(states), _at(moved), _at(room), _at(low), len(low),
     )  # fmt: skip
     if found < 0:
         raise RuntimeError("the tensor was changed while it was coded")
@@ -184,11 +185,11 @@ def decode(block: Block, base: Words | None, coding: Coding, out: Words) -> None
     if not len(states):
         raise ValueError("there are no states")
     slots, pairs = coding.decoder
-    room = np.empty(len(out), np.uint8)
+    symbol, room = np.empty(len(out), np.uint8), np.empty_like(out)
     found = library.decode_block(
         _kind(coding.dtype, out.itemsize, leading), _at(below), len(out),
         _at(np.ascontiguousarray(coding.own)), _at(slots), _at(pairs), _at(states), len(states),
-        _at(words), len(words) - 8, _at(low), len(low), _at(room), _at(out),
+        _at(words), len(words) - 8, _at(low), len(low), _at(symbol), _at(room), _at(out),
     )  # fmt: skip
     if found:
         raise ValueError(_DAMAGE[found])
@@ -238,12 +239,12 @@ def _library() -> ctypes.CDLL | None:
         "encode_block": (
             integer,
             [kind, pointer, pointer, integer, pointer, pointer, pointer, integer]
-            + [pointer, pointer, pointer, integer],
+            + [pointer, pointer, pointer, pointer, integer],
         ),
         "decode_block": (
             ctypes.c_int,
             [kind, pointer, integer, pointer, pointer, pointer, pointer, integer]
-            + [pointer, integer, pointer, integer, pointer, pointer],
+            + [pointer, integer, pointer, integer, pointer, pointer, pointer],
         ),
     }
     for name, (result, arguments) in signatures.items():

@@ -262,24 +262,65 @@ static int64_t planes(Layout *to) {
     return at;
 }
 
-/* Number j of those that leave k low bits. `low` was all zero. */
-INLINE void put_low(const Layout *in, int k, int64_t j, uint64_t z, uint8_t *low) {
-    uint8_t *to = low + in->bytes[k] + j;
-    for (int left = k / 8; left; left--, z >>= 8, to += in->many[k]) *to = (uint8_t)z;
-    if (k & 4) low[in->four[k] + (j >> 1)] |= (uint8_t)((z & 15) << (j & 1) * 4), z >>= 4;
-    if (k & 2) low[in->two[k] + (j >> 2)] |= (uint8_t)((z & 3) << (j & 3) * 2), z >>= 2;
-    if (k & 1) low[in->one[k] + (j >> 3)] |= (uint8_t)((z & 1) << (j & 7));
+/* Bits [shift, shift + width) of n words, 8 / width of them a byte, and back: to words whose bits they complete. */
+INLINE void pack(const void *values, int size, int64_t n, int shift, int width, uint8_t *out) {
+    int per_byte = 8 / width;
+    uint32_t mask = (1u << width) - 1;
+    for (int64_t i = 0; i < n / per_byte; i++) {
+        uint32_t byte = 0;
+        for (int j = 0; j < per_byte; j++)
+            byte |= ((uint32_t)(word_at(values, size, i * per_byte + j) >> shift) & mask) << (j * width);
+        out[i] = (uint8_t)byte;
+    }
+    int64_t done = n / per_byte * per_byte;
+    if (done == n) return;
+    out[n / per_byte] = 0;
+    for (int64_t i = done; i < n; i++)
+        out[n / per_byte] |= (uint8_t)(((uint32_t)(word_at(values, size, i) >> shift) & mask) << ((i - done) * width));
 }
 
-INLINE uint64_t take_low(const Layout *in, int k, int64_t j, const uint8_t *low) {
-    const uint8_t *from = low + in->bytes[k] + j;
-    uint64_t z = 0;
-    int shift = 0;
-    for (; shift < (k & ~7); shift += 8, from += in->many[k]) z |= (uint64_t)*from << shift;
-    if (k & 4) z |= (uint64_t)(low[in->four[k] + (j >> 1)] >> (j & 1) * 4 & 15) << shift, shift += 4;
-    if (k & 2) z |= (uint64_t)(low[in->two[k] + (j >> 2)] >> (j & 3) * 2 & 3) << shift, shift += 2;
-    if (k & 1) z |= (uint64_t)(low[in->one[k] + (j >> 3)] >> (j & 7) & 1) << shift;
-    return z;
+INLINE void unpack(void *values, int size, int64_t n, int shift, int width, const uint8_t *from) {
+    int per_byte = 8 / width;
+    uint32_t mask = (1u << width) - 1;
+    for (int64_t i = 0; i < n / per_byte * per_byte; i += per_byte, from++)
+        for (int j = 0; j < per_byte; j++)
+            set_word(values, size, i + j,
+                     word_at(values, size, i + j) | (uint64_t)(*from >> (j * width) & mask) << shift);
+    for (int64_t i = n / per_byte * per_byte; i < n; i++)
+        set_word(values, size, i,
+                 word_at(values, size, i) | (uint64_t)(*from >> (i % per_byte * width) & mask) << shift);
+}
+
+/* The low bits of words that lie sorted by k, and back. */
+INLINE void pack_planes(const Layout *in, int size, const uint8_t *values, uint8_t *low) {
+    for (int k = 1; k < 8 * size; values += size * in->many[k], k++) {
+        int64_t many = in->many[k];
+        int whole = k & ~7;
+        for (int shift = 0; shift < whole; shift += 8)
+            pack(values, size, many, shift, 8, low + in->bytes[k] + many * (shift / 8));
+        if (k & 4) pack(values, size, many, whole, 4, low + in->four[k]);
+        if (k & 2) pack(values, size, many, whole + (k & 4), 2, low + in->two[k]);
+        if (k & 1) pack(values, size, many, whole + (k & 6), 1, low + in->one[k]);
+    }
+}
+
+INLINE void unpack_planes(const Layout *in, int size, uint8_t *values, const uint8_t *low) {
+    for (int k = 1; k < 8 * size; values += size * in->many[k], k++) {
+        int64_t many = in->many[k];
+        int whole = k & ~7;
+        memset(values, 0, (size_t)(size * many));
+        for (int shift = 0; shift < whole; shift += 8)
+            unpack(values, size, many, shift, 8, low + in->bytes[k] + many * (shift / 8));
+        if (k & 4) unpack(values, size, many, whole, 4, low + in->four[k]);
+        if (k & 2) unpack(values, size, many, whole + (k & 4), 2, low + in->two[k]);
+        if (k & 1) unpack(values, size, many, whole + (k & 6), 1, low + in->one[k]);
+    }
+}
+
+/* Where the words of each k begin, among those of all k above 0. */
+static void begins(const Layout *in, int64_t *at) {
+    at[0] = at[1] = 0;
+    for (int k = 2; k < COUNTS; k++) at[k] = at[k - 1] + in->many[k - 1];
 }
 
 /* Which of n symbols, at most a chunk, are at least `first`: they leave low bits. */
@@ -314,7 +355,7 @@ INLINE w16 *encode_row(const uint16_t *keys, int64_t many, const Coded *table, u
 
 INLINE int64_t encode_in(const Kind *kind, int size, const void *v, const void *b, int64_t n, const uint8_t *own,
                          const Coded *table, const int64_t *counts, int64_t lanes, uint32_t *states, w16 *words,
-                         uint8_t *low, int64_t low_bytes) {
+                         uint8_t *values, uint8_t *low, int64_t low_bytes) {
     uint64_t z[CHUNK];
     uint16_t keys[CHUNK], list[CHUNK];
     uint8_t symbols[CHUNK], leaves[256];
@@ -322,8 +363,9 @@ INLINE int64_t encode_in(const Kind *kind, int size, const void *v, const void *
     int first = first_with_low(kind);
     for (int s = 0; s < 256; s++) in.many[leaves[s] = (uint8_t)low_count(kind, s)] += counts[s];
     if (planes(&in) != low_bytes) return CHANGED;
-    int64_t left[COUNTS];
-    memcpy(left, in.many, sizeof left);
+    int64_t begin[COUNTS], next[COUNTS];
+    begins(&in, begin);
+    for (int k = 0; k < COUNTS; k++) next[k] = begin[k] + in.many[k];
     for (int64_t i = 0; i < lanes; i++) states[i] = LOWEST;
     w16 *end = words + n, *to = end;
     for (int64_t stop = n; stop;) {
@@ -332,8 +374,8 @@ INLINE int64_t encode_in(const Kind *kind, int size, const void *v, const void *
         for (int64_t m = listed(symbols, stop - at, first, list) - 1; m >= 0; m--) {
             int k = leaves[symbols[list[m]]];
             /* Who changes a tensor while it is coded gets an error, not a broken heap. */
-            if (--left[k] < 0) return CHANGED;
-            put_low(&in, k, left[k], word_at(z, size, list[m]), low);
+            if (next[k] == begin[k]) return CHANGED;
+            set_word(values, size, --next[k], word_at(z, size, list[m]));
         }
         while (stop > at) {
             int64_t row = (stop - 1) / lanes * lanes, from = row > at ? row : at;
@@ -342,18 +384,19 @@ INLINE int64_t encode_in(const Kind *kind, int size, const void *v, const void *
         }
     }
     for (int k = 1; k < COUNTS; k++)
-        if (left[k]) return CHANGED;
+        if (next[k] != begin[k]) return CHANGED;
+    pack_planes(&in, size, values, low);
     memmove(words, to, (size_t)((uint8_t *)end - (uint8_t *)to));
     return end - to;
 }
 
 /* Code a block.
- * counts[256]: how often each symbol occurs in it. states[lanes], words[n] and low[low_bytes], which is all zero, are filled.
+ * counts[256]: how often each symbol occurs in it. states[lanes], words[n] and low[low_bytes] are filled; values[n] words are room to work in.
  * Returns how many words there are, or an error. */
 int64_t encode_block(const Kind *kind, const void *v, const void *b, int64_t n, const uint8_t *own, const Coded *table,
-                     const int64_t *counts, int64_t lanes, uint32_t *states, uint16_t *words, uint8_t *low,
-                     int64_t low_bytes) {
-#define CALL(size) encode_in(kind, size, v, b, n, own, table, counts, lanes, states, words, low, low_bytes)
+                     const int64_t *counts, int64_t lanes, uint32_t *states, uint16_t *words,
+                     uint8_t *values, uint8_t *low, int64_t low_bytes) {
+#define CALL(size) encode_in(kind, size, v, b, n, own, table, counts, lanes, states, words, values, low, low_bytes)
     BY_SIZE(CALL)
 #undef CALL
 }
@@ -449,7 +492,8 @@ INLINE int decode_symbols(const Kind *kind, int size, const void *b, int64_t n, 
 
 INLINE int decode_in(const Kind *kind, int size, const void *b, int64_t n, const uint8_t *own, const uint8_t *slots,
                      const uint32_t *pairs, uint32_t *states, int64_t lanes, const w16 *words, int64_t many_words,
-                     const uint8_t *low, int64_t low_bytes, uint8_t *symbols, void *out) {
+                     const uint8_t *low, int64_t low_bytes, uint8_t *symbols, uint8_t *values,
+                     void *out) {
     uint64_t z[CHUNK], tops[256];
     uint16_t list[CHUNK];
     uint8_t leaves[256];
@@ -466,8 +510,10 @@ INLINE int decode_in(const Kind *kind, int size, const void *b, int64_t n, const
         int64_t many = listed(symbols + at, n - at < CHUNK ? n - at : CHUNK, first, list);
         for (int64_t m = 0; m < many; m++) in.many[leaves[symbols[at + list[m]]]]++;
     }
-    int64_t expected = planes(&in), next[COUNTS] = {0};
+    int64_t expected = planes(&in), next[COUNTS];
     if (expected != low_bytes) return expected > low_bytes ? FEW_LOW : MUCH_LOW;
+    unpack_planes(&in, size, values, low);
+    begins(&in, next);
     for (int64_t at = 0; at < n; at += CHUNK) {
         int64_t count = n - at < CHUNK ? n - at : CHUNK;
         const uint8_t *own_symbols = symbols + at;
@@ -475,21 +521,22 @@ INLINE int decode_in(const Kind *kind, int size, const void *b, int64_t n, const
         int64_t many = listed(own_symbols, count, first, list);
         for (int64_t m = 0; m < many; m++) {
             int64_t i = list[m];
-            int k = leaves[own_symbols[i]];
-            set_word(z, size, i, tops[own_symbols[i]] | take_low(&in, k, next[k]++, low));
+            int symbol = own_symbols[i];
+            set_word(z, size, i, tops[symbol] | word_at(values, size, next[leaves[symbol]]++));
         }
         undo(kind, size, z, offset(b, size, at), count, (uint8_t *)out + size * at);
     }
     return GOOD;
 }
 
-/* The words behind `encode_block`. `states` is used up; symbols[n] is room to work in.
+/* The words behind `encode_block`. `states` is used up; symbols[n] and values[n] words are room to work in.
  * own[256] are below the tables' rows; lanes is at least 1; 8 more words can be read and are not used. Returns GOOD or what is wrong. */
 int decode_block(const Kind *kind, const void *b, int64_t n, const uint8_t *own, const uint8_t *slots,
                  const uint32_t *pairs, uint32_t *states, int64_t lanes, const uint16_t *words, int64_t many_words,
-                 const uint8_t *low, int64_t low_bytes, uint8_t *symbols, void *out) {
+                 const uint8_t *low, int64_t low_bytes, uint8_t *symbols, uint8_t *values,
+                 void *out) {
 #define CALL(size)                                                                                                   \
-    decode_in(kind, size, b, n, own, slots, pairs, states, lanes, words, many_words, low, low_bytes, symbols, out)
+    decode_in(kind, size, b, n, own, slots, pairs, states, lanes, words, many_words, low, low_bytes, symbols, values, out)
     BY_SIZE(CALL)
 #undef CALL
 }
