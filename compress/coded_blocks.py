@@ -50,32 +50,19 @@ class Coding:
     table: rans.Table
 
     @cached_property
-    def encoder(self) -> Bytes:
-        """For C: the frequencies and their reciprocals, 16 bytes a key."""
-        library = self._ready()
-        frequencies = np.ascontiguousarray(self.table.frequencies)
-        out = np.empty(16 * frequencies.size, np.uint8)
-        library.encoder_table(_at(frequencies), len(frequencies), _at(out))
-        return out
-
-    @cached_property
-    def decoder(self) -> tuple[Bytes, NDArray[np.uint32]]:
+    def tables_for_c(self) -> tuple[Bytes, NDArray[np.uint32]]:
         """For C: by slot the symbol, by key the frequency and where its slots begin."""
-        library = self._ready()
-        frequencies = np.ascontiguousarray(self.table.frequencies)
-        slots = np.empty(len(frequencies) * rans.TOTAL + 3, np.uint8)
-        pairs = np.empty(frequencies.size, np.uint32)
-        library.decoder_table(_at(frequencies), len(frequencies), _at(slots), _at(pairs))
-        return slots, pairs
-
-    def _ready(self) -> ctypes.CDLL:
         library = _library()
         assert library is not None
         # C looks contexts and slots up without asking again.
         assert self.own.shape == (256,)
         assert int(self.own.max()) < len(self.table.frequencies)
         assert self.table.sound()
-        return library
+        frequencies = np.ascontiguousarray(self.table.frequencies)
+        slots = np.empty(len(frequencies) * rans.TOTAL + 3, np.uint8)
+        pairs = np.empty(frequencies.size, np.uint32)
+        library.coding_tables(_at(frequencies), len(frequencies), _at(slots), _at(pairs))
+        return slots, pairs
 
 
 class _Kind(ctypes.Structure):
@@ -147,12 +134,13 @@ def encode(
     assert base is None or len(base) == len(words)
     words, below = np.ascontiguousarray(words), _contiguous(base)
     each = np.ascontiguousarray(counts.sum(axis=0))
+    assert int(each.sum()) == len(words)
     low = np.empty(symbols.low_size(each, words.itemsize, leading=base is None), np.uint8)
-    states, moved = np.empty(lanes, np.uint32), np.empty(len(words), np.uint16)
+    states, moved = np.empty(lanes, np.uint32), np.empty(len(words) + 8, np.uint16)
     room = np.empty_like(words)
     found = library.encode_block(
         _kind(coding.dtype, words.itemsize, base is None), _at(words), _at(below), len(words),
-        _at(np.ascontiguousarray(coding.own)), _at(coding.encoder), _at(each), lanes,
+        _at(np.ascontiguousarray(coding.own)), _at(coding.tables_for_c[1]), _at(each), lanes,
         _at(states), _at(moved), _at(room), _at(low), len(low),
     )  # fmt: skip
     if found < 0:
@@ -184,7 +172,7 @@ def decode(block: Block, base: Words | None, coding: Coding, out: Words) -> None
     low = np.ascontiguousarray(block.low)
     if not len(states):
         raise ValueError("there are no states")
-    slots, pairs = coding.decoder
+    slots, pairs = coding.tables_for_c
     symbol, room = np.empty(len(out), np.uint8), np.empty_like(out)
     found = library.decode_block(
         _kind(coding.dtype, out.itemsize, leading), _at(below), len(out),
@@ -234,8 +222,7 @@ def _library() -> ctypes.CDLL | None:
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "count_exponents": (None, [kind, pointer, integer, pointer]),
         "count_keys": (None, [kind, pointer, pointer, integer, pointer, pointer]),
-        "encoder_table": (None, [pointer, integer, pointer]),
-        "decoder_table": (None, [pointer, integer, pointer, pointer]),
+        "coding_tables": (None, [pointer, integer, pointer, pointer]),
         "encode_block": (
             integer,
             [kind, pointer, pointer, integer, pointer, pointer, pointer, integer]

@@ -11,10 +11,6 @@
 enum { SCALE_BITS = 13, TOTAL = 1 << SCALE_BITS, CHUNK = 2048, COUNTS = 64 };
 enum { GOOD = 0, FEW_WORDS = -1, BAD_STATES = -2, FEW_LOW = -3, MUCH_LOW = -4, CHANGED = -5 };
 static const uint32_t LOWEST = 1u << 16;
-/* ceil(2^45 / f) is a reciprocal that is exact for every x < f * 2^19: its error e < f adds x * e / 2^45,
- * less than 1, to what f divides, and the product x * ceil(2^45 / f) stays below 2^64. */
-enum { RECIPROCAL_BITS = 45 };
-
 /* A tensor may begin at any byte of a mapped file. */
 #define ANYWHERE __attribute__((aligned(1), may_alias))
 #define INLINE static inline __attribute__((always_inline))
@@ -27,11 +23,6 @@ typedef uint64_t w64 ANYWHERE;
 typedef struct {
     int32_t size, is_float, leading, precision, mantissa, exponents;
 } Kind;
-
-typedef struct {
-    uint64_t reciprocal;
-    uint32_t frequency, start;
-} Coded;
 
 /* Where the low bits of the words that leave k are: whole bytes, then 4, 2 and 1 bits. */
 typedef struct {
@@ -216,22 +207,9 @@ void count_keys(const Kind *kind, const void *v, const void *b, int64_t n, const
 #undef CALL
 }
 
-/* By key, from frequencies[rows * 256]. */
-void encoder_table(const uint16_t *frequencies, int64_t rows, Coded *out) {
-    for (int64_t row = 0; row < rows; row++) {
-        uint32_t start = 0;
-        for (int s = 0; s < 256; s++, frequencies++, out++) {
-            uint32_t f = *frequencies;
-            out->reciprocal = f ? ((1ull << RECIPROCAL_BITS) + f - 1) / f : 0;
-            out->frequency = f;
-            out->start = start;
-            start += f;
-        }
-    }
-}
-
-/* slots[rows * TOTAL + 3], of which 3 are read and not used: by slot the symbol; pairs[rows * 256]: by key frequency << 16 | start. */
-void decoder_table(const uint16_t *frequencies, int64_t rows, uint8_t *slots, uint32_t *pairs) {
+/* Of frequencies[rows * 256]: slots[rows * TOTAL + 3], of which 3 are read and not used, by slot the symbol;
+ * pairs[rows * 256], by key frequency << 16 | start. */
+void coding_tables(const uint16_t *frequencies, int64_t rows, uint8_t *slots, uint32_t *pairs) {
     for (int64_t row = 0; row < rows; row++, slots += TOTAL) {
         uint32_t start = 0;
         memset(slots, 0, TOTAL);
@@ -338,23 +316,69 @@ INLINE int64_t listed(const uint8_t *symbols, int64_t n, int first, uint16_t *li
     return many;
 }
 
-/* A row's part: a lane each, the last one first. Words go in front of `words`. */
-INLINE w16 *encode_row(const uint16_t *keys, int64_t many, const Coded *table, uint32_t *states, w16 *words) {
-    for (int64_t i = many - 1; i >= 0; i--) {
-        const Coded *c = table + keys[i];
-        uint32_t x = states[i], f = c->frequency;
-        uint32_t full = (x >> (32 - SCALE_BITS)) >= f;
-        words[-1] = (uint16_t)x;
-        words -= full;
-        x >>= full << 4;
-        uint32_t quotient = (uint32_t)(x * c->reciprocal >> RECIPROCAL_BITS);
-        states[i] = x + quotient * (TOTAL - f) + c->start;
+/* By which lanes take or give a word: which of the next words each takes, and which lanes give the last of
+ * 8 words; a byte each. */
+static uint64_t taken[256], given[256];
+
+__attribute__((constructor)) static void fill_tables(void) {
+    for (int mask = 0; mask < 256; mask++) {
+        int first = 8 - __builtin_popcount((unsigned)mask);
+        for (int lane = 0; lane < 8; lane++) {
+            int before = __builtin_popcount((unsigned)mask & ((1u << lane) - 1));
+            taken[mask] |= (uint64_t)before << 8 * lane;
+            if (mask >> lane & 1) given[mask] |= (uint64_t)lane << 8 * (first + before);
+        }
     }
+}
+
+INLINE __m256i by_lane(const uint64_t *table, int mask) {
+    return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)table[mask]));
+}
+
+/* floor(x / f) of four numbers. Exact: a quotient of such numbers is never so close below a whole one that it
+ * rounds up. An f of 0 gives anything. */
+INLINE __m128i quotients(__m128i x, __m128i f) {
+    const __m256d magic = _mm256_set1_pd(4503599627370496.0); /* 2^52, whose last bits x becomes */
+    __m256d wide = _mm256_or_pd(_mm256_castsi256_pd(_mm256_cvtepu32_epi64(x)), magic);
+    return _mm256_cvttpd_epi32(_mm256_div_pd(_mm256_sub_pd(wide, magic), _mm256_cvtepi32_pd(f)));
+}
+
+/* Eight lanes. Words go in front of `words`, where there is room for 8. */
+INLINE w16 *encode_eight(const uint16_t *keys, const uint32_t *pairs, uint32_t *states, w16 *words) {
+    const __m256i low_half = _mm256_set1_epi32(65535), one = _mm256_set1_epi32(1), total = _mm256_set1_epi32(TOTAL);
+    __m256i x = _mm256_loadu_si256((const __m256i *)states);
+    __m256i key = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)keys));
+    __m256i pair = _mm256_i32gather_epi32((const int *)pairs, key, 4), f = _mm256_srli_epi32(pair, 16);
+    __m256i full = _mm256_cmpgt_epi32(_mm256_srli_epi32(x, 32 - SCALE_BITS), _mm256_sub_epi32(f, one));
+    int mask = _mm256_movemask_ps(_mm256_castsi256_ps(full));
+    __m256i moved = _mm256_and_si256(_mm256_permutevar8x32_epi32(x, by_lane(given, mask)), low_half);
+    __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(moved), _mm256_extracti128_si256(moved, 1));
+    _mm_storeu_si128((__m128i *)(words - 8), packed);
+    x = _mm256_blendv_epi8(x, _mm256_srli_epi32(x, 16), full);
+    __m256i quotient = _mm256_set_m128i(
+        quotients(_mm256_extracti128_si256(x, 1), _mm256_extracti128_si256(f, 1)),
+        quotients(_mm256_castsi256_si128(x), _mm256_castsi256_si128(f)));
+    x = _mm256_add_epi32(x, _mm256_mullo_epi32(quotient, _mm256_sub_epi32(total, f)));
+    _mm256_storeu_si256((__m256i *)states, _mm256_add_epi32(x, _mm256_and_si256(pair, low_half)));
+    return words - __builtin_popcount((unsigned)mask);
+}
+
+/* A row's part: a lane each, the last one first. */
+INLINE w16 *encode_row(const uint16_t *keys, int64_t many, const uint32_t *pairs, uint32_t *states, w16 *words) {
+    for (; many % 8; many--) {
+        uint32_t x = states[many - 1], pair = pairs[keys[many - 1]], f = pair >> 16;
+        if ((x >> (32 - SCALE_BITS)) >= f) {
+            *--words = (uint16_t)x;
+            x >>= 16;
+        }
+        states[many - 1] = x + (f ? x / f : 0) * (TOTAL - f) + (pair & 65535);
+    }
+    for (int64_t i = many - 8; i >= 0; i -= 8) words = encode_eight(keys + i, pairs, states + i, words);
     return words;
 }
 
 INLINE int64_t encode_in(const Kind *kind, int size, const void *v, const void *b, int64_t n, const uint8_t *own,
-                         const Coded *table, const int64_t *counts, int64_t lanes, uint32_t *states, w16 *words,
+                         const uint32_t *pairs, const int64_t *counts, int64_t lanes, uint32_t *states, w16 *words,
                          uint8_t *values, uint8_t *low, int64_t low_bytes) {
     uint64_t z[CHUNK];
     uint16_t keys[CHUNK], list[CHUNK];
@@ -367,7 +391,7 @@ INLINE int64_t encode_in(const Kind *kind, int size, const void *v, const void *
     begins(&in, begin);
     for (int k = 0; k < COUNTS; k++) next[k] = begin[k] + in.many[k];
     for (int64_t i = 0; i < lanes; i++) states[i] = LOWEST;
-    w16 *end = words + n, *to = end;
+    w16 *end = words + 8 + n, *to = end;
     for (int64_t stop = n; stop;) {
         int64_t at = (stop - 1) / CHUNK * CHUNK;
         keys_of(kind, size, offset(v, size, at), offset(b, size, at), stop - at, own, z, symbols, keys);
@@ -379,7 +403,7 @@ INLINE int64_t encode_in(const Kind *kind, int size, const void *v, const void *
         }
         while (stop > at) {
             int64_t row = (stop - 1) / lanes * lanes, from = row > at ? row : at;
-            to = encode_row(keys + (from - at), stop - from, table, states + (from - row), to);
+            to = encode_row(keys + (from - at), stop - from, pairs, states + (from - row), to);
             stop = from;
         }
     }
@@ -391,12 +415,12 @@ INLINE int64_t encode_in(const Kind *kind, int size, const void *v, const void *
 }
 
 /* Code a block.
- * counts[256]: how often each symbol occurs in it. states[lanes], words[n] and low[low_bytes] are filled; values[n] words are room to work in.
+ * counts[256]: how often each symbol occurs in it. states[lanes], words[n + 8] and low[low_bytes] are filled; values[n] words are room to work in.
  * Returns how many words there are, or an error. */
-int64_t encode_block(const Kind *kind, const void *v, const void *b, int64_t n, const uint8_t *own, const Coded *table,
+int64_t encode_block(const Kind *kind, const void *v, const void *b, int64_t n, const uint8_t *own, const uint32_t *pairs,
                      const int64_t *counts, int64_t lanes, uint32_t *states, uint16_t *words,
                      uint8_t *values, uint8_t *low, int64_t low_bytes) {
-#define CALL(size) encode_in(kind, size, v, b, n, own, table, counts, lanes, states, words, values, low, low_bytes)
+#define CALL(size) encode_in(kind, size, v, b, n, own, pairs, counts, lanes, states, words, values, low, low_bytes)
     BY_SIZE(CALL)
 #undef CALL
 }
@@ -404,15 +428,6 @@ int64_t encode_block(const Kind *kind, const void *v, const void *b, int64_t n, 
 typedef struct {
     const w16 *at, *end;
 } Words;
-
-/* By which lanes take a word: which of the next words each takes, a byte a lane. */
-static uint64_t taken[256];
-
-__attribute__((constructor)) static void fill_taken(void) {
-    for (int mask = 0; mask < 256; mask++)
-        for (int lane = 0; lane < 8; lane++)
-            taken[mask] |= (uint64_t)__builtin_popcount(mask & ((1 << lane) - 1)) << 8 * lane;
-}
 
 /* A row's part in whole eights of lanes. Returns how many lanes, or what is wrong. */
 INLINE int64_t decode_eights(const uint16_t *context, int64_t many, const uint8_t *slots, const uint32_t *pairs,
@@ -436,7 +451,7 @@ INLINE int64_t decode_eights(const uint16_t *context, int64_t many, const uint8_
         __m256i small = _mm256_cmpeq_epi32(_mm256_srli_epi32(x, 16), zero);
         int mask = _mm256_movemask_ps(_mm256_castsi256_ps(small));
         __m256i next = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)at));
-        next = _mm256_permutevar8x32_epi32(next, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)taken[mask])));
+        next = _mm256_permutevar8x32_epi32(next, by_lane(taken, mask));
         __m256i longer = _mm256_or_si256(_mm256_slli_epi32(x, 16), next);
         _mm256_storeu_si256((__m256i *)(states + i), _mm256_blendv_epi8(x, longer, small));
         int64_t used = __builtin_popcount((unsigned)mask);
