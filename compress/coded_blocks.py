@@ -168,7 +168,10 @@ def decode(block: Block, base: Words | None, coding: Coding, out: Words) -> None
     assert base is None or len(base) == len(out)
     below = _contiguous(base)
     states = np.array(block.states.view("<u4"), np.uint32)
-    words = np.pad(block.words.view("<u2"), (0, 8))
+    stream = block.words.view("<u2")
+    # Eight words are read at a time, some of them beyond the last.
+    words = np.zeros(len(stream) + 8, np.uint16)
+    words[: len(stream)] = stream
     low = np.ascontiguousarray(block.low)
     if not len(states):
         raise ValueError("there are no states")
@@ -177,7 +180,7 @@ def decode(block: Block, base: Words | None, coding: Coding, out: Words) -> None
     found = library.decode_block(
         _kind(coding.dtype, out.itemsize, leading), _at(below), len(out),
         _at(np.ascontiguousarray(coding.own)), _at(slots), _at(pairs), _at(states), len(states),
-        _at(words), len(words) - 8, _at(low), len(low), _at(symbol), _at(room), _at(out),
+        _at(words), len(stream), _at(low), len(low), _at(symbol), _at(room), _at(out),
     )  # fmt: skip
     if found:
         raise ValueError(_DAMAGE[found])

@@ -415,10 +415,11 @@ INLINE int64_t encode_in(const Kind *kind, int size, const void *v, const void *
 }
 
 /* Code a block.
- * counts[256]: how often each symbol occurs in it. states[lanes], words[n + 8] and low[low_bytes] are filled; values[n] words are room to work in.
+ * counts[256]: how often each symbol occurs in it, n together. states[lanes], words[n + 8] and low[low_bytes] are
+ * filled; values[n] words are room to work in.
  * Returns how many words there are, or an error. */
-int64_t encode_block(const Kind *kind, const void *v, const void *b, int64_t n, const uint8_t *own, const uint32_t *pairs,
-                     const int64_t *counts, int64_t lanes, uint32_t *states, uint16_t *words,
+int64_t encode_block(const Kind *kind, const void *v, const void *b, int64_t n, const uint8_t *own,
+                     const uint32_t *pairs, const int64_t *counts, int64_t lanes, uint32_t *states, uint16_t *words,
                      uint8_t *values, uint8_t *low, int64_t low_bytes) {
 #define CALL(size) encode_in(kind, size, v, b, n, own, pairs, counts, lanes, states, words, values, low, low_bytes)
     BY_SIZE(CALL)
@@ -545,7 +546,8 @@ INLINE int decode_in(const Kind *kind, int size, const void *b, int64_t n, const
 }
 
 /* The words behind `encode_block`. `states` is used up; symbols[n] and values[n] words are room to work in.
- * own[256] are below the tables' rows; lanes is at least 1; 8 more words can be read and are not used. Returns GOOD or what is wrong. */
+ * own[256] are below the tables' rows; lanes is at least 1; 8 more words can be read and are not used.
+ * Returns GOOD or what is wrong. */
 int decode_block(const Kind *kind, const void *b, int64_t n, const uint8_t *own, const uint8_t *slots,
                  const uint32_t *pairs, uint32_t *states, int64_t lanes, const uint16_t *words, int64_t many_words,
                  const uint8_t *low, int64_t low_bytes, uint8_t *symbols, uint8_t *values,

@@ -110,7 +110,8 @@ def low_counts(size: int, *, leading: bool) -> Bytes:
 def low_size(counts: NDArray[np.int64], size: int, *, leading: bool) -> int:
     """How many bytes `pack_low` makes of words whose symbols occur so often: `counts` `[256]`."""
     many = np.bincount(low_counts(size, leading=leading), counts, 8 * size).astype(np.int64)
-    return sum(-(-int(n) * width // 8) for k, n in enumerate(many) for width in _widths(k))
+    some = [(int(k), int(many[k])) for k in np.flatnonzero(many)]
+    return sum(-(-n * width // 8) for k, n in some for width in _widths(k))
 
 
 def pack_low(numbers: Words, symbols: Bytes, *, leading: bool) -> Bytes:

@@ -286,7 +286,8 @@ def _read_tables(packed: NDArray[np.uint8]) -> tuple[symbols.Bytes, rans.Table]:
 def _each(do: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """`do` for every item, on as many threads as there are cores; results in order."""
     work = list(items)
-    threads = min(len(work), os.cpu_count() or 1)
+    # Asking for the number of cores is a system call, which a tensor of one block can do without.
+    threads = min(len(work), os.cpu_count() or 1) if len(work) > 1 else 1
     if threads < 2:
         return [do(item) for item in work]
     with ThreadPoolExecutor(threads) as pool:
