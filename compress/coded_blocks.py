@@ -222,21 +222,23 @@ def _library() -> ctypes.CDLL | None:
     if library is None:
         return None
     kind, pointer, integer = ctypes.POINTER(_Kind), ctypes.c_void_p, ctypes.c_int64
+    several = [pointer] * 3
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "count_exponents": (None, [kind, pointer, integer, pointer]),
         "count_keys": (None, [kind, pointer, pointer, integer, pointer, pointer]),
         "coding_tables": (None, [pointer, integer, pointer, pointer]),
         "encode_block": (
             integer,
-            [kind, pointer, pointer, integer, pointer, pointer, pointer, integer]
-            + [pointer, pointer, pointer, pointer, integer],
+            [kind, pointer, pointer, integer, *several, integer, *several, pointer, integer],
         ),
         "decode_block": (
             ctypes.c_int,
-            [kind, pointer, integer, pointer, pointer, pointer, pointer, integer]
-            + [pointer, integer, pointer, integer, pointer, pointer, pointer],
+            [
+                kind, pointer, integer, *several, pointer, integer, pointer, integer, pointer,
+                integer, *several,
+            ],
         ),
-    }
+    }  # fmt: skip
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
