@@ -107,6 +107,13 @@ def low_counts(size: int, *, leading: bool) -> Bytes:
     return out
 
 
+def low_size(counts: NDArray[np.int64], size: int, *, leading: bool) -> int:
+    """How many bytes `pack_low` makes of words whose symbols occur so often: `counts` `[256]`."""
+    many = np.bincount(low_counts(size, leading=leading), counts, 8 * size).astype(np.int64)
+    some = [(int(k), int(many[k])) for k in np.flatnonzero(many)]
+    return sum(-(-n * width // 8) for k, n in some for width in _widths(k))
+
+
 def pack_low(numbers: Words, symbols: Bytes, *, leading: bool) -> Bytes:
     """The low bits of all numbers: by how many there are, then whole bytes, then 4, 2 and 1 bits."""
     out: list[Bytes] = []

@@ -21,7 +21,8 @@ import torch
 import zstandard
 from numpy.typing import NDArray
 
-from deltafold.compress import dtypes, rans, symbols
+from deltafold.compress import coded_blocks, dtypes, rans, symbols
+from deltafold.compress.coded_blocks import Block, Coding
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.terms.base import Checked, Context, Encoded, Parts, PartSpec, register
 
@@ -151,6 +152,7 @@ class Lossless(Checked):
             raise ValueError("the blocks are not as many as the tensor has")
         sizes = _block_sizes(count, self.block)
         own, table = _read_tables(parts["tables"].numpy())
+        coding = Coding(self.dtype, own, table)
         out = np.empty(count, symbols.WORDS[size])
         states, words = parts["states"].numpy(), parts["words"].numpy()
         low = parts["low"].numpy()
@@ -159,22 +161,15 @@ class Lossless(Checked):
 
         def block(i: int) -> None:
             place = slice(ends[0][i], ends[0][i + 1])
-            below = None if base is None else base[place]
-            read = _Read(
+            read = Block(
                 states[lanes[i] : lanes[i + 1]],
                 words[ends[1][i] : ends[1][i + 1]],
                 low[ends[2][i] : ends[2][i + 1]],
             )
-            out[place] = _read_block(read, sizes[i], below, self.dtype, own, table)
+            coded_blocks.decode(read, None if base is None else base[place], coding, out[place])
 
         _each(block, range(len(sizes)))
         return out
-
-
-class _Read(NamedTuple):
-    states: symbols.Bytes
-    words: symbols.Bytes
-    low: symbols.Bytes
 
 
 class _Plan(NamedTuple):
@@ -183,30 +178,27 @@ class _Plan(NamedTuple):
     Attributes:
         term: with dtype and mode.
         own: by low byte of the base's exponent: the context.
-        counts: `[C, 256]`.
+        counts: `[C, 256]`, block by block.
         bits: by the entropy, low bits included.
     """
 
     term: Lossless
     own: symbols.Bytes
-    counts: NDArray[np.int64]
+    counts: list[NDArray[np.int64]]
     bits: float
 
     def coded(self, words: NDArray[Any], base: NDArray[Any] | None) -> Encoded:
         """Write it."""
-        term, table = self.term, rans.table_for(self.counts)
+        term, table = self.term, rans.table_for(np.sum(self.counts, axis=0))
+        coding = Coding(term.dtype, self.own, table)
         base = base if term.mode == "difference" else None
-        starts = range(0, len(words), term.block)
 
-        def block(start: int) -> _Read:
-            place = slice(start, start + term.block)
-            below = None if base is None else base[place]
-            numbers, symbol = _numbers(words[place], below, term.dtype)
-            keys = _keys(symbol, below, term.dtype, self.own)
-            states, moved = rans.encode(keys, table, term.lanes(len(keys)))
-            return _Read(states, moved, symbols.pack_low(numbers, symbol, leading=below is None))
+        def block(i: int) -> Block:
+            place = slice(i * term.block, (i + 1) * term.block)
+            own, below = words[place], None if base is None else base[place]
+            return coded_blocks.encode(own, below, coding, term.lanes(len(own)), self.counts[i])
 
-        blocks = _each(block, starts)
+        blocks = _each(block, range(len(self.counts)))
         tables = _tables(self.own, table)
         parts = {
             "tables": _part([tables]),
@@ -239,63 +231,23 @@ def _plan(term: Lossless, mode: Mode, words: NDArray[Any], base: NDArray[Any] | 
     below = base if mode == "difference" else None
     dtype = term.dtype
     exponents = np.zeros(256, np.int64)
+    starts = range(0, len(words), term.block)
     if below is not None:
-        for start in range(0, len(below), term.block):
-            seen = symbols.contexts(below[start : start + term.block], dtype)
-            exponents += np.bincount(seen, minlength=256)
+        found = _each(
+            lambda i: coded_blocks.count_exponents(below[i : i + term.block], dtype), starts
+        )
+        exponents = np.sum(found, axis=0)
     own = _own_contexts(exponents)
-    kinds = int(own.max()) + 1
 
     def count(start: int) -> NDArray[np.int64]:
         place = slice(start, start + term.block)
-        under = None if below is None else below[place]
-        _, symbol = _numbers(words[place], under, dtype)
-        return np.bincount(_keys(symbol, under, dtype, own), minlength=256 * kinds)
+        return coded_blocks.count(words[place], None if below is None else below[place], dtype, own)
 
-    found = _each(count, range(0, len(words), term.block))
-    counts = np.sum(found, axis=0).reshape(kinds, 256)
-    low = symbols.low_counts(words.itemsize, leading=below is None)
-    bits = rans.bits_of(counts) + int((counts @ low.astype(np.int64)).sum())
+    counts = _each(count, starts)
+    low = symbols.low_counts(words.itemsize, leading=below is None).astype(np.int64)
+    total = np.sum(counts, axis=0)
+    bits = rans.bits_of(total) + int((total @ low).sum())
     return _Plan(replace(term, mode=mode), own, counts, bits)
-
-
-def _numbers(
-    words: NDArray[Any], base: NDArray[Any] | None, dtype: str
-) -> tuple[NDArray[Any], symbols.Bytes]:
-    """Numbers and their symbols."""
-    if base is None:
-        numbers = symbols.rotated(words, dtype)
-        return numbers, symbols.split(numbers, leading=True)
-    numbers = symbols.difference(words, base, dtype)
-    return numbers, symbols.split(numbers, leading=False)
-
-
-def _keys(
-    symbol: symbols.Bytes, base: NDArray[Any] | None, dtype: str, own: symbols.Bytes
-) -> NDArray[np.uint16]:
-    if base is None:
-        return symbol.astype(np.uint16)
-    context = own[symbols.contexts(base, dtype)]
-    return context.astype(np.uint16) << np.uint16(8) | symbol
-
-
-def _read_block(
-    read: _Read,
-    count: int,
-    base: NDArray[Any] | None,
-    dtype: str,
-    own: symbols.Bytes,
-    table: rans.Table,
-) -> NDArray[Any]:
-    size = dtypes.TORCH[dtype].itemsize
-    context = np.zeros(count, np.uint8) if base is None else own[symbols.contexts(base, dtype)]
-    symbol = rans.decode(context, table, read.states, read.words)
-    leading = base is None
-    low = symbols.unpack_low(read.low, symbol, size, leading=leading)
-    numbers = symbols.join(symbol, low, leading=leading)
-    if base is None:
-        return symbols.undo_rotated(numbers, dtype)
-    return symbols.undo_difference(numbers, base, dtype)
 
 
 def _own_contexts(exponents: NDArray[np.int64]) -> symbols.Bytes:
@@ -334,7 +286,8 @@ def _read_tables(packed: NDArray[np.uint8]) -> tuple[symbols.Bytes, rans.Table]:
 def _each(do: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """`do` for every item, on as many threads as there are cores; results in order."""
     work = list(items)
-    threads = min(len(work), os.cpu_count() or 1)
+    # Asking for the number of cores is a system call, which a tensor of one block can do without.
+    threads = min(len(work), os.cpu_count() or 1) if len(work) > 1 else 1
     if threads < 2:
         return [do(item) for item in work]
     with ThreadPoolExecutor(threads) as pool:
