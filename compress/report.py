@@ -24,7 +24,7 @@ from deltafold.compress.pictures import (
     timeline,
 )
 from deltafold.compress.repo import DeltaRepo
-from deltafold.compress.svg import human
+from deltafold.compress.sizes import human
 from deltafold.compress.zoo_folder import delta_folders, is_delta, write_atomically
 from deltafold.compress.zoo_list import list_zoo
 from deltafold.compress.zoo_map import cosines

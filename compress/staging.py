@@ -106,6 +106,8 @@ class Staging:
         if not (self._published or kept):
             shutil.rmtree(self.folder, ignore_errors=True)
         self._release()
+        if isinstance(error, KeyboardInterrupt) and kept:
+            error.add_note("what is done is kept: the same command goes on where it stopped")
         if isinstance(error, OSError) and error.errno in _FULL:
             raise self._disk_full(kept) from error
         if isinstance(error, DeltafoldError) and kept:
