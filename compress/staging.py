@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from deltafold.compress.durable import sync
 from deltafold.compress.errors import DeltafoldError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -84,7 +85,7 @@ class Staging:
     def publish(self) -> None:
         """Sync and rename; afterwards the folder stands under its own name."""
         for path in [*self.folder.rglob("*"), self.folder]:
-            _sync(path)
+            sync(path)
         if self._overwrite and self.out.exists():
             old = self.out.with_name(f".{self.out.name}.old")
             shutil.rmtree(old, ignore_errors=True)
@@ -93,7 +94,7 @@ class Staging:
             shutil.rmtree(old, ignore_errors=True)
         else:
             self.folder.rename(self.out)
-        _sync(self.out.parent)
+        sync(self.out.parent)
         self._published = True
 
     def __exit__(
@@ -187,11 +188,3 @@ def _same_file(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -69,5 +69,5 @@ def test_chat_goes_through_the_variants_template(made: zoo_models.Models, tmp_pa
 
 def test_a_zoo_that_is_not_there_is_refused_before_the_base_is_loaded(tmp_path):
     for engine in (EmbeddedEngine, PoolingEngine):
-        with pytest.raises(DeltafoldError, match="the zoo .* is not a folder"):
+        with pytest.raises(DeltafoldError, match=r"the zoo .* is not a folder"):
             engine.open(tmp_path / "no-base", zoo=tmp_path / "no-zoo")
