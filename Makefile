@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test dev lint bench wheel clean help
 
 help:
-	@echo "make demo   set up, then serve 25 compressed fine-tunes from one base and compare them"
+	@echo "make demo   set up, then serve 30 compressed fine-tunes from one base and compare them"
 	@echo "make test   set up, then run the whole test suite"
 	@echo "make dev    set up an editable environment and the links that type checkers read"
 	@echo "make lint   ruff and mypy --strict"

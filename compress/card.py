@@ -14,7 +14,7 @@ from deltafold.compress.hub import Reference
 from deltafold.compress.licences import licence_of
 from deltafold.compress.manifest import Manifest
 from deltafold.compress.pictures import bars, bytes_by_kind, error_map
-from deltafold.compress.svg import human
+from deltafold.compress.sizes import human
 
 #: Pictures that a card shows where they are there: file in `report/` -> what it says.
 _PICTURES: Final = {

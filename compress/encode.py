@@ -11,9 +11,7 @@ from deltafold.compress import dtypes, fast
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import EvidenceSource, check_needs
 from deltafold.compress.fingerprint import TensorDigest
-from deltafold.compress.manifest import TensorEntry
 from deltafold.compress.methods import Chain, ExactMethod, Method
-from deltafold.compress.payload import payload_digest
 from deltafold.compress.recipe import Recipe
 from deltafold.compress.repo import pad_rows
 from deltafold.compress.shapes import rows_and_columns
@@ -24,7 +22,6 @@ from deltafold.compress.terms import (
     ExactTerm,
     Rows,
     SharedSource,
-    config_of,
     is_exact,
 )
 from deltafold.compress.terms.blocks import block_context, block_rows, join
@@ -225,31 +222,6 @@ def check_exact(
             f"{name} would not come back bit for bit.",
             fix="pack again; if no file changed during the run, this is a bug",
         )
-
-
-def manifest_entry(
-    name: str,
-    value: torch.Tensor,
-    base: torch.Tensor | None,
-    encoded: list[Encoded],
-    digest: TensorDigest,
-    error: float,
-) -> TensorEntry:
-    """The manifest's entry of a coded tensor."""
-    shape = tuple(value.shape)
-    promised = sum(s.nbytes for term, _ in encoded for s in term.parts(shape).values())
-    written = sum(p.numel() * p.element_size() for _, parts in encoded for p in parts.values())
-    assert promised == written, f"{name}: {promised} bytes promised, {written} written"
-    return TensorEntry(
-        shape=shape,
-        dtype=digest.dtype,
-        base_shape=None if base is None else tuple(base.shape),
-        sha256=digest.sha256,
-        terms=tuple(config_of(term) for term, _ in encoded),
-        payload_sha256=payload_digest(parts for _, parts in encoded),
-        bytes=written,
-        rel_error=error,
-    )
 
 
 def refuse_not_finite(name: str, delta: torch.Tensor, method: Method) -> None:

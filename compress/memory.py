@@ -1,8 +1,7 @@
-"""Memory: what the process holds, sizes as people write them, and keeping a sum below a bound."""
+"""Memory: what the process holds, and keeping a sum below a bound."""
 
 from __future__ import annotations
 
-import re
 import resource
 import sys
 import threading
@@ -10,23 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, Self
-
-from deltafold.compress.errors import DeltafoldError
-
-_UNITS: Final = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """`4GiB`, `500 MB`, `1.5G` or a number of bytes; KB and KiB both mean 1024.
-
-    Raises:
-        DeltafoldError: `bad-argument`.
-    """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:I?B)?\s*", text.upper())
-    if found is None:
-        raise DeltafoldError("bad-argument", f"{text!r} is not a size.", fix="write e.g. 4GiB")
-    return int(float(found[1]) * _UNITS[found[2]])
+from typing import Self
 
 
 class MemoryBudget:

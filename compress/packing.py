@@ -22,6 +22,7 @@ from deltafold.compress.memory import MemoryBudget, resident
 from deltafold.compress.payload import payload_digest
 from deltafold.compress.progress import OnProgress, Progress
 from deltafold.compress.shapes import rows_and_columns
+from deltafold.compress.sizes import human
 from deltafold.compress.streaming import Coded, Coder
 from deltafold.compress.terms import config_of
 from deltafold.compress.terms.blocks import block_rows
@@ -150,8 +151,8 @@ def _room(coder: Coder, names: list[str], limits: Limits) -> int | None:
             "not-enough-memory",
             f"{name} cannot be coded within the memory that this run may take.",
             facts=[
-                ("bound", f"{limits.memory} bytes"),
-                ("needed", f"{limits.memory - room + needed} bytes"),
+                ("bound", human(limits.memory)),
+                ("needed", f"{human(limits.memory - room + needed)}, all of the process counted"),
             ],
             fix="raise --max-memory, or choose a codec that codes rows by themselves "
             "(bitdelta with scale=row or groups, int, exact, lossless)",

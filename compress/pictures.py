@@ -12,6 +12,7 @@ from typing import Final
 from deltafold.compress import svg
 from deltafold.compress.heatmap import heat_map
 from deltafold.compress.manifest import Manifest
+from deltafold.compress.sizes import human
 from deltafold.compress.terms import term_from_config
 
 _WIDTH: Final = 760
@@ -103,17 +104,17 @@ def bars(rows: Mapping[str, Mapping[str, int]], *, title: str) -> str:
             parts.append(svg.text(left - 8, y + 15, _cut(label), anchor="end"))
         for kind in kinds:
             nbytes = row.get(kind, 0)
-            hint = f"{kind}: {svg.human(nbytes)}, {nbytes / max(whole, 1):.1%}"
+            hint = f"{kind}: {human(nbytes)}, {nbytes / max(whole, 1):.1%}"
             if nbytes:
                 parts.append(svg.rect(x, y, nbytes * scale, 22, colour[kind], hint))
             x += nbytes * scale
-        parts.append(svg.text(x + 8, y + 15, svg.human(whole), "quiet"))
+        parts.append(svg.text(x + 8, y + 15, human(whole), "quiet"))
         y += 30
     everything = sum(totals.values()) or 1
     y += 14
     for i, kind in enumerate(kinds):
         x, below = 12 + (i % 2) * _WIDTH / 2, y + i // 2 * 20
-        share = f"{svg.human(totals[kind])}, {totals[kind] / everything:.1%}"
+        share = f"{human(totals[kind])}, {totals[kind] / everything:.1%}"
         parts += [
             svg.rect(x, below - 10, 11, 11, colour[kind]),
             svg.text(x + 18, below, kind),
@@ -204,7 +205,7 @@ def timeline(samples: Sequence[tuple[float, float]], *, title: str, ceiling: flo
     for tick in svg.ticks(0, most / unit):
         y = place(samples[0][0], tick * unit)[1]
         parts += [svg.line(left, y, _WIDTH - right, y)]
-        parts += [svg.text(left - 8, y + 4, svg.human(tick * unit), "quiet", "end")]
+        parts += [svg.text(left - 8, y + 4, human(tick * unit), "quiet", "end")]
     for tick in svg.ticks(0, span):
         x = place(samples[0][0] + tick, 0)[0]
         parts += [svg.text(x, height - bottom + 18, f"{tick:.3g} s", "quiet", "middle")]
@@ -271,6 +272,8 @@ def matrix(names: Sequence[str], values: Sequence[Sequence[float]], *, title: st
 def _round_shares(low: float, high: float) -> list[float]:
     found = [m * 10.0**p for p in range(-6, 3) for m in (1, 2, 5)]
     shares = [s for s in found if low <= math.log10(s) <= high]
+    if not shares:  # sizes that are close together
+        return [round(10 ** ((low + high) / 2), 4)]
     return shares if len(shares) <= 8 else [s for s in shares if f"{s:e}"[0] == "1"]
 
 

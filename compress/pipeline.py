@@ -25,7 +25,6 @@ from deltafold.compress.manifest import (
     Manifest,
     Quantization,
 )
-from deltafold.compress.memory import parse_size
 from deltafold.compress.naming import NamedBase
 from deltafold.compress.packing import Limits
 from deltafold.compress.predict import Prediction, predict
@@ -34,6 +33,7 @@ from deltafold.compress.quality import record_quality
 from deltafold.compress.quantized import quantization_of
 from deltafold.compress.recipe import Recipe
 from deltafold.compress.repo import DeltaRepo
+from deltafold.compress.sizes import parse_size
 from deltafold.compress.source import open_variant
 from deltafold.compress.staging import Staging
 from deltafold.compress.structure import compare
@@ -133,7 +133,9 @@ def compress_checkpoint(
         if base_quantization
         else None,
     )
-    memory = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    memory = max_memory
+    if isinstance(memory, str):
+        memory = parse_size(memory, "--max-memory 4GiB")
     return pack(job, out, overwrite=overwrite, limits=Limits(jobs, memory), fresh=fresh)
 
 

@@ -5,15 +5,14 @@ Quality is evidence, not content: the delta's identity stays what it was.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from deltafold.compress.budget.probe import Measured
 from deltafold.compress.card import card_text
+from deltafold.compress.durable import write_atomically
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.manifest import MANIFEST_NAME, Manifest, parse_manifest
 
@@ -50,10 +49,10 @@ def record_quality(folder: Path, quality: Mapping[str, Any]) -> Manifest:
     assert new.content_digest() == old.delta_id
     try:
         (folder / "report").mkdir(exist_ok=True)
-        _replace(folder / QUALITY_NAME, json.dumps(merged, indent=2) + "\n")
-        _replace(folder / _CARD, card_text(new, folder))
+        write_atomically(folder / QUALITY_NAME, json.dumps(merged, indent=2) + "\n")
+        write_atomically(folder / _CARD, card_text(new, folder))
         text = json.dumps(new.model_dump(mode="json"), indent=2) + "\n"
-        _replace(folder / MANIFEST_NAME, text)
+        write_atomically(folder / MANIFEST_NAME, text)
     except OSError as error:
         raise DeltafoldError(
             "bad-argument",
@@ -61,18 +60,3 @@ def record_quality(folder: Path, quality: Mapping[str, Any]) -> Manifest:
             fix="copy the delta to a place of your own first",
         ) from error
     return new
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file beside its place, sync it, and put it there."""
-    draft = path.with_name(f".{path.name}.new")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        raise

@@ -256,9 +256,15 @@ class DeltaRepo:
             raise DeltafoldError(
                 "not-a-delta",
                 f"{self.folder} is not a delta repo: it has no {MANIFEST_NAME}.",
-                fix="make one with: deltafold compress BASE VARIANT -o DELTA",
+                fix=self._what_else(),
             )
         return parse_manifest(path.read_text("utf-8", errors="replace"), str(path))
+
+    def _what_else(self) -> str:
+        inside = sorted(p.parent.name for p in self.folder.glob(f"*/{MANIFEST_NAME}"))
+        if inside:
+            return f"it holds deltas: give one of them, {self.folder / inside[0]} say"
+        return "make one with: deltafold compress BASE VARIANT -o DELTA"
 
     def _check_files(self) -> None:
         for name, entry in self.manifest.files.items():

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import yaml
 
+from deltafold.compress.durable import write_atomically
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.hub import resolve
 from deltafold.compress.manifest import Manifest
@@ -24,8 +25,8 @@ from deltafold.compress.pictures import (
     timeline,
 )
 from deltafold.compress.repo import DeltaRepo
-from deltafold.compress.svg import human
-from deltafold.compress.zoo_folder import delta_folders, is_delta, write_atomically
+from deltafold.compress.sizes import human
+from deltafold.compress.zoo_folder import delta_folders, is_delta
 from deltafold.compress.zoo_list import list_zoo
 from deltafold.compress.zoo_map import cosines
 

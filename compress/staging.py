@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from deltafold.compress.durable import sync
 from deltafold.compress.errors import DeltafoldError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -84,7 +85,7 @@ class Staging:
     def publish(self) -> None:
         """Sync and rename; afterwards the folder stands under its own name."""
         for path in [*self.folder.rglob("*"), self.folder]:
-            _sync(path)
+            sync(path)
         if self._overwrite and self.out.exists():
             old = self.out.with_name(f".{self.out.name}.old")
             shutil.rmtree(old, ignore_errors=True)
@@ -93,7 +94,7 @@ class Staging:
             shutil.rmtree(old, ignore_errors=True)
         else:
             self.folder.rename(self.out)
-        _sync(self.out.parent)
+        sync(self.out.parent)
         self._published = True
 
     def __exit__(
@@ -106,6 +107,8 @@ class Staging:
         if not (self._published or kept):
             shutil.rmtree(self.folder, ignore_errors=True)
         self._release()
+        if isinstance(error, KeyboardInterrupt) and kept:
+            error.add_note("what is done is kept: the same command goes on where it stopped")
         if isinstance(error, OSError) and error.errno in _FULL:
             raise self._disk_full(kept) from error
         if isinstance(error, DeltafoldError) and kept:
@@ -185,11 +188,3 @@ def _same_file(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

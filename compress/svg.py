@@ -85,12 +85,3 @@ def ticks(least: float, most: float, count: int = 5) -> list[float]:
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
     first = math.ceil(least / step - 1e-9)
     return [n * step for n in range(first, math.floor(most / step + 1e-9) + 1)]
-
-
-def human(nbytes: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if abs(nbytes) < 1024:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.3g} TiB"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from deltafold.compress.delta_files import copy_delta, read_manifest
+from deltafold.compress.durable import sync
 from deltafold.compress.errors import DeltafoldError, name_some
 from deltafold.compress.hub import Reference, resolve
 from deltafold.compress.progress import OnProgress, ignore
@@ -25,7 +26,6 @@ from deltafold.compress.zoo_folder import (
     name_lock,
     open_zoo,
     put,
-    sync,
     variant_folders,
     zoo_lock,
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from deltafold.compress.delta_files import read_manifest
+from deltafold.compress.durable import write_atomically
 from deltafold.compress.errors import DeltafoldError, name_some
 from deltafold.compress.zoo_folder import (
     check_name,
@@ -20,7 +21,6 @@ from deltafold.compress.zoo_folder import (
     is_delta,
     is_variant,
     open_zoo,
-    write_atomically,
     zoo_lock,
 )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from deltafold.compress.adapter import CONFIG_NAME
+from deltafold.compress.durable import sync
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.manifest import MANIFEST_NAME
 
@@ -169,26 +170,6 @@ def discard(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file: a reader finds the old one or the new one, whole."""
-    draft = path.with_name(f".{path.name}.new")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold a file or folder as it is now."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def disk_bytes(paths: Iterable[Path]) -> int:

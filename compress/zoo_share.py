@@ -25,6 +25,7 @@ from typing import Final
 
 import torch
 
+from deltafold.compress.durable import sync, write_atomically
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.manifest import FORMAT, MANIFEST_NAME, FileEntry, Manifest, is_evidence
 from deltafold.compress.payload import payload_key
@@ -32,7 +33,7 @@ from deltafold.compress.progress import OnProgress, Progress, ignore
 from deltafold.compress.repo import DeltaRepo
 from deltafold.compress.safetensors_file import write_file
 from deltafold.compress.verify import check_payload
-from deltafold.compress.zoo_folder import discard, sync, write_atomically
+from deltafold.compress.zoo_folder import discard
 
 #: A file of its own is worth it from here on, in bytes.
 MIN_BYTES: Final = 2**16

@@ -68,14 +68,7 @@ class Zoo:
         import_lora: Callable[[Path], Path] | None = None,
         quantization: Quantization | None = None,
     ) -> None:
-        if folder is not None and not folder.is_dir():
-            raise DeltafoldError("not-found", f"the zoo {folder} is not a folder.")
-        if folder is not None and (folder / MANIFEST_NAME).is_file():
-            raise DeltafoldError(
-                "bad-argument",
-                f"the zoo {folder} is itself a delta.",
-                fix=f"give the folder that holds it: --zoo {folder.parent}",
-            )
+        check_folder(folder)
         self.folder = folder
         self._base, self._base_name = base, base_name
         self._reserved = frozenset(reserved)
@@ -251,6 +244,29 @@ class Zoo:
             f"there is no variant called {name!r}.",
             facts=[("near names", ", ".join(near) or "the zoo is empty")],
             fix="GET /v1/models lists what is served",
+        )
+
+
+def check_folder(folder: str | Path | None) -> None:
+    """Refuse what cannot be a zoo; quick, so that it can be asked before a base is loaded.
+
+    Raises:
+        DeltafoldError: `not-found`, `bad-argument`.
+    """
+    if folder is None:
+        return
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DeltafoldError(
+            "not-found",
+            f"the zoo {folder} is not a folder.",
+            fix="give a folder of deltas, as `deltafold zoo add` makes it",
+        )
+    if (folder / MANIFEST_NAME).is_file():
+        raise DeltafoldError(
+            "bad-argument",
+            f"the zoo {folder} is itself a delta.",
+            fix=f"give the folder that holds it: --zoo {folder.parent}",
         )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.methods import Method, parse_spec
+from deltafold.compress.sizes import parse_size
 
 #: Tried on each tensor if nobody says otherwise: all need no data, and all are served without
 #: rebuilding the weight but the last, which is there for tensors that deserve every bit.
@@ -32,36 +32,6 @@ DEFAULT_CANDIDATES: Final = (
 #: Decomposing a matrix takes time in the cube of its smaller side. Beyond this one low rank is not
 #: tried unless the user lists it.
 SVD_SIDE: Final = 2048
-
-_UNITS: Final = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
-_SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)")
-
-
-def parse_size(text: str, flag: str) -> int:
-    """`500MiB`, `1.5GB` or bytes as a number of bytes; raises `bad-argument` naming the flag."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or match[2].upper() not in _UNITS:
-        raise DeltafoldError("bad-argument", f"{text!r} is no size.", fix=f"{flag} 500MiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def parse_number(text: str, where: str) -> float:
-    """A number above 0 out of a larger text."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or match[2]:
-        raise DeltafoldError("bad-argument", f"{where!r} is no size.", fix="--target-size 10%")
-    return float(match[1])
 
 
 @dataclass(frozen=True)
@@ -94,10 +64,16 @@ class Budget:
 
     def target_bytes(self, variant_bytes: int) -> int:
         """The target size in bytes. Raises `bad-argument` where it cannot be read."""
-        share = self.target_size.strip().removesuffix("%")
-        if share == self.target_size.strip():
-            return parse_size(self.target_size, "--target-size 10%, or")
-        return int(parse_number(share, self.target_size) * variant_bytes / 100)
+        text, fix = self.target_size.strip(), "--target-size 10%, or 500MiB"
+        if not text.endswith("%"):
+            return parse_size(text, fix)
+        try:
+            share = float(text[:-1])
+        except ValueError:
+            share = -1.0
+        if not 0 < share < math.inf:
+            raise DeltafoldError("bad-argument", f"{text!r} is not a size.", fix=fix)
+        return int(share * variant_bytes / 100)
 
     def codecs(self, shape: tuple[int, ...]) -> tuple[Method, ...]:
         """The candidates for a tensor of this shape."""

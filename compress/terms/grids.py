@@ -76,13 +76,6 @@ class Grid:
             found = Scales(*(torch.where(better, t, f) for t, f in zip(tried, found, strict=True)))
         return self.rounded(found)
 
-    def full_range(self, values: torch.Tensor) -> Scales:
-        """The scales that reach the largest entry (minimum to maximum), rounded as stored."""
-        groups = self._grouped(values)
-        if groups.numel() == 0:
-            return self.fit(values)
-        return self.rounded(self._candidate(groups, 1.0))
-
     def rounded(self, found: Scales) -> Scales:
         """What a reader will see of these scales."""
         stored = scales.store(found.step, self.scale_format, "x")

@@ -17,6 +17,7 @@ from deltafold.compress.fingerprint import digest_source
 from deltafold.runtime.deltas import Deltas, Rebuild
 from deltafold.runtime.quantizing import check_quantization, quantize_base
 from deltafold.runtime.quiet import quiet
+from deltafold.runtime.zoo import check_folder
 
 #: On a CPU, models up to this size in float32 run in float32: most CPUs are no slower at it, and
 #: answers are then exact to the last printed digit.
@@ -64,6 +65,7 @@ def open_model(
             `engine-unsupported`, and what is wrong with a delta.
     """
     need_transformers()
+    check_folder(zoo)
     checkpoint = Checkpoint.open(base)
     where = _device(device)
     if base_quantization is not None:

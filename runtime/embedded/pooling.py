@@ -30,6 +30,7 @@ from deltafold.runtime.engine import Prompt, Stats, VariantInfo
 from deltafold.runtime.host import Variant
 from deltafold.runtime.idle import dispensable
 from deltafold.runtime.pooled import Outputs, PoolRequest, Scores, Vector
+from deltafold.runtime.zoo import check_folder
 
 
 class PoolingEngine:
@@ -101,6 +102,7 @@ class PoolingEngine:
                 whatever is wrong with the base or, with `strict`, a delta.
         """
         need_transformers()
+        check_folder(zoo)
         checkpoint = Checkpoint.open(base)
         model, missing = load_bare(
             checkpoint, trunk_class(checkpoint.folder), device=device, dtype=dtype

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from deltafold.server.cli.output import facts, size, table
+from deltafold.compress.sizes import human
+from deltafold.server.cli.output import facts, table
 
 if TYPE_CHECKING:
     from deltafold.compress import Recipe
@@ -103,7 +104,7 @@ def wanted_evidence(recipe: Recipe) -> tuple[Need, ...]:
 
 def plan_text(plan: Plan) -> str:
     """A plan for people: its size, its codecs, and the frontier it lies on."""
-    lines = [("size", f"{plan.nbytes:,} bytes, {plan.ratio:.2%} of {size(plan.variant_bytes)}")]
+    lines = [("size", f"{plan.nbytes:,} bytes, {plan.ratio:.2%} of {human(plan.variant_bytes)}")]
     lines.append(("error", f"{plan.error:.4g} ({plan.unit})"))
     if plan.kl is not None:
         lines.append(("KL", f"{plan.kl:.4g} nats a token on the calibration data"))

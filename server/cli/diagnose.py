@@ -92,10 +92,10 @@ def diagnose(
     deltafold diagnose Llama-3.1-8B ./sql-ft --calibrate sql.jsonl \\
         --codec int:bits=2 --edit scale:by=1.3 -o report.html
     """
-    from deltafold.compress.budget.goal import parse_size
     from deltafold.compress.calibration import calibrate as calibrated
     from deltafold.compress.calibration.diagnosis import Diagnose
     from deltafold.compress.checkpoint import Checkpoint
+    from deltafold.compress.sizes import parse_size
 
     began = time.monotonic()
     evidence = calibrated(base, variant, calibrate, rows=calibrate_rows, length=calibrate_length)
@@ -106,7 +106,7 @@ def diagnose(
         evidence.data,
         evidence,
         steps=steps,
-        group_bytes=parse_size(group_size, "--group-size"),
+        group_bytes=parse_size(group_size, "--group-size 2GiB"),
         device=device,
         progress=lambda spec: None if output.quiet else click.echo(f"judging {spec}", err=True),
     ).run(*asked)

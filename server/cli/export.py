@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltafold.compress.sizes import human
 from deltafold.server.cli.output import (
     Output,
     facts,
     output_options,
     quiet_option,
-    size,
     table,
 )
 from deltafold.server.cli.restore import run_restore
@@ -126,7 +126,7 @@ def _text(report: ExportReport, seconds: float) -> str:
         for t in sorted(report.tensors, key=lambda t: -t.rel_error)
     ]
     lines = [
-        ("size", size(report.nbytes)),
+        ("size", human(report.nbytes)),
         ("error", f"{report.rel_error:.4f} of the whole delta"),
         ("took", f"{seconds:.1f} s"),
     ]

@@ -16,12 +16,13 @@ INTERRUPTED = 130
 BUG = 1
 
 
-def interrupted(output: Output) -> int:
-    """Ctrl-C. Whatever was going on has cleaned up after itself."""
+def interrupted(error: BaseException, output: Output) -> int:
+    """Ctrl-C. Whatever was going on has cleaned up after itself, and noted what it kept."""
+    message = "; ".join(["interrupted", *getattr(error, "__notes__", ())])
     if output.as_json:
-        output.failure_json("interrupted", "interrupted")
+        output.failure_json("interrupted", message)
     else:
-        click.echo("interrupted", err=True)
+        click.echo(message, err=True)
     return INTERRUPTED
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltafold.compress.sizes import human
 from deltafold.server.cli.command import command_line
-from deltafold.server.cli.output import Output, facts, output_options, quiet_option, size, table
+from deltafold.server.cli.output import Output, facts, output_options, quiet_option, table
 from deltafold.server.cli.recipes import read_recipe
 
 if TYPE_CHECKING:
@@ -123,16 +124,16 @@ def _text(data: dict[str, Any]) -> str:
     deltas = data["deltas"]
     whole = sum(d["variant_bytes"] for d in deltas)
     lines = [
-        ("shared", f"{size(data['family_bytes'])}, {data['method']}, stored as {data['codec']}"),
-        ("deltas", f"{size(data['delta_bytes'])} in {len(deltas)}"),
-        ("together", f"{size(data['bytes'])}, {data['ratio']:.2%} of {size(whole)}"),
+        ("shared", f"{human(data['family_bytes'])}, {data['method']}, stored as {data['codec']}"),
+        ("deltas", f"{human(data['delta_bytes'])} in {len(deltas)}"),
+        ("together", f"{human(data['bytes'])}, {data['ratio']:.2%} of {human(whole)}"),
         ("family", data["family_id"]),
-        ("took", f"{data['seconds']:.1f} s, peak memory {size(data['peak_memory_bytes'])}"),
+        ("took", f"{data['seconds']:.1f} s, peak memory {human(data['peak_memory_bytes'])}"),
     ]
     rows = [
-        [d["name"], size(d["bytes"]), f"{d['ratio']:.2%}", f"{d['worst'][0]['rel_error']:.3f}"]
+        [d["name"], human(d["bytes"]), f"{d['ratio']:.2%}", f"{d['worst'][0]['rel_error']:.3f}"]
         if d["worst"]
-        else [d["name"], size(d["bytes"]), f"{d['ratio']:.2%}", "-"]
+        else [d["name"], human(d["bytes"]), f"{d['ratio']:.2%}", "-"]
         for d in deltas
     ]
     head = ["name", "own size", "ratio", "largest error"]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltafold.server.cli.output import Output, facts, output_options, size, table
+from deltafold.compress.sizes import human
+from deltafold.server.cli.output import Output, facts, output_options, table
 from deltafold.server.cli.packed import against_text, names_data, quantization_data
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def _text(data: dict[str, Any]) -> str:
         ("fine-tune", data["variant"]["name"]),
         ("base", f"{name}  ({base['fingerprint'][:23]}...)"),
         ("id", data["delta_id"]),
-        ("size", f"{size(data['bytes'])}, {data['ratio']:.2%} of {size(data['variant_bytes'])}"),
+        ("size", f"{human(data['bytes'])}, {data['ratio']:.2%} of {human(data['variant_bytes'])}"),
         ("codec", data["codec"] + ("  (bit for bit)" if data["lossless"] else "")),
         ("coverage", f"{data['coverage']:.0%}"),
         (
@@ -240,7 +241,7 @@ def _figure(value: Any) -> str:
 
 def _shares(family: dict[str, Any]) -> str:
     members = ", ".join(family["members"])
-    return f"{size(family['bytes'])} more, once for {members}  ({family['family_id'][:23]}...)"
+    return f"{human(family['bytes'])} more, once for {members}  ({family['family_id'][:23]}...)"
 
 
 def _tensor_table(tensors: list[dict[str, Any]]) -> str:
@@ -272,12 +273,12 @@ def _zoo_text(
         count = sum(e["kind"] == kind for e in whole)
         if count or kind == "delta":
             counts.append(one if count == 1 else f"{count} {many}")
-    text = f"{folder}: {', '.join(counts)}, {size(total)}"
+    text = f"{folder}: {', '.join(counts)}, {human(total)}"
     if whole:
         head = ["name", "size", "ratio", "codec", "base"]
         text += "\n" + table(head, [_zoo_row(e) for e in whole], "size ratio")
     for family in (f for f in families if f["ok"]):
-        text += f"\nshared by {', '.join(family['members'])}: {size(family['bytes'])}"
+        text += f"\nshared by {', '.join(family['members'])}: {human(family['bytes'])}"
         text += f", {family['method']}  ({family['family_id'][7:15]})"
     for entry in (e for e in (*found, *families) if not e["ok"]):
         error = entry["error"]
@@ -287,7 +288,7 @@ def _zoo_text(
 
 
 def _zoo_row(entry: dict[str, Any]) -> list[str]:
-    row = [entry["name"], size(entry["bytes"])]
+    row = [entry["name"], human(entry["bytes"])]
     if entry["kind"] == "lora":
         kind, ranks = "DoRA" if entry["dora"] else "LoRA", entry["ranks"]
         if ranks:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from deltafold.server.cli.output import facts, size
+from deltafold.compress.sizes import human
+from deltafold.server.cli.output import facts
 
 if TYPE_CHECKING:
     from deltafold.compress.packing import Limits
@@ -66,10 +67,11 @@ class MachineOptions:
 
     def limits(self) -> Limits:
         """The same for `predict`. Raises `bad-argument` for what is no size."""
-        from deltafold.compress.memory import parse_size
         from deltafold.compress.packing import Limits
+        from deltafold.compress.sizes import parse_size
 
-        return Limits(self.threads, parse_size(self.max_memory) if self.max_memory else None)
+        bound = self.max_memory
+        return Limits(self.threads, parse_size(bound, "--max-memory 4GiB") if bound else None)
 
 
 def prediction_data(found: Prediction) -> dict[str, Any]:
@@ -88,9 +90,9 @@ def prediction_text(found: Prediction) -> str:
     """A prediction for people."""
     sure = "to the byte, if every tensor differs from the base's"
     lines = [
-        ("size", f"{found.nbytes:,} bytes, {found.ratio:.2%} of {size(found.variant_bytes)}"),
+        ("size", f"{found.nbytes:,} bytes, {found.ratio:.2%} of {human(found.variant_bytes)}"),
         ("", sure if found.fixed else "an estimate: a codec's size depends on the data"),
         ("coding", f"about {found.seconds:.0f} s, besides reading both checkpoints"),
-        ("memory", size(found.memory)),
+        ("memory", human(found.memory)),
     ]
     return f"nothing was read or written but headers\n{facts(lines)}"

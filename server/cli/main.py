@@ -110,8 +110,8 @@ class Program(click.Group):
                 raise
             output.failure_json("bad-argument", error.format_message())
             ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            ctx.exit(interrupted(output))
+        except KeyboardInterrupt as error:
+            ctx.exit(interrupted(error, output))
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
@@ -150,3 +150,7 @@ def cli() -> None:
 def main() -> None:
     """The entry point of the `deltafold` program."""
     cli(prog_name="deltafold")
+
+
+if __name__ == "__main__":
+    main()

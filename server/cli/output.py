@@ -66,17 +66,6 @@ class Output:
             yield bar
 
 
-def size(nbytes: int) -> str:
-    """Bytes as people read them: `1.15 GiB`."""
-    if nbytes < 1024:
-        return f"{nbytes} bytes"
-    value, units = float(nbytes), iter(("KiB", "MiB", "GiB", "TiB"))
-    unit = "bytes"
-    while value >= 1024 and (unit_ := next(units, None)) is not None:
-        value, unit = value / 1024, unit_
-    return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
-
-
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:
     """Columns aligned with spaces.
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from deltafold.compress.sizes import human
 from deltafold.server.cli.budget import plan_text
-from deltafold.server.cli.output import facts, size
+from deltafold.server.cli.output import facts
 
 if TYPE_CHECKING:
     from deltafold.compress import Manifest, PackReport
@@ -36,6 +37,7 @@ def pack_data(report: PackReport, seconds: float) -> dict[str, Any]:
         "base_names": names_data(manifest),
         "plan": report.plan.to_json() if report.plan else None,
         "quality": manifest.quality,
+        "resumed": report.resumed,
         "worst": [{"tensor": name, "rel_error": error} for name, error in report.worst()],
         "seconds": round(seconds, 3),
         "peak_memory_bytes": peak_memory(),
@@ -50,8 +52,13 @@ def pack_text(report: PackReport, seconds: float) -> str:
     counts = f"{len(manifest.tensors)} coded, {len(manifest.unchanged)} equal to the base's"
     if manifest.absent:
         counts += f", {len(manifest.absent)} absent"
+    if report.resumed:
+        counts += f"; {report.resumed} were done by the run before"
     lines = [
-        ("size", f"{size(totals.delta_bytes)}, {totals.ratio:.2%} of {size(totals.variant_bytes)}"),
+        (
+            "size",
+            f"{human(totals.delta_bytes)}, {totals.ratio:.2%} of {human(totals.variant_bytes)}",
+        ),
         ("tensors", counts),
         ("codec", manifest.codec_summary()),
         ("base", f"{manifest.base.name}  ({manifest.base.fingerprint[:23]}...)"),
@@ -70,6 +77,11 @@ def pack_text(report: PackReport, seconds: float) -> str:
         figures = manifest.quality
         agreed = f"{figures['top1_agreement']:.2%} same likeliest token"
         lines.append(("KL", f"{figures['kl_mean']:.4g} nats a token; {agreed}"))
+    if "fit" in manifest.quality:
+        found = manifest.quality["fit"]
+        before, after = found["kl"]
+        kept = "" if found["kept"] == "fitted" else "; no better, so the first scales were kept"
+        lines.append(("fitted", f"KL {before:.4g} before, {after:.4g} after, nats a token{kept}"))
     if manifest.accepted:
         lines.append(("accepted", ", ".join(manifest.accepted)))
     lines.append(("took", f"{seconds:.1f} s, peak memory {peak_memory_text()}"))

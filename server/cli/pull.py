@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from deltafold.server.cli.output import Output, output_options, quiet_option, size
+from deltafold.compress.sizes import human
+from deltafold.server.cli.output import Output, output_options, quiet_option
 
 
 @click.command("pull")
@@ -48,4 +49,4 @@ def pull(
             progress=progress,
         )
     data = {"path": str(got.folder), "delta_id": got.delta_id, "bytes": got.bytes}
-    output.result(data, f"{got.folder}: fetched and verified, {size(got.bytes)}")
+    output.result(data, f"{got.folder}: fetched and verified, {human(got.bytes)}")

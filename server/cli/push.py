@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from deltafold.server.cli.output import Output, output_options, quiet_option, size, table
+from deltafold.compress.sizes import human
+from deltafold.server.cli.output import Output, output_options, quiet_option, table
 
 
 @click.command("push")
@@ -44,8 +45,8 @@ def push(
     }
     if dry_run:
         rows = [[name, f"{nbytes:,}"] for name, nbytes in sent.files.items()]
-        text = f"{delta} would go to {repo_id}, {size(total)}\n"
+        text = f"{delta} would go to {repo_id}, {human(total)}\n"
         text += table(["file", "bytes"], rows, "bytes")
     else:
-        text = f"{delta}: verified and sent to {repo_id}, {size(total)}\n  {sent.url}"
+        text = f"{delta}: verified and sent to {repo_id}, {human(total)}\n  {sent.url}"
     output.result(data, text)

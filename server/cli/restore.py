@@ -6,7 +6,8 @@ import time
 
 import click
 
-from deltafold.server.cli.output import Output, facts, output_options, quiet_option, size
+from deltafold.compress.sizes import human
+from deltafold.server.cli.output import Output, facts, output_options, quiet_option
 
 
 @click.command("restore")
@@ -64,7 +65,7 @@ def run_restore(
         "seconds": round(seconds, 3),
     }
     lines = [
-        ("size", size(report.nbytes)),
+        ("size", human(report.nbytes)),
         ("tensors", f"{report.tensors}, of which {report.exact} are the fine-tune's bit for bit"),
         ("took", f"{seconds:.1f} s"),
     ]

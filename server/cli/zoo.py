@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
-from deltafold.server.cli.output import Output, output_options, quiet_option, size, table
+from deltafold.compress.sizes import human
+from deltafold.server.cli.output import Output, output_options, quiet_option, table
 
 if TYPE_CHECKING:
     from deltafold.compress.zoo_gc import Collected
@@ -27,7 +28,7 @@ def zoo() -> None:
     """
 
 
-@zoo.command("add")
+@zoo.command("add", short_help="Put a delta into a zoo.")
 @click.argument("zoo_folder", metavar="ZOO")
 @click.argument("delta")
 @click.option("--name", help="The variant's name; the folder's or repo's if left out.")
@@ -66,10 +67,10 @@ def add(
         "delta_id": added.delta_id,
         "bytes": added.bytes,
     }
-    output.result(data, f"{added.folder}: verified and added, {size(added.bytes)}")
+    output.result(data, f"{added.folder}: verified and added, {human(added.bytes)}")
 
 
-@zoo.command("list")
+@zoo.command("list", short_help="List the deltas, LoRAs and aliases of a zoo.")
 @click.argument("zoo_folder", metavar="ZOO")
 @output_options
 @click.pass_obj
@@ -109,15 +110,15 @@ def _member(member: Member) -> dict[str, Any]:
 
 
 def _list_text(listing: Listing, output: Output) -> str:
-    text = f"{listing.folder}: {len(listing.members)} variants, {size(listing.disk_bytes)} on disk"
+    text = f"{listing.folder}: {len(listing.members)} variants, {human(listing.disk_bytes)} on disk"
     if listing.families_bytes:
-        text += f", {size(listing.families_bytes)} of it shared by families"
+        text += f", {human(listing.families_bytes)} of it shared by families"
     rows = [
         [
             m.name,
             ", ".join(m.aliases) or "-",
             m.delta_id[7:15] or "-",
-            size(m.bytes),
+            human(m.bytes),
             "-" if m.ratio is None else f"{m.ratio:.2%}",
             m.codec,
             m.base + (f"  ({m.fingerprint[7:15]})" if m.fingerprint else ""),
@@ -139,7 +140,7 @@ def _list_text(listing: Listing, output: Output) -> str:
     return text
 
 
-@zoo.command("rm")
+@zoo.command("rm", short_help="Take a variant out of a zoo.")
 @click.argument("zoo_folder", metavar="ZOO")
 @click.argument("name")
 @click.option("--force", is_flag=True, help="Also if an alias stands for it; the alias goes too.")
@@ -160,7 +161,7 @@ def rm(output: Output, zoo_folder: str, name: str, force: bool) -> None:
     output.result({"name": name, "aliases": list(removed.aliases)}, text)
 
 
-@zoo.command("alias")
+@zoo.command("alias", short_help="Let a name stand for a delta.")
 @click.argument("zoo_folder", metavar="ZOO")
 @click.argument("alias_name", metavar="ALIAS")
 @click.argument("name", required=False)
@@ -190,7 +191,7 @@ def alias(output: Output, zoo_folder: str, alias_name: str, name: str | None, re
     )
 
 
-@zoo.command("gc")
+@zoo.command("gc", short_help="Remove leftovers, and store equal tensors once.")
 @click.argument("zoo_folder", metavar="ZOO")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and change nothing.")
 @click.option(
@@ -231,16 +232,16 @@ def gc(output: Output, zoo_folder: str, dry_run: bool, min_bytes: int) -> None:
 
 
 def _gc_text(folder: str, done: Collected) -> str:
-    freed = f"{'would free about' if done.dry_run else 'freed'} {size(max(done.freed, 0))}"
-    lines = [f"{folder}: {freed}, {size(done.after)} on disk"]
-    lines += [f"  {x.path}: {x.why}, {size(x.bytes)}" for x in done.leftovers]
+    freed = f"{'would free about' if done.dry_run else 'freed'} {human(max(done.freed, 0))}"
+    lines = [f"{folder}: {freed}, {human(done.after)} on disk"]
+    lines += [f"  {x.path}: {x.why}, {human(x.bytes)}" for x in done.leftovers]
     lines += [f"  {name}: put back" for name in done.recovered]
     lines += [f"  {deltas}: {len(t)} tensors stored once" for deltas, t in done.shared.items()]
     lines += [f"  {name} shares nothing: {why}" for name, why in done.skipped.items()]
     return "\n".join(lines)
 
 
-@zoo.command("verify")
+@zoo.command("verify", short_help="Check every variant and alias of a zoo.")
 @click.argument("zoo_folder", metavar="ZOO")
 @click.option("--base", help="Also check that this is their base and that no tensor is missing.")
 @click.option("--full", is_flag=True, help="Also rebuild what is stored exactly; needs --base.")

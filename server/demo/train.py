@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from deltafold.compress.errors import DeltafoldError
+from deltafold.runtime.quiet import quiet
 from deltafold.server.demo import tasks
 from deltafold.server.demo.tokenizer import CONTEXT_TOKENS, build_tokenizer, prompt_of
 
@@ -126,7 +127,7 @@ def load(folder: Path) -> tuple[Any, Any]:
 
     if not (folder / "config.json").is_file():  # the loader would look for it on the hub
         raise DeltafoldError("not-a-checkpoint", f"{folder} holds no demo model: no config.json")
-    with _no_bars():
+    with quiet():
         model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
@@ -264,7 +265,7 @@ def _save(model: Any, out: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with _no_bars():
+    with quiet():
         model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
@@ -285,17 +286,3 @@ def _reproducible(seed: int) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Silence transformers' own progress bars: what a caller sees comes from `progress`."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -22,7 +22,7 @@ from deltafold.server.disconnect import unless_gone
 from deltafold.server.errors import ApiError
 from deltafold.server.openai import neutral
 from deltafold.server.openai.replies import Usage
-from deltafold.server.openai.schemas import Body, TokenId, is_prompt
+from deltafold.server.openai.schemas import Body, TokenId, check_prompts
 from deltafold.server.openai.selector import find
 
 #: Most texts or pictures of one request, as in the OpenAI API.
@@ -35,23 +35,13 @@ _DATA_URL: Final = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII)
 Answer = TypeVar("Answer", bound=Pooled)
 
 
-def _check_input(value: Any) -> Any:
-    many = isinstance(value, list) and bool(value) and all(map(is_prompt, value))
-    if not is_prompt(value) and not (many and len({type(one) for one in value}) == 1):
-        raise ValueError(
-            "expected a text, a list of texts, a list of token ids, or a list of such lists;"
-            " none of the lists empty"
-        )
-    return value
-
-
 class PoolBody(Body):
     """What both bodies understand. Pictures are `data:image/...;base64,` URLs among the texts."""
 
     neutral_fields = neutral.POOL
     model: str = Field(min_length=1, description="`sql`, `sql@3f2a`, `base` or `org/base:sql`")
     input: Annotated[
-        str | list[str] | list[TokenId] | list[list[TokenId]], BeforeValidator(_check_input)
+        str | list[str] | list[TokenId] | list[list[TokenId]], BeforeValidator(check_prompts)
     ]
 
     @model_validator(mode="after")

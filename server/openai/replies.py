@@ -110,14 +110,6 @@ class ChatCompletion(Head):
     usage: Usage
 
 
-class ChatChunk(Head):
-    """One event of a streamed chat; `usage` only where it was asked for."""
-
-    object: Literal["chat.completion.chunk"]
-    choices: list[ChunkChoice]
-    usage: NotRequired[Usage | None]
-
-
 class Completion(Head):
     """Reply of `/v1/completions`, and each event of its stream."""
 

@@ -214,12 +214,8 @@ def is_prompt(value: Any) -> bool:
     )
 
 
-def _check_prompt(value: Any, info: ValidationInfo) -> Any:
-    """One clear error instead of one for each member of the union."""
-    if info.data.get("prompt_embeds") is not None:
-        if value is not None:
-            raise ValueError("send prompt or prompt_embeds, not both")
-        return None
+def check_prompts(value: Any) -> Any:
+    """A text, tokens, or a list of one of the two. Raises `ValueError`: one for the whole union."""
     many = isinstance(value, list) and bool(value) and all(map(is_prompt, value))
     if not is_prompt(value) and not (many and len({type(one) for one in value}) == 1):
         raise ValueError(
@@ -227,6 +223,15 @@ def _check_prompt(value: Any, info: ValidationInfo) -> Any:
             " none of the lists empty"
         )
     return value
+
+
+def _check_prompt(value: Any, info: ValidationInfo) -> Any:
+    """One clear error instead of one for each member of the union."""
+    if info.data.get("prompt_embeds") is not None:
+        if value is not None:
+            raise ValueError("send prompt or prompt_embeds, not both")
+        return None
+    return check_prompts(value)
 
 
 class CompletionRequest(Generate):

@@ -7,8 +7,9 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from deltafold.compress import DeltaRepo
+from deltafold.compress import DeltaRepo, PackReport
 from deltafold.server.cli.main import cli
+from deltafold.server.cli.packed import pack_text
 from deltafold.server.demo.zoo import data_folder
 
 BASE, VARIANT = data_folder() / "base", data_folder() / "zoo" / "shout"
@@ -46,6 +47,9 @@ def test_data_and_fit_are_recorded(tmp_path, words):
     assert (fitted["steps"], fitted["lr"]) == (1, 0.001)
     assert len(fitted["logit_mse"]) == len(fitted["kl"]) == 2
     assert json.loads(result.stdout)["recipe"]["fit"]["steps"] == 1
+    text = pack_text(PackReport(tmp_path / "out", manifest, [], resumed=3), 1.0)
+    assert f"KL {fitted['kl'][0]:.4g} before, {fitted['kl'][1]:.4g} after" in text
+    assert "3 were done by the run before" in text
 
 
 @pytest.mark.parametrize(

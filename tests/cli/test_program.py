@@ -16,9 +16,10 @@ from click.testing import CliRunner
 
 from deltafold.compress import DeltafoldError
 from deltafold.compress.progress import Progress
+from deltafold.compress.sizes import human
 from deltafold.server.cli.bar import Bar
 from deltafold.server.cli.main import COMMANDS, Lazy, cli
-from deltafold.server.cli.output import size, table
+from deltafold.server.cli.output import table
 
 ROOT = Path(__file__).parents[2]
 #: The surface. A change here is a change that users see: change it on purpose, and `docs/cli.md` too.
@@ -333,7 +334,7 @@ main()
         out, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert out == ""
-    assert "interrupted" in err
+    assert "interrupted; what is done is kept" in err
     assert "Traceback" not in err
     assert not pair.out.exists()
     assert pair.out.with_name("delta.partial").is_dir(), "the journal is kept"
@@ -416,7 +417,7 @@ def test_plain_lines_elsewhere(monkeypatch):
     ],
 )
 def test_sizes(nbytes, text):
-    assert size(nbytes) == text
+    assert human(nbytes) == text
 
 
 def test_tables():

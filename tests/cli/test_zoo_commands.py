@@ -81,3 +81,9 @@ def test_pull_and_push_say_what_does_not_go_together(pair, zoo):
     for wrong in (("pull", zoo / "sql"), ("push", zoo / "sql", "./x")):
         assert run_json(*wrong, status=2)["error"]["code"] == "bad-argument"
     assert "delta.safetensors" in run("push", zoo / "sql", "org/x", "--dry-run").stdout
+
+
+def test_a_zoo_where_a_delta_is_asked_for(zoo):
+    error = run_json("verify", zoo, status=3)["error"]
+    assert error["code"] == "not-a-delta"
+    assert str(zoo / "sql") in error["fix"]

@@ -181,3 +181,8 @@ def test_licences(tmp_path):
     assert licence_of(tmp_path) == stated
     (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
     assert licence_of(tmp_path)["license"] == "other"
+
+
+def test_sizes_that_are_close_have_an_axis_too():
+    one = scatter([Point("sql", ratio=0.2985, value=0.013)], title="t", unit="u")
+    assert "29.8%" in one or "29.9%" in one

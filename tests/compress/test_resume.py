@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,9 @@ from deltafold.compress import (
     predict_checkpoint,
 )
 from deltafold.compress.journal import Journal
-from deltafold.compress.memory import MemoryBudget, parse_size
+from deltafold.compress.memory import MemoryBudget
 from deltafold.compress.safetensors_file import file_head
+from deltafold.compress.sizes import parse_size
 
 LAYERS, ROWS, COLUMNS = 12, 40, 48
 
@@ -233,7 +235,7 @@ def large(tmp_path_factory):
 @pytest.mark.parametrize("codec", ["bitdelta:bits=2", "int:bits=4"])
 def test_the_bound_of_memory_holds(large, tmp_path, codec):
     """The peak of a process of its own, against its bound and against what it would take as a whole."""
-    bound = parse_size("1300MiB")
+    bound = 1300 * 2**20
     arguments = [*map(str, large), str(tmp_path / "out"), codec, "1300MiB"]
     run = subprocess.run(
         [sys.executable, "-c", BOUNDED, *arguments], capture_output=True, text=True, check=False
@@ -253,11 +255,14 @@ def test_a_bound_that_is_too_tight(large, tmp_path):
 
 
 def test_sizes_as_people_write_them():
-    assert parse_size("4GiB") == parse_size("4g") == 4 * 2**30
-    assert parse_size("1.5 MB") == 3 * 2**19
-    assert parse_size("77") == 77
-    with pytest.raises(DeltafoldError):
-        parse_size("much")
+    size = partial(parse_size, fix="write 4GiB")
+    assert size("4GiB") == size("4g") == 4 * 2**30
+    assert size("1.5 MiB") == 3 * 2**19
+    assert size("1.5 MB") == 1_500_000
+    assert size("77") == size("77B") == 77
+    for wrong in ("much", "", "4iB", "-1", "4GiBB", "1.2.3"):
+        with pytest.raises(DeltafoldError, match="not a size"):
+            size(wrong)
 
 
 def test_a_budget_of_memory_never_goes_over():

@@ -9,9 +9,10 @@ import pytest
 import torch
 import zoo_models
 
-from deltafold.compress import Checkpoint
+from deltafold.compress import Checkpoint, DeltafoldError
 from deltafold.runtime.deltas import Deltas
 from deltafold.runtime.embedded import EmbeddedEngine
+from deltafold.runtime.embedded.pooling import PoolingEngine
 from deltafold.runtime.engine import Request, Sampling
 
 
@@ -64,3 +65,9 @@ def test_chat_goes_through_the_variants_template(made: zoo_models.Models, tmp_pa
         assert engine.encode("sign", chat) == engine.encode("sign", "hi:")
         assert output.prompt_tokens == 3
         assert output.text == engine.decode("sign", output.token_ids)
+
+
+def test_a_zoo_that_is_not_there_is_refused_before_the_base_is_loaded(tmp_path):
+    for engine in (EmbeddedEngine, PoolingEngine):
+        with pytest.raises(DeltafoldError, match=r"the zoo .* is not a folder"):
+            engine.open(tmp_path / "no-base", zoo=tmp_path / "no-zoo")
