@@ -156,10 +156,14 @@ class DeltaManager:
 
     # What our own front asks for.
 
-    def prefetch(self, path: str) -> str:
-        """Begin to read a variant beside the running steps. Returns `reading`, `ready`, or the error
-        as text.
+    def prefetch(self, path: str, drop: bool = False) -> str:
+        """Begin to read a variant beside the running steps, or with `drop` forget what was read.
+        Returns `reading`, `ready`, or the error as text.
         """
+        if drop:
+            with self._lock:
+                self._reading.pop(path, None)
+            return "ready"
         self._probe()
         with self._lock:
             future = self._reading.get(path)

@@ -111,8 +111,8 @@ def _patch_requests(core: Any) -> None:
     core.add_request = add_request
 
 
-def _prefetch(self: Any, path: str) -> str:
+def _prefetch(self: Any, path: str, drop: bool = False) -> str:
     """Worker method: begin to read a variant, or tell how far it is."""
     from deltafold.runtime.vllm.manager import manager_of
 
-    return manager_of(self.model_runner).prefetch(path)
+    return manager_of(self.model_runner).prefetch(path, drop)

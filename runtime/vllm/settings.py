@@ -21,16 +21,19 @@ class Settings:
         slots: `forms` keeps every variant in its fastest CPU form; `dense` keeps `max_loras` dense
             copies of every parameter, allocated at the start, which is what a GPU needs; `auto`
             chooses by the device.
+        any_path: whether clients may load deltas from outside the zoo (where vLLM was told to let
+            them load anything at all).
     """
 
     zoo: str = ""
     slots: str = "auto"
+    any_path: bool = True
 
     def __post_init__(self) -> None:
         if self.slots not in ("auto", "forms", "dense"):
             raise _bad(f"slots cannot be {self.slots!r}; it is auto, forms or dense")
-        if not isinstance(self.zoo, str):
-            raise _bad("zoo is the name of a folder")
+        if not isinstance(self.zoo, str) or not isinstance(self.any_path, bool):
+            raise _bad("zoo is the name of a folder, any_path is true or false")
 
 
 def settings_of(additional_config: object) -> Settings | None:

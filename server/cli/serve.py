@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -27,7 +27,15 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 @click.command("serve")
 @click.argument("base")
+@click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED, metavar="[-- VLLM_FLAGS...]")
 @click.option("--zoo", required=True, help="Folder of deltas.")
+@click.option(
+    "--engine",
+    type=click.Choice(["embedded", "vllm"]),
+    default="embedded",
+    show_default=True,
+    help="What runs the model; vllm starts vLLM's own server and takes its flags after --.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",
@@ -81,7 +89,9 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
 )
 def serve(
     base: str,
+    vllm_flags: tuple[str, ...],
     zoo: str,
+    engine: str,
     host: str,
     port: int,
     api_keys: tuple[str, ...],
@@ -94,6 +104,16 @@ def serve(
     The server listens at once and answers 503 until the base is loaded. Without --api-key it can
     be reached from this machine only.
     """
+    if engine == "vllm":
+        place = {"host": host, "port": port, "api_keys": api_keys, "log_level": log_level}
+        names = {"served_model_name": served_model_name, "flags": vllm_flags}
+        _run_vllm(base, zoo, engine_options, **place, **names)
+    if vllm_flags:
+        raise DeltafoldError(
+            "bad-argument",
+            f"the embedded engine does not know {vllm_flags[0]!r}",
+            fix="flags after -- are for --engine vllm",
+        )
     require_serve_extra()
     refuse_open_bind(host, api_keys)
     logging.basicConfig(level=log_level.upper(), stream=sys.stderr, format=_LOG_FORMAT)
@@ -102,12 +122,50 @@ def serve(
     def open_engine() -> Engine:
         from deltafold.runtime import EmbeddedEngine
 
-        engine: Engine = EmbeddedEngine.open(
+        opened: Engine = EmbeddedEngine.open(
             base, zoo=zoo, served_model_name=served_model_name, **given
         )
-        return engine
+        return opened
 
     _run(open_engine, host, port, api_keys, served_model_name)
+
+
+def _run_vllm(
+    base: str,
+    zoo: str,
+    options: dict[str, Any],
+    *,
+    host: str,
+    port: int,
+    api_keys: Sequence[str],
+    served_model_name: str | None,
+    log_level: str,
+    flags: Sequence[str],
+) -> NoReturn:
+    """Check the zoo and become vLLM's server."""
+    from deltafold.server.vllm.command import VllmServer, become
+
+    foreign = [n for n in ("base_quantization",) if options[n] is not None]
+    foreign += ["device"] if options["device"] != "auto" else []
+    if foreign:
+        raise DeltafoldError(
+            "bad-argument",
+            f"--{foreign[0].replace('_', '-')} is an option of the embedded engine",
+            fix="leave it out; vLLM's own flags go after --",
+        )
+    refuse_open_bind(host, api_keys)
+    if options["strict"]:
+        from deltafold.server.vllm.front import check_zoo
+
+        check_zoo(base, zoo)
+    own = {
+        "dtype": options["dtype"],
+        "max-model-len": options["max_model_len"],
+        "max-num-seqs": options["max_batch"],
+        "max-cpu-loras": options["max_deltas"],
+        "uvicorn-log-level": log_level,
+    }
+    become(VllmServer(base, zoo, host, port, api_keys, served_model_name, own, flags))
 
 
 def _run(
