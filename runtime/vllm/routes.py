@@ -151,7 +151,20 @@ def find_routes(vllm_config: Any, base: Checkpoint) -> Routes:
         model.load_weights(_weights(base, recorder))
     routes = Routes(recorder.moves)
     routes.owners = {name: owners[key] for key, (name, _) in parameters.items()}
+    routes.elsewhere = _routed_elsewhere(frozenset(routes.moves))
     return routes
+
+
+def _routed_elsewhere(mine: frozenset[str]) -> frozenset[str]:
+    """Tensors that other ranks of the pipeline hold."""
+    from vllm.distributed import get_pp_group
+
+    group = get_pp_group()
+    if group.world_size == 1:
+        return frozenset()
+    found: list[frozenset[str]] = [frozenset()] * group.world_size
+    torch.distributed.all_gather_object(found, mine, group=group.cpu_group)
+    return frozenset().union(*found) - mine
 
 
 def _own_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -95,7 +95,8 @@ def become(server: VllmServer) -> NoReturn:
     Raises:
         DeltafoldError: `missing-extra`.
     """
-    if importlib.util.find_spec("vllm") is None:
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:  # a folder of that name is no package
         raise DeltafoldError(
             "missing-extra",
             "--engine vllm needs vLLM, which is not installed.",
