@@ -1,4 +1,4 @@
-"""What is looked at once, when a worker starts: settings that cannot be served, hooks that are called."""
+"""What a worker looks at once: settings that cannot be served, and hooks that are never called."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ custom operator, which a compiled or captured model treats as one opaque step. W
 the value of a small CPU tensor that the layer owns: a name in the graph would make every layer's graph
 a different one.
 
-A hook works on slots. In the `forms` layout a slot holds whatever form the CPU applies fastest, and the
-step's rows are visited as segments. In the `dense` layout slots are tensors that are allocated once, and
-all shapes are fixed, so that a CUDA graph that was captured with one variant serves any other.
+A hook works on slots. In the `forms` layout a slot holds whatever form the CPU applies fastest, and
+the step's rows are visited as segments. In the `dense` layout slots are tensors that are allocated
+once, and all shapes are fixed, so that a CUDA graph that was captured with one variant serves any other.
 """
 
 from __future__ import annotations

@@ -61,7 +61,9 @@ class DeltaManager:
         self._runner, self._model = runner, model
         slots = vllm_config.lora_config.max_loras
         self._capacity = max(vllm_config.lora_config.max_cpu_loras or slots, slots)
-        self.dense = settings.slots == "dense" or (settings.slots == "auto" and device.type != "cpu")
+        self.dense = settings.slots == "dense" or (
+            settings.slots == "auto" and device.type != "cpu"
+        )
         tokens = _most_tokens(vllm_config)
         self.rows = StepRows.make(tokens, tokens, device)
         self._source = Source(Checkpoint.open(vllm_config.model_config.model))
@@ -253,6 +255,6 @@ def manager_of(runner: Any) -> DeltaManager:
         raise DeltafoldError(
             "engine-unsupported",
             "this engine was started without deltas.",
-            fix='start it with --enable-lora --additional-config \'{"deltafold": {}}\'',
+            fix="start it with --enable-lora --additional-config '{\"deltafold\": {}}'",
         )
     return manager

@@ -156,9 +156,7 @@ def _site(hook: Hook, module: Any, attribute: str) -> Site | str:
     return Site(hook, attribute, multiplies=True, looks_up=hook.is_head)
 
 
-def _allocate(
-    hook: Hook, module: Any, shapes: dict[str, tuple[int, ...]], routes: Routes
-) -> None:
+def _allocate(hook: Hook, module: Any, shapes: dict[str, tuple[int, ...]], routes: Routes) -> None:
     if isinstance(hook, NormHook):
         hook.allocate()
         return

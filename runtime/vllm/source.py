@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
 from deltafold.compress.adapter import CONFIG_NAME
-from deltafold.compress.fingerprint import digest_source
+from deltafold.compress.fingerprint import Digests, digest_source
 from deltafold.compress.lora import cached_lora
 from deltafold.compress.manifest import MANIFEST_NAME
 from deltafold.compress.verify import check_coverage
@@ -45,10 +45,10 @@ class Source:
         self._lock = threading.Lock()
 
     @cached_property
-    def _digests(self) -> dict[str, object]:
-        return dict(digest_source(self.base))
+    def _digests(self) -> Digests:
+        return digest_source(self.base)
 
-    def digests(self) -> dict[str, object]:
+    def digests(self) -> Digests:
         """The base's digests; hashed once, and cached on disk."""
         with self._lock:
             return self._digests
@@ -63,12 +63,11 @@ class Source:
         folder, digest = untagged(path)
         place = Path(folder).expanduser()
         digests = self.digests()
-        if place.is_dir() and not (place / MANIFEST_NAME).is_file():
-            if (place / CONFIG_NAME).is_file():
-                place = cached_lora(self.base, place)
+        if not (place / MANIFEST_NAME).is_file() and (place / CONFIG_NAME).is_file():
+            place = cached_lora(self.base, place)
         repo = DeltaRepo.open(place if place.is_dir() else folder)
-        repo.check_base(digests, given=self.base.reference.name)  # type: ignore[arg-type]
-        check_coverage(repo, digests)  # type: ignore[arg-type]
+        repo.check_base(digests, given=self.base.reference.name)
+        check_coverage(repo, digests)
         repo.check_quantization(None)
         if digest is not None and repo.digest != digest:
             raise DeltafoldError(

@@ -158,9 +158,7 @@ class _Tensor:
         return self._delta
 
 
-def _unsupported(
-    where: str, what: str, facts: list[tuple[str, object]]
-) -> DeltafoldError:
+def _unsupported(where: str, what: str, facts: list[tuple[str, object]]) -> DeltafoldError:
     return DeltafoldError(
         "engine-unsupported",
         f"{where}: {what}.",

@@ -1,4 +1,4 @@
-"""Forms for a part of a tensor: what one tensor-parallel rank, or one shard of a merged layer, holds."""
+"""Forms for a part of a tensor: what a tensor-parallel rank or a shard of a merged layer holds."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def cut(form: DeltaMatrix, window: Window) -> DeltaMatrix | None:
 
 def _cut_words(form: SignWords, window: Window) -> SignWords | None:
     """Whole blocks of 32 rows and whole groups of columns."""
-    planes, groups, _ = form.levels.shape
+    _, groups, _ = form.levels.shape
     last_row = window.row + window.rows
     last_column = window.column + window.columns
     if window.row % _ROWS or (last_row % _ROWS and last_row != form.rows):

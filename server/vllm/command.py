@@ -55,7 +55,8 @@ class VllmServer:
             if value is not None:
                 words += [f"--{name}", str(value)]
         if not _given(self.flags, "--max-loras"):
-            words += ["--max-loras", str(_MAX_LORAS)]
+            kept = self.options.get("max-cpu-loras") or _MAX_LORAS
+            words += ["--max-loras", str(min(_MAX_LORAS, kept))]
         if len(self.api_keys) > 1:
             words += ["--api-key", *self.api_keys]
         if _given(self.flags, "--additional-config"):

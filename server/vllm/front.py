@@ -68,7 +68,7 @@ class Front:
             wrong = [s for s in states if s not in ("reading", "ready")]
             if wrong:
                 await self._engine.collective_rpc("deltafold_prefetch", args=(whole, True))
-                raise Refused(wrong[0])
+                raise RefusedError(wrong[0])
             if all(state == "ready" for state in states):
                 return whole
             await asyncio.sleep(_LOOK_SECONDS)
@@ -97,7 +97,7 @@ class Front:
         return source, open_zoo(source.base, source.digests(), folder, self._names)
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """What a worker said of a variant, as text: errors do not cross processes whole."""
 
 

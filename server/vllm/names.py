@@ -14,7 +14,7 @@ from typing import Any
 
 from deltafold.compress.errors import DeltafoldError
 from deltafold.runtime.vllm.settings import settings_of
-from deltafold.server.vllm.front import Front, Refused
+from deltafold.server.vllm.front import Front, RefusedError
 
 _SERVING = "vllm.entrypoints.openai.models.serving"
 _DONE = "_deltafold_names"
@@ -76,9 +76,7 @@ def _patch_loading(models: Any) -> None:
     stock = models.load_lora_adapter
 
     @wraps(stock)
-    async def load_lora_adapter(
-        self: Any, request: Any, base_model_name: str | None = None
-    ) -> Any:
+    async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
         front = _front(self)
         if front is None:
             return await stock(self, request, base_model_name)
@@ -87,7 +85,7 @@ def _patch_loading(models: Any) -> None:
             return refused
         try:
             path = await front.prepare(request.lora_path)
-        except (DeltafoldError, Refused) as error:
+        except (DeltafoldError, RefusedError) as error:
             return _error(error)
         kept = self.lora_requests.get(request.lora_name)
         if kept is not None and kept.lora_path == path:

@@ -61,9 +61,7 @@ def plain(folder: Path, *, in_process: bool = True, **options: Any) -> Iterator[
 def serving(folder: Path, *, max_loras: int = 3, **options: Any) -> Any:
     """vLLM with deltas on a base; `options` are vLLM's, `slots` is ours."""
     own = {"deltafold": {"slots": options.pop("slots", "auto")}}
-    return plain(
-        folder, enable_lora=True, max_loras=max_loras, additional_config=own, **options
-    )
+    return plain(folder, enable_lora=True, max_loras=max_loras, additional_config=own, **options)
 
 
 @dataclass(frozen=True)

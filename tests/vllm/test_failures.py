@@ -57,7 +57,9 @@ def resized(folder: Path) -> Path:
     from deltafold.compress import Recipe, compress_checkpoint, parse_spec
 
     recipe = Recipe(default=parse_spec("int:bits=4"))
-    compress_checkpoint(folder / "base", full, folder / "resized", recipe=recipe, accept=["resized"])
+    compress_checkpoint(
+        folder / "base", full, folder / "resized", recipe=recipe, accept=["resized"]
+    )
     return folder / "resized"
 
 
