@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from deltafold.compress.errors import DeltafoldError
 from deltafold.runtime.vllm.rows import StepRows
@@ -54,7 +53,7 @@ def check_config(vllm_config: Any) -> None:
 
 
 @torch.inference_mode()
-def probe(runner: Any, model: nn.Module, rows: StepRows) -> None:
+def probe(runner: Any, model: Any, rows: StepRows) -> None:
     """Run the model once on made-up tokens of the base, the head included."""
     rows.set([-1] * _TOKENS, [-1])
     ran = runner._dummy_run(_TOKENS)

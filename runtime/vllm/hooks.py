@@ -7,13 +7,14 @@ a different one.
 
 A hook works on slots. In the `forms` layout a slot holds whatever form the CPU applies fastest, and
 the step's rows are visited as segments. In the `dense` layout slots are tensors that are allocated
-once, and all shapes are fixed, so that a CUDA graph that was captured with one variant serves any other.
+once, and all shapes are fixed, so that a CUDA graph captured with one variant serves any other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -232,8 +233,11 @@ class NormHook:
 
 
 def _plain_forward(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    native: Any = getattr(module, "forward_native", None)
-    return native if native is not None else type(module).forward.__get__(module)
+    native: Callable[[torch.Tensor], torch.Tensor] | None
+    native = getattr(module, "forward_native", None)
+    if native is None:
+        native = partial(type(module).forward, module)
+    return native
 
 
 def _copy(held: torch.Tensor, value: torch.Tensor | None) -> None:

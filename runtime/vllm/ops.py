@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import nn
@@ -42,7 +42,8 @@ def _nothing_ids(y: torch.Tensor, ids: torch.Tensor, handle: torch.Tensor) -> No
 @cache
 def operators() -> Any:
     """`torch.ops.deltafold`, defined on first use."""
-    library = torch.library.Library("deltafold", "DEF")
+    make: Any = torch.library.Library  # torch gives it no types
+    library = make("deltafold", "DEF")
     library.define("add(Tensor(a!) y, Tensor x, Tensor handle, bool biased) -> ()")
     library.define("lookup(Tensor(a!) y, Tensor ids, Tensor handle) -> ()")
     library.define("renorm(Tensor(a!) y, Tensor x, Tensor handle) -> ()")
@@ -59,7 +60,7 @@ def operators() -> Any:
 
 
 #: An operator lives as long as the library object that defined it.
-_LIBRARIES: list[torch.library.Library] = []
+_LIBRARIES: Final[list[Any]] = []
 
 
 class DeltaMethod:

@@ -100,11 +100,11 @@ class Routes:
     elsewhere: frozenset[str] = frozenset()
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every `copy_` from a known tensor into a known parameter."""
 
     def __init__(self, parameters: dict[int, tuple[str, torch.Tensor]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.parameters = parameters
         self.sources: dict[int, str] = {}
         self.moves: dict[str, list[Move]] = {}

@@ -105,9 +105,11 @@ def serve(
     be reached from this machine only.
     """
     if engine == "vllm":
-        place = {"host": host, "port": port, "api_keys": api_keys, "log_level": log_level}
-        names = {"served_model_name": served_model_name, "flags": vllm_flags}
-        _run_vllm(base, zoo, engine_options, **place, **names)
+        refuse_open_bind(host, api_keys)
+        own = _vllm_options(engine_options) | {"uvicorn-log-level": log_level}
+        if engine_options["strict"]:
+            _check_zoo(base, zoo)
+        _become_vllm(base, zoo, host, port, api_keys, served_model_name, own, vllm_flags)
     if vllm_flags:
         raise DeltafoldError(
             "bad-argument",
@@ -130,42 +132,34 @@ def serve(
     _run(open_engine, host, port, api_keys, served_model_name)
 
 
-def _run_vllm(
-    base: str,
-    zoo: str,
-    options: dict[str, Any],
-    *,
-    host: str,
-    port: int,
-    api_keys: Sequence[str],
-    served_model_name: str | None,
-    log_level: str,
-    flags: Sequence[str],
-) -> NoReturn:
-    """Check the zoo and become vLLM's server."""
-    from deltafold.server.vllm.command import VllmServer, become
-
-    foreign = [n for n in ("base_quantization",) if options[n] is not None]
+def _vllm_options(options: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's names for our options."""
+    foreign = ["base-quantization"] if options["base_quantization"] is not None else []
     foreign += ["device"] if options["device"] != "auto" else []
     if foreign:
         raise DeltafoldError(
             "bad-argument",
-            f"--{foreign[0].replace('_', '-')} is an option of the embedded engine",
+            f"--{foreign[0]} is an option of the embedded engine",
             fix="leave it out; vLLM's own flags go after --",
         )
-    refuse_open_bind(host, api_keys)
-    if options["strict"]:
-        from deltafold.server.vllm.front import check_zoo
-
-        check_zoo(base, zoo)
-    own = {
+    return {
         "dtype": options["dtype"],
         "max-model-len": options["max_model_len"],
         "max-num-seqs": options["max_batch"],
         "max-cpu-loras": options["max_deltas"],
-        "uvicorn-log-level": log_level,
     }
-    become(VllmServer(base, zoo, host, port, api_keys, served_model_name, own, flags))
+
+
+def _check_zoo(base: str, zoo: str) -> None:
+    from deltafold.server.vllm.front import check_zoo
+
+    check_zoo(base, zoo)
+
+
+def _become_vllm(*given: Any) -> NoReturn:
+    from deltafold.server.vllm.command import VllmServer, become
+
+    become(VllmServer(*given))
 
 
 def _run(
