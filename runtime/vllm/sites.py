@@ -42,11 +42,16 @@ class Sites:
         places: the sites of each parameter, by its name.
         bare: modules that hold a parameter without a hook, and why.
         hooks: all of them, by the module's name.
+        later_rank: whether this is a rank of a pipeline after the first.
     """
 
     places: dict[str, list[Site]] = field(default_factory=dict)
     bare: dict[str, list[str]] = field(default_factory=dict)
     hooks: dict[str, Hook] = field(default_factory=dict)
+    later_rank: bool = False
+
+    def _read(self, parameter: str) -> bool:
+        return any(site.hook.calls.total for site in self.places[parameter])
 
     def called(self) -> bool:
         """Whether the model ran at all since it was wrapped."""
@@ -62,6 +67,8 @@ class Sites:
         odd = []
         for site in self.places[parameter]:
             hook = site.hook
+            if self.later_rank and not hook.calls.total and site.looks_up and self._read(parameter):
+                continue  # a tied table is there for the head; tokens were looked up on the first rank
             strange = hook in layers and hook.calls.rows != usual
             if not hook.calls.total or strange:
                 odd.append(hook.name)
@@ -78,7 +85,10 @@ def install(model: nn.Module, routes: Routes, rows: StepRows, slots: int, *, den
         slots: most variants in one step.
         dense: allocate the dense layout.
     """
-    sites, modules = Sites(), dict(model.named_modules(remove_duplicate=False))
+    from vllm.distributed import get_pp_group
+
+    sites = Sites(later_rank=not get_pp_group().is_first_rank)
+    modules = dict(model.named_modules(remove_duplicate=False))
     absorbed = _absorbed(model)
     hooks: dict[int, Hook | str] = {}
     shapes = {m.parameter: m.shape for moves in routes.moves.values() for m in moves}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import numpy as np
@@ -190,3 +191,31 @@ def test_the_command_is_vllms_own(tmp_path, monkeypatch):
     assert environment["VLLM_PLUGINS"] == "mine,deltafold,deltafold_names"
     with pytest.raises(DeltafoldError, match="additional-config"):
         VllmServer("b", "z", "h", 1, flags=["--additional-config={}"]).words()
+
+
+def run_serve(tmp_path, *words: str):
+    from click.testing import CliRunner
+
+    from deltafold.server.cli.main import cli
+
+    (tmp_path / "zoo").mkdir(exist_ok=True)
+    given = ["serve", str(tmp_path), "--zoo", str(tmp_path / "zoo"), "--no-strict", *words]
+    return CliRunner().invoke(cli, given)
+
+
+def test_engines_refuse_each_others_options(tmp_path):
+    found = run_serve(tmp_path, "--engine", "vllm", "--device", "cpu")
+    assert (found.exit_code, "--device is an option" in found.stderr) == (2, True)
+    found = run_serve(tmp_path, "--", "--max-loras", "2")
+    assert (found.exit_code, "for --engine vllm" in found.stderr) == (2, True)
+    found = run_serve(tmp_path, "--engine", "vllm", "--host", "0.0.0.0")
+    assert (found.exit_code, "no API key" in found.stderr) == (2, True)
+
+
+@pytest.mark.skipif(
+    getattr(importlib.util.find_spec("vllm"), "origin", None) is not None,
+    reason="vLLM is installed here",
+)
+def test_without_vllm_the_extra_is_named(tmp_path):
+    found = run_serve(tmp_path, "--engine", "vllm")
+    assert (found.exit_code, "deltafold[vllm]" in found.stderr) == (4, True)
