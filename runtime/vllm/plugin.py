@@ -1,0 +1,167 @@
+"""The entry point of `vllm.general_plugins`: it runs in every process of vLLM.
+
+It changes nothing for an engine that was started without `deltafold` in its `--additional-config`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import multiprocessing
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from deltafold.runtime.vllm.settings import settings_of
+
+_log = logging.getLogger(__name__)
+_DONE = "_deltafold_installed"
+
+
+def install() -> None:
+    """Hook into vLLM's classes; a second call does nothing."""
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    if getattr(LoRAModelRunnerMixin, _DONE, False):
+        return
+    setattr(LoRAModelRunnerMixin, _DONE, True)
+    _patch_loading(LoRAModelRunnerMixin)
+    _patch_requests(EngineCore)
+    if multiprocessing.parent_process() is None:  # engines and workers have no use for it
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        _patch_offline(LLMEngine)
+    WorkerBase.deltafold_prefetch = _prefetch
+
+
+def _patch_loading(mixin: Any) -> None:
+    """Our manager in place of vLLM's, where an engine asks for it."""
+    stock = mixin.load_lora_model
+
+    @wraps(stock)
+    def load_lora_model(self: Any, model: Any, vllm_config: Any, device: Any) -> Any:
+        settings = settings_of(vllm_config.additional_config)
+        if settings is None:
+            return stock(self, model, vllm_config, device)
+        from deltafold.runtime.vllm.manager import DeltaManager
+
+        self.lora_manager = DeltaManager(self, model, vllm_config, settings, device)
+        _follow_logits(self, self.lora_manager)
+        return model
+
+    mixin.load_lora_model = load_lora_model
+
+
+def _follow_logits(runner: Any, manager: Any) -> None:
+    """Tell which tokens the head's rows are, where they are not one row a request."""
+    rows = manager.rows
+    if hasattr(runner, "_get_prompt_logprobs_dict"):  # the V1 runner
+        prompts = runner._get_prompt_logprobs_dict
+
+        def with_slices(hidden_states: Any, *args: Any) -> Any:
+            with rows.around(hidden_states):
+                return prompts(hidden_states, *args)
+
+        runner._get_prompt_logprobs_dict = with_slices
+    if hasattr(runner, "prompt_logprobs_worker"):  # the V2 runner
+        _follow_logits_v2(runner, rows)
+
+
+def _follow_logits_v2(runner: Any, rows: Any) -> None:
+    sample, wrapped = runner.sample, set[int]()
+
+    def sample_rows(hidden_states: Any, input_batch: Any, grammar_output: Any) -> Any:
+        # Made after the model was loaded; asked for prompts only after a step was sampled.
+        worker = runner.prompt_logprobs_worker
+        if worker is not None and id(worker) not in wrapped:
+            wrapped.add(id(worker))
+            for name in ("compute_prompt_logprobs", "compute_prompt_token_id_logprobs"):
+                if hasattr(worker, name):
+                    setattr(worker, name, _sliced(getattr(worker, name), rows))
+        with rows.reading_logits(input_batch.logits_indices):
+            return sample(hidden_states, input_batch, grammar_output)
+
+    runner.sample = sample_rows
+
+
+def _sliced(plain: Any, rows: Any) -> Any:
+    def run(logits_fn: Any, hidden_states: Any, *args: Any) -> Any:
+        with rows.around(hidden_states):
+            return plain(logits_fn, hidden_states, *args)
+
+    return run
+
+
+def _patch_requests(core: Any) -> None:
+    """Load a variant when its first request arrives, so that what is wrong with it is that request's
+    error. On vLLM's own path it would be read in the middle of a step, where an error ends the engine.
+    """
+    stock, remove = core.add_request, core.remove_lora
+
+    @wraps(stock)
+    def add_request(self: Any, request: Any, request_wave: int = 0) -> None:
+        try:
+            _load_once(self, self.vllm_config, request.lora_request, self.model_executor.add_lora)
+        except Exception as error:
+            reject = getattr(self, "_send_error_outputs_to_client", None)
+            if reject is None:  # the engine runs in the caller's own process
+                raise
+            _log.error("request %s: %s", request.request_id, error)
+            reject([request.request_id], request.client_index)
+            return
+        stock(self, request, request_wave)
+
+    @wraps(remove)
+    def remove_lora(self: Any, lora_id: int) -> Any:
+        _forget(self, lora_id)
+        return remove(self, lora_id)
+
+    core.add_request, core.remove_lora = add_request, remove_lora
+
+
+def _patch_offline(engine: Any) -> None:
+    """The same for `vllm.LLM`, before the request is put into any queue: its caller gets the error."""
+    stock, remove = engine.add_request, engine.remove_lora
+
+    @wraps(stock)
+    def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(stock).bind(self, *args, **kwargs).arguments
+        lora = given.get("lora_request")
+        _load_once(self, self.vllm_config, lora, self.engine_core.add_lora)
+        return stock(self, *args, **kwargs)
+
+    @wraps(remove)
+    def remove_lora(self: Any, lora_id: int) -> Any:
+        _forget(self, lora_id)
+        return remove(self, lora_id)
+
+    engine.add_request, engine.remove_lora = add_request, remove_lora
+
+
+def _load_once(owner: Any, vllm_config: Any, lora: Any, add: Callable[[Any], Any]) -> None:
+    """Have a request's variant loaded, if this owner never did."""
+    if lora is None or settings_of(vllm_config.additional_config) is None:
+        return
+    known = _known(owner)
+    if (lora.lora_int_id, lora.lora_path) not in known:
+        add(lora)
+        known.add((lora.lora_int_id, lora.lora_path))
+
+
+def _known(owner: Any) -> set[tuple[int, str]]:
+    known: set[tuple[int, str]] = owner.__dict__.setdefault("_deltafold_known", set())
+    return known
+
+
+def _forget(owner: Any, lora_id: int) -> None:
+    known = _known(owner)
+    known -= {pair for pair in known if pair[0] == lora_id}
+
+
+def _prefetch(self: Any, path: str, drop: bool = False) -> str:
+    """Worker method: begin to read a variant, or tell how far it is."""
+    from deltafold.runtime.vllm.manager import manager_of
+
+    return manager_of(self.model_runner).prefetch(path, drop)

@@ -1,0 +1,59 @@
+"""The plugin's settings: the `deltafold` entry of vLLM's `--additional-config`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from deltafold.compress.errors import DeltafoldError
+
+KEY = "deltafold"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may be set, as JSON.
+
+    Attributes:
+        zoo: folder of deltas that are served by name without being loaded first; "" is none.
+        slots: `forms` keeps every variant in its fastest CPU form; `dense` keeps `max_loras` dense
+            copies of every parameter, allocated at the start, which is what a GPU needs; `auto`
+            chooses by the device.
+        any_path: whether clients may load deltas from outside the zoo (where vLLM was told to let
+            them load anything at all).
+    """
+
+    zoo: str = ""
+    slots: str = "auto"
+    any_path: bool = True
+
+    def __post_init__(self) -> None:
+        if self.slots not in ("auto", "forms", "dense"):
+            raise _bad(f"slots cannot be {self.slots!r}; it is auto, forms or dense")
+        if not isinstance(self.zoo, str) or not isinstance(self.any_path, bool):
+            raise _bad("zoo is the name of a folder, any_path is true or false")
+
+
+def settings_of(additional_config: object) -> Settings | None:
+    """The settings in vLLM's additional configuration; None where deltafold is not asked for.
+
+    Raises:
+        DeltafoldError: `bad-argument`.
+    """
+    if not isinstance(additional_config, Mapping) or KEY not in additional_config:
+        return None
+    given: Any = additional_config[KEY]
+    known = {f.name for f in dataclasses.fields(Settings)}
+    if not isinstance(given, Mapping) or set(given) - known:
+        raise _bad(f"it is an object with the keys {', '.join(sorted(known))}")
+    return Settings(**given)
+
+
+def _bad(why: str) -> DeltafoldError:
+    return DeltafoldError(
+        "bad-argument",
+        f"--additional-config: {KEY}: {why}.",
+        fix='--additional-config \'{"deltafold": {"zoo": "zoo"}}\'',
+    )

@@ -1,0 +1,175 @@
+"""The hooks of one loaded model: which parameters they cover, and whether they are really called."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from deltafold.runtime.vllm.hooks import LayerHook, NormHook
+from deltafold.runtime.vllm.ops import wrap_layer, wrap_norm
+from deltafold.runtime.vllm.routes import Routes
+from deltafold.runtime.vllm.rows import StepRows
+
+Hook = LayerHook | NormHook
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a parameter is read through a hook.
+
+    Attributes:
+        hook: of the module.
+        attribute: of the parameter in the module.
+        multiplies: whether the module multiplies by it.
+        looks_up: whether the module looks rows of it up.
+    """
+
+    hook: Hook
+    attribute: str
+    multiplies: bool = False
+    looks_up: bool = False
+
+
+@dataclass
+class Sites:
+    """Where variants may change parameters.
+
+    Attributes:
+        places: the sites of each parameter, by its name.
+        bare: modules that hold a parameter without a hook, and why.
+        hooks: all of them, by the module's name.
+        later_rank: whether this is a rank of a pipeline after the first.
+    """
+
+    places: dict[str, list[Site]] = field(default_factory=dict)
+    bare: dict[str, list[str]] = field(default_factory=dict)
+    hooks: dict[str, Hook] = field(default_factory=dict)
+    later_rank: bool = False
+
+    def _read(self, parameter: str) -> bool:
+        return any(site.hook.calls.total for site in self.places[parameter])
+
+    def called(self) -> bool:
+        """Whether the model ran at all since it was wrapped."""
+        return any(hook.calls.total for hook in self.hooks.values())
+
+    def bypassed(self, parameter: str) -> list[str]:
+        """Names of modules that hold a parameter and whose hook was never called, or was called with
+        rows that are not the step's tokens.
+        """
+        layers = [h for h in self.hooks.values() if not (isinstance(h, LayerHook) and h.is_head)]
+        rows = Counter(h.calls.rows for h in layers if h.calls.total)
+        usual = rows.most_common(1)[0][0] if rows else -1
+        odd = []
+        for site in self.places[parameter]:
+            hook = site.hook
+            if self.later_rank and not hook.calls.total and site.looks_up and self._read(parameter):
+                continue  # a tied table is there for the head; tokens were looked up on the first rank
+            strange = hook in layers and hook.calls.rows != usual
+            if not hook.calls.total or strange:
+                odd.append(hook.name)
+        return odd
+
+
+def install(model: nn.Module, routes: Routes, rows: StepRows, slots: int, *, dense: bool) -> Sites:
+    """Wrap every module that a checkpoint's tensor can reach.
+
+    Args:
+        model: as vLLM loaded it.
+        routes: where tensors go.
+        rows: of the running step.
+        slots: most variants in one step.
+        dense: allocate the dense layout.
+    """
+    from vllm.distributed import get_pp_group
+
+    sites = Sites(later_rank=not get_pp_group().is_first_rank)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    absorbed = _absorbed(model)
+    hooks: dict[int, Hook | str] = {}
+    shapes = {m.parameter: m.shape for moves in routes.moves.values() for m in moves}
+    for parameter in sorted(shapes):
+        for module_name, attribute in routes.owners[parameter]:
+            module = modules[module_name]
+            if id(module) not in hooks:
+                why = "its weights are folded into attention" if id(module) in absorbed else ""
+                hooks[id(module)] = why or _hook(module_name, module, rows, slots)
+            hook = hooks[id(module)]
+            site = hook if isinstance(hook, str) else _site(hook, module, attribute)
+            if isinstance(site, str):
+                sites.bare.setdefault(parameter, []).append(f"{module_name} ({site})")
+                continue
+            sites.places.setdefault(parameter, []).append(site)
+            sites.hooks[site.hook.name] = site.hook
+    for hook in sites.hooks.values():
+        module = modules[hook.name]
+        if dense:
+            _allocate(hook, module, shapes, routes)
+        if isinstance(hook, LayerHook):
+            wrap_layer(module, hook)
+        else:
+            wrap_norm(module, hook)
+    return sites
+
+
+def _absorbed(model: nn.Module) -> set[int]:
+    """Projections whose weights multi-head latent attention reads around their layer."""
+    found = set()
+    for module in model.modules():
+        if "MLA" in type(module).__name__:
+            layer = getattr(module, "kv_b_proj", None)
+            found |= {id(layer)} if layer is not None else set()
+    return found
+
+
+def _hook(name: str, module: Any, rows: StepRows, slots: int) -> Hook | str:
+    """The hook for a module's kind, or why there is none."""
+    from vllm.model_executor.layers import layernorm, linear, vocab_parallel_embedding
+
+    kind = type(module)
+    if isinstance(module, linear.LinearBase):
+        known = (
+            linear.ReplicatedLinear.forward,
+            linear.ColumnParallelLinear.forward,
+            linear.RowParallelLinear.forward,
+        )
+        if kind.forward not in known:
+            return f"{kind.__name__} multiplies in its own way"
+        return LayerHook(name, rows, slots, is_head=False)
+    if isinstance(module, vocab_parallel_embedding.VocabParallelEmbedding):
+        if kind.forward not in (
+            vocab_parallel_embedding.VocabParallelEmbedding.forward,
+            vocab_parallel_embedding.ParallelLMHead.forward,
+        ):
+            return f"{kind.__name__} looks rows up in its own way"
+        return LayerHook(name, rows, slots, is_head=True)
+    if kind in (layernorm.RMSNorm, layernorm.LayerNorm, nn.LayerNorm):
+        return NormHook(name, module, rows, slots, 1.0)
+    if kind is layernorm.GemmaRMSNorm:
+        return NormHook(name, module, rows, slots, 0.0)
+    return f"{kind.__name__} has no hook"
+
+
+def _site(hook: Hook, module: Any, attribute: str) -> Site | str:
+    if isinstance(hook, NormHook):
+        return Site(hook, attribute)
+    if attribute == "bias":
+        if getattr(module, "skip_bias_add", False):
+            return "its bias is added elsewhere"
+        return Site(hook, attribute)
+    if attribute != "weight":
+        return f"{attribute} is not a plain weight"
+    return Site(hook, attribute, multiplies=True, looks_up=hook.is_head)
+
+
+def _allocate(hook: Hook, module: Any, shapes: dict[str, tuple[int, ...]], routes: Routes) -> None:
+    if isinstance(hook, NormHook):
+        hook.allocate()
+        return
+    own = {a: p for p in shapes for m, a in routes.owners[p] if m == hook.name}
+    like: torch.Tensor = next(iter(module._parameters.values()))
+    hook.allocate(shapes[own["weight"]], like, "bias" in own)

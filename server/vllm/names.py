@@ -1,0 +1,133 @@
+"""Names of variants in vLLM's OpenAI server: a second entry point of `vllm.general_plugins`.
+
+vLLM's own table of served models stays. Three of its methods are led through a `Front` where the engine
+was started with deltas: listing models also lists the zoo, an unknown name is looked up there, and what
+is loaded is read beside the running streams and known by its content.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from functools import wraps
+from typing import Any
+
+from deltafold.compress.errors import DeltafoldError
+from deltafold.runtime.vllm.settings import settings_of
+from deltafold.server.vllm.front import Front, RefusedError
+
+_SERVING = "vllm.entrypoints.openai.models.serving"
+_DONE = "_deltafold_names"
+
+
+def install() -> None:
+    """Hook into vLLM's table of served models; a second call does nothing."""
+    if multiprocessing.parent_process() is not None and _SERVING not in sys.modules:
+        return  # an engine or a worker: nobody asks for names there
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+    if not getattr(OpenAIServingModels, _DONE, False):
+        setattr(OpenAIServingModels, _DONE, True)
+        _patch_listing(OpenAIServingModels)
+        _patch_loading(OpenAIServingModels)
+        _patch_resolving(OpenAIServingModels)
+
+
+def _front(models: Any) -> Front | None:
+    """The front of a table of models; None where its engine serves no deltas."""
+    if "_deltafold_front" not in models.__dict__:
+        config = models.engine_client.vllm_config
+        settings = settings_of(config.additional_config)
+        names = [path.name for path in models.base_model_paths]
+        models._deltafold_front = (
+            None
+            if settings is None
+            else Front(models.engine_client, settings, config.model_config.model, names)
+        )
+    front: Front | None = models._deltafold_front
+    return front
+
+
+def _patch_listing(models: Any) -> None:
+    stock = models.show_available_models
+
+    @wraps(stock)
+    async def show_available_models(self: Any) -> Any:
+        from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
+
+        listed, front = await stock(self), _front(self)
+        entries = [] if front is None else await front.entries()
+        for entry in entries:
+            if entry.name not in self.lora_requests:
+                listed.data.append(
+                    ModelCard(
+                        id=entry.name,
+                        root=str(entry.folder),
+                        parent=self.base_model_paths[0].name,
+                        permission=[ModelPermission()],
+                    )
+                )
+        return listed
+
+    models.show_available_models = show_available_models
+
+
+def _patch_loading(models: Any) -> None:
+    stock = models.load_lora_adapter
+
+    @wraps(stock)
+    async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
+        front = _front(self)
+        if front is None:
+            return await stock(self, request, base_model_name)
+        refused = await self._check_load_lora_adapter_request(request)
+        if refused is not None:
+            return refused
+        try:
+            path = await front.prepare(request.lora_path)
+        except (DeltafoldError, RefusedError) as error:
+            return _error(error)
+        kept = self.lora_requests.get(request.lora_name)
+        if kept is not None and kept.lora_path == path:
+            return f"Success: variant '{request.lora_name}' is loaded already."
+        # Under the old number, running requests would change their model in the middle of an answer.
+        self.lora_requests.pop(request.lora_name, None)
+        own = request.model_copy(update={"lora_path": path, "load_inplace": False})
+        answer = await stock(self, own, base_model_name)
+        if not isinstance(answer, str) and kept is not None:
+            self.lora_requests.setdefault(request.lora_name, kept)
+        return answer
+
+    models.load_lora_adapter = load_lora_adapter
+
+
+def _patch_resolving(models: Any) -> None:
+    stock = models.resolve_lora
+
+    @wraps(stock)
+    async def resolve_lora(self: Any, lora_name: str) -> Any:
+        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+        front = _front(self)
+        if front is None or lora_name in self.lora_requests:
+            return await stock(self, lora_name)
+        try:
+            path = await front.find(lora_name)
+        except DeltafoldError as error:
+            if error.code == "variant-not-found":
+                return await stock(self, lora_name)
+            return _error(error)
+        answer = await self.load_lora_adapter(
+            LoadLoRAAdapterRequest(lora_name=lora_name, lora_path=path)
+        )
+        # Another request may have brought it in meanwhile.
+        return self.lora_requests.get(lora_name) or answer
+
+    models.resolve_lora = resolve_lora
+
+
+def _error(error: Exception) -> Any:
+    """vLLM's error object. 400 whatever the reason: its front passes no other on to clients."""
+    from vllm.entrypoints.serve import create_error_response
+
+    return create_error_response(str(error))

@@ -1,0 +1,148 @@
+"""What is wrong with a variant is the error of who asked for it; the engine serves on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import engines
+import pytest
+import torch
+import zoo_models
+from safetensors.torch import load_file, save_file
+
+from deltafold.compress import DeltafoldError
+from deltafold.runtime.vllm.source import tagged
+
+
+def lora(name: str, number: int, path: Path | str) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(name, number, str(path))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> zoo_models.Models:
+    folder = tmp_path_factory.mktemp("failures")
+    models = engines.make(folder, "Llama", {"sign1": "bitdelta", "rank8": "svd:rank=8"})
+    for name in ("temporary", "flipped"):
+        shutil.copytree(models.zoo / "sign1", models.zoo / name)
+    payload = models.zoo / "flipped" / "delta.safetensors"
+    raw = bytearray(payload.read_bytes())
+    raw[-3] ^= 1
+    payload.write_bytes(raw)
+    return models
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> zoo_models.Models:
+    """Another base: the same names and shapes, other values."""
+    return engines.make(
+        tmp_path_factory.mktemp("other"), "Llama", {"exact": "lossless"}, initializer_range=0.1
+    )
+
+
+def resized(folder: Path) -> Path:
+    """A fine-tune with four tokens more."""
+    full = zoo_models.fine_tune(folder, "resized")
+    tensors = load_file(full / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name], torch.ones(4, tensors[name].shape[1])])
+    save_file(tensors, full / "model.safetensors", {"format": "pt"})
+    config = json.loads((full / "config.json").read_text("utf-8"))
+    config["vocab_size"] += 4
+    (full / "config.json").write_text(json.dumps(config))
+    from deltafold.compress import Recipe, compress_checkpoint, parse_spec
+
+    recipe = Recipe(default=parse_spec("int:bits=4"))
+    compress_checkpoint(
+        folder / "base", full, folder / "resized", recipe=recipe, accept=["resized"]
+    )
+    return folder / "resized"
+
+
+@pytest.mark.slow
+def test_a_bad_variant_is_refused_and_the_engine_serves_on(made, other, tmp_path):
+    bad = {
+        "not-found": made.zoo / "nowhere",
+        "not-a-delta": made.base,
+        "checksum": made.zoo / "flipped",
+        "engine-unsupported": resized(made.base.parent),
+    }
+    with engines.serving(made.base, max_loras=1, max_cpu_loras=1) as llm:
+        good = lora("sign1", 1, made.zoo / "sign1")
+        before = engines.ask(llm, engines.PROMPTS, [good] * 4)
+        for number, (code, path) in enumerate(bad.items(), 10):
+            with pytest.raises(DeltafoldError) as caught:
+                engines.ask(llm, [[1, 2, 3]], [lora(code, number, path)])
+            assert caught.value.code == code
+            with pytest.raises(DeltafoldError):
+                llm.llm_engine.add_lora(lora(code, number, path))
+            assert number not in llm.llm_engine.list_loras()
+        wrong = tagged(made.zoo / "sign1", "sha256:" + "0" * 64)
+        with pytest.raises(DeltafoldError, match="was replaced"):
+            llm.llm_engine.add_lora(lora("replaced", 20, wrong))
+
+        # A variant that was registered is served on after its folder is gone, evicted or not.
+        temporary = lora("temporary", 2, made.zoo / "temporary")
+        first = engines.ask(llm, engines.PROMPTS, [temporary] * 4)
+        shutil.rmtree(made.zoo / "temporary")
+        assert engines.ask(llm, engines.PROMPTS, [good] * 4) == before
+        assert engines.ask(llm, engines.PROMPTS, [temporary] * 4) == first
+
+        assert llm.llm_engine.remove_lora(2)
+        assert llm.llm_engine.list_loras() == {1}
+        with pytest.raises(DeltafoldError, match="not-found"):
+            engines.ask(llm, [[1, 2, 3]], [temporary])
+        assert engines.ask(llm, engines.PROMPTS, [good] * 4) == before
+
+
+@pytest.mark.slow
+def test_a_tensor_that_is_read_around_its_hook_is_refused(made, monkeypatch):
+    from vllm.model_executor.models.llama import LlamaMLP
+
+    plain = LlamaMLP.forward
+
+    def around(self: Any, x: torch.Tensor) -> torch.Tensor:
+        # What a fused kernel would do: the same numbers, the layer itself never called.
+        layer = self.down_proj
+        h, _ = self.gate_up_proj(x)
+        inner = getattr(layer.quant_method, "inner", layer.quant_method)
+        return inner.apply(layer, self.act_fn(h))
+
+    monkeypatch.setattr(LlamaMLP, "forward", around)
+    with engines.serving(made.base) as llm:
+        assert plain is not LlamaMLP.forward
+        with pytest.raises(DeltafoldError, match="down_proj") as caught:
+            engines.ask(llm, [[1, 2, 3]], [lora("sign1", 1, made.zoo / "sign1")])
+        assert caught.value.code == "engine-unsupported"
+        assert len(engines.ask(llm, [[1, 2, 3]])[0].tokens) == 12
+
+
+@pytest.mark.slow
+def test_in_a_process_of_its_own_a_bad_variant_ends_its_request_alone(made, other, monkeypatch):
+    from vllm import SamplingParams
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    with engines.serving(made.base, in_process=False) as llm:
+        good = lora("sign1", 1, made.zoo / "sign1")
+        before = engines.ask(llm, engines.PROMPTS, [good] * 4)
+        # Packed against another base; told by content, not by name.
+        foreign = lora("foreign", 5, other.zoo / "exact")
+        with pytest.raises(Exception, match="base-mismatch"):
+            llm.llm_engine.add_lora(foreign)
+        with pytest.raises(Exception, match="base-mismatch"):
+            engines.ask(llm, [[1, 2, 3], [4, 5]], [foreign, good])
+        # Whoever hands requests to the engine itself, past our own front, gets an error as the answer.
+        monkeypatch.setattr(LLMEngine, "add_request", LLMEngine.add_request.__wrapped__)
+        outs = llm.generate(
+            [{"prompt_token_ids": [1, 2, 3]}, {"prompt_token_ids": engines.PROMPTS[0]}],
+            SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False),
+            lora_request=[foreign, good],
+            use_tqdm=False,
+        )
+        assert outs[0].outputs[0].finish_reason == "error"
+        assert list(outs[1].outputs[0].token_ids) == before[0].tokens
+        assert engines.ask(llm, engines.PROMPTS, [good] * 4) == before
