@@ -79,6 +79,8 @@ def compress_and_fit(
     evidence: EvidenceSource | None = None,
     quality: Mapping[str, Any] | None = None,
     device: str = "cpu",
+    jobs: int = 1,
+    max_memory: int | str | None = None,
     progress: OnProgress = ignore,
 ) -> PackReport:
     """`compress_checkpoint`, then `fit_scales`; nothing stands at `out` before both are done."""
@@ -95,6 +97,8 @@ def compress_and_fit(
             accept=accept,
             evidence=evidence,
             quality=quality,
+            jobs=jobs,
+            max_memory=max_memory,
             progress=progress,
         )
         return fit_scales(

@@ -141,6 +141,8 @@ def compress(
     )
     if fit_scales:
         pack = _fitting(evidence, fit_steps, fit_lr, base_quantization)
+        # It packs into a folder of its own, which is always fresh.
+        pack = partial(pack, jobs=machine.threads, max_memory=machine.max_memory)
     began = time.monotonic()
     with output.progress() as progress:
         settings: dict[str, Any] = {"accept": accept, "evidence": evidence, "progress": progress}

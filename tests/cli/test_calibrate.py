@@ -62,6 +62,7 @@ def test_data_and_fit_are_recorded(tmp_path, words):
         (["--calibrate", "WORDS", "--reference", f"friend={BASE}"], "bad-argument"),
         (["--calibrate", "WORDS", "--calibrate-rows", "0"], "bad-argument"),
         (["--calibrate", "WORDS", "--fit-scales", "--fit-steps", "0"], "bad-argument"),
+        (["--calibrate", "WORDS", "--fit-scales", "--max-memory", "1KiB"], "not-enough-memory"),
         (["--calibrate", "WORDS", "--codec", "svd-act", "--device", "abacus"], "bad-argument"),
         (["--calibrate", "nowhere.jsonl"], "not-found"),
     ],
