@@ -109,7 +109,7 @@ def compress_checkpoint(
         quality: recorded in the manifest: what was measured, and on what data.
         judge: measures KL to the fine-tune; a recipe with a budget of KL needs one. What it finds of
             the packed delta is recorded in the manifest as well.
-        jobs: tensors coded at a time; the bytes do not depend on it.
+        jobs: tensors coded at a time, one with `evidence`; the bytes do not depend on it.
         max_memory: most memory of the whole process, in bytes or as `4GiB`; None means no bound. It
             bounds the coding of tensors, not calibration, which runs the model.
         fresh: start over; otherwise a run with the same inputs and settings that was cut short
@@ -264,6 +264,9 @@ def pack(
         DeltafoldError: whatever is wrong, before anything stands under `out`.
     """
     limits = limits or Limits()
+    if job.evidence is not None:
+        # There is one model to run: threads would load it twice, and pass each other by.
+        limits = replace(limits, jobs=1)
     run = Run(job, limits)
     structure = compare(job.source, job.target, job.accept)
     inputs = (job.source.folder, job.target.reference.folder)

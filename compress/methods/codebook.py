@@ -52,33 +52,16 @@ class CodebookMethod:
 
 @method
 @dataclass(frozen=True)
-class Lloyd:
-    """Levels of least squared error.
-
-    Attributes:
-        bits: sign included, 1 to 8; `2**(bits-1)` magnitudes.
-        scale: what has a table of its own.
-    """
+class Lloyd(CodebookMethod):
+    """Levels of least squared error, with the same options."""
 
     id: ClassVar[str] = "lloyd"
     summary: ClassVar[str] = "sign and magnitude level, levels of least squared error"
     paper: ClassVar[str] = "Lloyd 1982"
-    needs: ClassVar[tuple[Need, ...]] = ()
-    applied: ClassVar[str] = "sign planes up to 3 bits, else rebuilt"
-
-    bits: int = 3
-    scale: Literal["tensor", "row"] = "tensor"
-
-    def __post_init__(self) -> None:
-        _term(self.id, self.bits, self.scale)
 
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
         """One `codebook` term."""
         return [_term(self.id, self.bits, self.scale).encode_lloyd(delta)]
-
-    def plan(self, shape: tuple[int, ...], dtype: str) -> list[Term]:
-        """One `codebook` term."""
-        return [_term(self.id, self.bits, self.scale)]
 
 
 def _term(who: str, bits: int, scale: Literal["tensor", "row"]) -> Codebook:

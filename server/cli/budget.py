@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from deltafold.compress.sizes import human
+from deltafold.server.cli.options import F, add_options
 from deltafold.server.cli.output import facts, table
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from deltafold.compress.budget.plan import Plan
     from deltafold.compress.evidence import Need
 
-F = TypeVar("F", bound=Callable[..., Any])
 _NAMES = ("target_size", "max_kl", "candidates")
 
 
@@ -48,9 +47,7 @@ def budget_options(command: F) -> F:
             help="Print the recipe and the size of the delta to the byte, and write nothing.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return add_options(command, options)
 
 
 @dataclass(frozen=True)

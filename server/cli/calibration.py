@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
+
+from deltafold.server.cli.options import F, add_options
 
 if TYPE_CHECKING:
     from deltafold.compress.calibration import CalibratedEvidence, CalibratedJudge
     from deltafold.compress.evidence import Need
 
-F = TypeVar("F", bound=Callable[..., Any])
 _ROWS, _LENGTH = 64, 512
 
 
@@ -55,9 +56,7 @@ def calibration_options(command: F) -> F:
             "--device", default="cpu", show_default=True, help="Where calibration runs the model."
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return add_options(command, options)
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from deltafold.compress.sizes import human
+from deltafold.server.cli.options import F, add_options
 from deltafold.server.cli.output import facts
 
 if TYPE_CHECKING:
     from deltafold.compress.packing import Limits
     from deltafold.compress.predict import Prediction
 
-F = TypeVar("F", bound=Callable[..., Any])
 _NAMES = ("jobs", "max_memory", "fresh")
 #: More tensors at a time than this wait for the disk and for memory.
 _MOST_JOBS = 8
@@ -29,7 +28,8 @@ def machine_options(command: F) -> F:
             "--jobs",
             metavar="N",
             type=click.IntRange(1),
-            help="Tensors coded at a time; as many as there are cores, 8 at most, if left out.",
+            help="Tensors coded at a time; as many as there are cores, 8 at most, if left out; "
+            "one with --calibrate.",
         ),
         click.option(
             "--max-memory",
@@ -42,9 +42,7 @@ def machine_options(command: F) -> F:
             help="Start over. Without it, a run that was cut short goes on where it stopped.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return add_options(command, options)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
+from deltafold.server.cli.options import F, add_options
+
 if TYPE_CHECKING:
     from deltafold.compress import Method, Recipe
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def recipe_options(command: F) -> F:
@@ -43,9 +43,7 @@ def recipe_options(command: F) -> F:
             help="YAML recipe; the options above come on top of it.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return add_options(command, options)
 
 
 def read_recipe(

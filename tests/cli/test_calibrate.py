@@ -52,6 +52,18 @@ def test_data_and_fit_are_recorded(tmp_path, words):
     assert "3 were done by the run before" in text
 
 
+def test_jobs_do_not_change_the_bytes(tmp_path, words):
+    """One model runs for all tensors, in whatever thread they are coded."""
+    options = ("--codec", "svd-act:rank=4", "--calibrate", words, "--calibrate-rows", "2")
+    for jobs in ("1", "4"):
+        result = compress("-o", tmp_path / jobs, *options, "--jobs", jobs)
+        assert result.exit_code == 0, result.output
+    shards = sorted(p.name for p in (tmp_path / "1").glob("*.safetensors"))
+    assert shards
+    for name in shards:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "4" / name).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("options", "code"),
     [
