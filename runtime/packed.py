@@ -79,7 +79,9 @@ class PackedLayer:
             self._together = GroupedProducts()
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         segments = self._state.segments(tokens)
-        self._together.add(y.view(-1, y.shape[-1]), flat, forms, segments, self._state.capacity)
+        by_slot = {slot: (form,) for slot, form in forms.items()}
+        ys = [y.view(-1, y.shape[-1])]
+        self._together.add(ys, flat, by_slot, segments, self._state.capacity)
 
     def _alone(
         self,
