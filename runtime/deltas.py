@@ -30,6 +30,7 @@ from deltafold.runtime.quantized import quantization_in
 from deltafold.runtime.quantizing import check_readers
 from deltafold.runtime.rebuilding import rebuild_variant
 from deltafold.runtime.residency import Residency, Resident
+from deltafold.runtime.siblings import siblings_of
 from deltafold.runtime.slots import SlotMap
 from deltafold.runtime.warm_up import warm_up_inputs
 from deltafold.runtime.zoo import Zoo, ZooEntry
@@ -92,6 +93,9 @@ class Deltas:
             raise DeltafoldError("bad-argument", f"rebuild is 'auto' or 'never', not {rebuild!r}.")
         given = warm_up_inputs(model) if inputs is None else inputs
         self._slots.observe(model, given, find_idle=inputs is not None)
+        # One launch for several layers is what the GPU kernels are for.
+        together = self._slots.siblings(model, given) if self._state.packed else []
+        self._siblings = siblings_of(together, self._state)
         self._beside = beside
         self._quantization = quantization_in(model)
         check_readers(self._slots)
@@ -274,7 +278,8 @@ class Deltas:
         with self._wrapping:
             for name, home in loaded.homes.items():
                 if name not in self._wrapped:
-                    wrap(name, home.module, self._state, home.layout)
+                    siblings = self._siblings.get(name)
+                    wrap(name, home.module, self._state, home.layout, siblings)
                     self._wrapped.add(name)
 
     def _describe_base(self) -> VariantInfo:

@@ -17,19 +17,28 @@ from torch import nn
 from deltafold.runtime.batch import BatchState
 from deltafold.runtime.kernels.base import DeltaMatrix
 from deltafold.runtime.layout import Layout
-from deltafold.runtime.packed import PackedLayer
+from deltafold.runtime.packed import PackedLayers
 from deltafold.runtime.quantized import QuantizedLinear
+from deltafold.runtime.siblings import Siblings
 
 Forward = Callable[..., Any]
 
 
 class LinearHook:
-    """`y = x W^T + b`, then `y[rows] += s * (x[rows] D^T + d)`, one product a variant."""
+    """`y = x W^T + b`, then `y[rows] += s * (x[rows] D^T + d)`, one product a variant.
 
-    def __init__(self, name: str, module: nn.Module, state: BatchState) -> None:
-        self._name, self._state = name, state
-        self._original: Forward = module.forward
-        self._packed = PackedLayer(name, state)
+    Attributes:
+        base: the module's own forward.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, state: BatchState, siblings: Siblings | None = None
+    ) -> None:
+        self._name, self._state, self._siblings = name, state, siblings
+        self.base: Forward = module.forward
+        self._packed = PackedLayers([name], state)
+        if siblings is not None:
+            siblings.join(name, self)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x `[B, ..., M]` to `[B, ..., N]`.
@@ -37,14 +46,19 @@ class LinearHook:
         Variants with a larger vocabulary widen the output of the head: rows of others get minus
         infinity there, and rows of variants with a smaller one where theirs ends.
         """
-        y: torch.Tensor = self._original(x)
+        if self._siblings is not None and self._state.groups and self._state.packed:
+            ready = self._siblings.output(self._name, x)
+            if ready is not None:
+                self._state.report(self._name)
+                return ready
+        y: torch.Tensor = self.base(x)
         if self._state.groups:
             x, y = self._state.for_each_row(x), self._state.for_each_row(y)
             rows, each = self._state.rows_in(x.shape[0], self._name)
-            done = self._packed.add(x, y, rows, each) if self._state.packed else None
+            done = self._packed.add(x, [y], rows, each) if self._state.packed else None
             if done is not None:
                 self._state.report(self._name)
-                return done
+                return done[0]
             xs = x.index_select(0, rows)
             flat = xs.reshape(-1, x.shape[-1])
             products = self._products(flat, y.shape[-1])
@@ -159,14 +173,20 @@ def _gather(table: DeltaMatrix, ids: torch.Tensor, rows: int | None) -> torch.Te
     return table.gather(ids if rows is None else ids.clamp_max(rows - 1))
 
 
-def wrap(name: str, module: nn.Module, state: BatchState, layout: Layout) -> None:
-    """Give a module's instance the hook for its kind."""
+def wrap(
+    name: str,
+    module: nn.Module,
+    state: BatchState,
+    layout: Layout,
+    siblings: Siblings | None = None,
+) -> None:
+    """Give a module's instance the hook for its kind; linear layers may have siblings."""
     from deltafold.runtime.substitute import SubstituteHook
 
     hook: Forward
     before = module.__dict__.get("forward")
     if is_linear(module) or is_transposed_linear(module):
-        hook = LinearHook(name, module, state)
+        hook = LinearHook(name, module, state, siblings)
     elif is_embedding(module):
         assert isinstance(module, nn.Embedding)
         hook = EmbeddingHook(name, module, state)
