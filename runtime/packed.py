@@ -1,4 +1,4 @@
-"""Linear layers' deltas on a GPU: those in packed forms by one launch for all variants."""
+"""Deltas of linear layers and tables on a GPU: those in packed forms by one launch for all variants."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from deltafold.runtime.batch import BatchState
 from deltafold.runtime.kernels.base import DeltaMatrix
 
 if TYPE_CHECKING:
-    from deltafold.runtime.kernels.triton.grouped import GroupedProducts
+    from deltafold.runtime.kernels.triton.grouped import GroupedProducts, GroupedRows
 
-#: Rows of an output, and what is added to them.
-_Added: TypeAlias = list[tuple[torch.Tensor, torch.Tensor]]
+#: Rows of an output, and what is added to them, by slot.
+_Added: TypeAlias = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
 class PackedLayers:
@@ -31,7 +31,7 @@ class PackedLayers:
 
     def add(
         self, x: torch.Tensor, ys: Sequence[torch.Tensor], rows: torch.Tensor, each: int
-    ) -> list[torch.Tensor] | None:
+    ) -> list[torch.Tensor]:
         """The outputs with the deltas of all groups added.
 
         Args:
@@ -41,26 +41,61 @@ class PackedLayers:
             each: rows of x for a batch row.
 
         Returns:
-            The outputs, or None (and `ys` as they were) where a variant's output is wider or narrower
-            than the base's.
+            The outputs. Where variants have other vocabularies they are as wide as the widest, with
+            minus infinity for tokens that a row's variant does not have.
         """
         tokens = x.numel() // max(x.shape[-1], 1) // self._state.size
         if not tokens:
             return list(ys)
         forms, alone = self._split(ys, x.dtype, tokens)
-        added: list[_Added] = []
-        for part, y in enumerate(ys):
-            mine = self._alone(x, rows, each, part, alone, y.shape[-1])
-            if mine is None:
-                return None
-            added.append(mine)
-        out = [y.contiguous() for y in ys]
+        added = [self._alone(x, rows, each, part, alone) for part in range(len(ys))]
+        out = [
+            self._fitting(y.contiguous(), rows, each, part, forms, added[part])
+            for part, y in enumerate(ys)
+        ]
         if any(form is not None for every in forms.values() for form in every):
             self._launch(x, out, forms, tokens)
         for y, mine in zip(out, added, strict=True):
-            for some, delta in mine:
+            for some, delta in mine.values():
+                missing = y.shape[-1] - delta.shape[-1]
+                delta = torch.nn.functional.pad(delta, (0, missing)) if missing else delta
                 y.index_add_(0, some, delta.to(y.dtype))
         return out
+
+    def _fitting(
+        self,
+        y: torch.Tensor,
+        rows: torch.Tensor,
+        each: int,
+        part: int,
+        forms: dict[int, list[DeltaMatrix | None]],
+        added: _Added,
+    ) -> torch.Tensor:
+        """An output that the widest variant fits in."""
+        from deltafold.runtime.kernels.triton.grouped import rows_of
+
+        base, widths = y.shape[-1], {}
+        for group in self._state.groups:
+            form = forms[group.slot][part]
+            own = base if form is None else rows_of(form, base)
+            if group.slot in added:
+                own = added[group.slot][1].shape[-1]
+            widths[group.slot] = own
+        if set(widths.values()) <= {base}:
+            return y
+        wide = torch.nn.functional.pad(
+            y, (0, max(base, *widths.values()) - base), value=float("-inf")
+        )
+        start = 0
+        for group in self._state.groups:
+            stop = start + group.size * each
+            own = widths[group.slot]
+            if own != base:
+                # What a variant adds beyond the base's columns is its whole value there.
+                wide[rows[start:stop], ..., base:own] = 0
+                wide[rows[start:stop], ..., own:] = float("-inf")
+            start = stop
+        return wide
 
     def _split(
         self, ys: Sequence[torch.Tensor], dtype: torch.dtype, tokens: int
@@ -106,10 +141,9 @@ class PackedLayers:
         each: int,
         part: int,
         alone: dict[tuple[int, int], DeltaMatrix],
-        columns: int,
-    ) -> _Added | None:
-        """Products of other forms, and biases."""
-        found, start = [], 0
+    ) -> _Added:
+        """Products of other forms, and biases, by slot."""
+        found, start = {}, 0
         for group in self._state.groups:
             stop = start + group.size * each
             some = rows[start:stop]
@@ -122,12 +156,51 @@ class PackedLayers:
                 product = product.reshape(*xs.shape[:-1], -1)
                 delta = product if bias is None else product + bias.to(product.dtype)
             if delta is not None:
-                if delta.shape[-1] != columns:
-                    return None
-                delta = delta.expand(len(some), *x.shape[1:-1], columns)
+                delta = delta.expand(len(some), *x.shape[1:-1], delta.shape[-1])
                 if self._state.scales is not None:
                     scales = self._state.scales.repeat_interleave(each)[start:stop]
                     delta = delta * scales.reshape(-1, *[1] * (delta.dim() - 1)).to(delta.dtype)
-                found.append((some, delta))
+                found[group.slot] = (some, delta)
             start = stop
         return found
+
+
+class PackedRows:
+    """What the hook of an embedding does where `BatchState.packed` is set.
+
+    Args:
+        name: of the embedding.
+        state: of the batch.
+    """
+
+    def __init__(self, name: str, state: BatchState) -> None:
+        self._name, self._state = name, state
+        self._together: GroupedRows | None = None
+
+    def add(self, y: torch.Tensor, ids: torch.Tensor) -> set[int]:
+        """Add the rows of all variants whose tables are packed.
+
+        Args:
+            y: the base's rows, contiguous, `[B, ..., M]`; changed in place.
+            ids: int64 `[B, ...]`.
+
+        Returns:
+            The slots that are done.
+        """
+        from deltafold.runtime.kernels.triton.grouped import GroupedRows, sliced_rows
+
+        forms = {}
+        for group in self._state.groups:
+            table = group.variant.tables.get(self._name)
+            forms[group.slot] = table if table is not None and sliced_rows(table) else None
+        done = {slot for slot, form in forms.items() if form is not None}
+        if not done or not ids.numel():
+            return done
+        if self._together is None:
+            self._together = GroupedRows()
+        segments = self._state.segments(ids.numel() // self._state.size)
+        flat = y.view(-1, y.shape[-1])
+        self._together.add(
+            flat, ids.reshape(-1).contiguous(), forms, segments, self._state.capacity
+        )
+        return done

@@ -99,25 +99,21 @@ class Siblings:
             self._x, self._ready = None, {}
             if len(self._hooks) < 2 or x.shape[0] == 1 != self._state.size:
                 return None
-            if not self._compute(x):
-                return None
+            self._compute(x)
         found = self._ready.pop(name)
         if not self._ready:
             self._x = None
         return found
 
-    def _compute(self, x: torch.Tensor) -> bool:
+    def _compute(self, x: torch.Tensor) -> None:
         names = tuple(self._hooks)
         if self._layers is None:
             self._layers = PackedLayers(names, self._state)
         ys = [self._hooks[name].base(x) for name in names]
         rows, each = self._state.rows_in(x.shape[0], names[0])
         done = self._layers.add(x, ys, rows, each)
-        if done is None:
-            return False
         self._x, self._epoch = x, self._state.epoch
         self._ready = dict(zip(names, done, strict=True))
-        return True
 
 
 def siblings_of(groups: Iterable[Sequence[str]], state: BatchState) -> dict[str, Siblings]:

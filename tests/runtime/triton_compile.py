@@ -29,6 +29,7 @@ from deltafold.runtime.kernels.triton.apply import add_splits, apply_slices
 from deltafold.runtime.kernels.triton.expand import expand
 from deltafold.runtime.kernels.triton.launch import constants, options
 from deltafold.runtime.kernels.triton.layout import Kind
+from deltafold.runtime.kernels.triton.lookup import look_up
 from deltafold.runtime.kernels.triton.lowrank import shrink, stretch
 from deltafold.runtime.kernels.triton.sparse import apply_sparse
 from deltafold.runtime.kernels.triton.table import make_table
@@ -42,6 +43,7 @@ POINTERS = {
     **dict.fromkeys(["words_table", "levels_table", "columns_table", "a_table", "b_table"], "*i64"),
     **dict.fromkeys(["places_table", "values_table", "starts_table"], "*i64"),
     "index": "*i64",
+    "ids": "*i64",
 }
 #: Numbers that are multiples of 16 in every model worth a GPU.
 EVEN = {
@@ -49,7 +51,7 @@ EVEN = {
     *("y0_stride", "y1_stride", "y2_stride", "y3_stride"),
 }
 #: Arguments of the activations' dtype.
-DATA = {"x", "y0", "y1", "y2", "y3", "out", "base"}
+DATA = {"x", "y", "y0", "y1", "y2", "y3", "out", "base"}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -152,6 +154,17 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], str, dict[str, int]]]:
         shape = {"FIELDS": kind.fields, "USED": kind.used_fields, "TILES": kind.column_tiles}
         more = {"BITS": bits, "BN": 128, "BW": 32, "BR": 16, "ENTRIES": 1, "ONE_GROUP": True}
         yield f"expand {bits} bit", expand, {**flags, **shape, **more}, "bf16", {"num_warps": 2}
+        flags = dict.fromkeys(["BY_COLUMN", "SCALED"], False) | {"HALF_LEVELS": True}
+        more = {
+            "BITS": bits,
+            "BN": 128,
+            "BW": 32,
+            "BT": 8,
+            "BR": 8,
+            "ENTRIES": 2,
+            "ONE_GROUP": True,
+        }
+        yield f"look up {bits} bit", look_up, {**flags, **shape, **more}, "bf16", {"num_warps": 1}
     low = {"BT": 8, "R": 16, "ENTRIES": 1, "COMPUTE": tl.bfloat16, "PARTS": 3}
     yield "shrink", shrink, {**low, "BK": 128, "STEPS": 32}, "bf16", {}
     yield "stretch", stretch, {**low, "BN": 64, "SCALED": True, "SPLITS": 8}, "bf16", {}

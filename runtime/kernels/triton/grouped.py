@@ -17,6 +17,7 @@ from deltafold.runtime.kernels.triton import sparse
 from deltafold.runtime.kernels.triton.forms import BitSlices
 from deltafold.runtime.kernels.triton.launch import add_slices
 from deltafold.runtime.kernels.triton.layout import Kind
+from deltafold.runtime.kernels.triton.lookup import add_rows
 from deltafold.runtime.kernels.triton.lowrank import FactorTable, add_factors, make_factor_table
 from deltafold.runtime.kernels.triton.parts import MOST_PARTS
 from deltafold.runtime.kernels.triton.segments import Segments
@@ -42,7 +43,7 @@ def groupable(form: DeltaMatrix, rows: int, dtype: torch.dtype, longest: int) ->
 
     Args:
         form: of one variant.
-        rows: N of the layer; a variant with another vocabulary goes by itself.
+        rows: N of the layer. Slices may have others, where a variant has another vocabulary.
         dtype: of the activations.
         longest: most tokens of one variant; many are faster by a rebuilt matrix.
     """
@@ -53,7 +54,7 @@ def groupable(form: DeltaMatrix, rows: int, dtype: torch.dtype, longest: int) ->
 
 def _fits(leaf: DeltaMatrix, rows: int, dtype: torch.dtype, longest: int) -> bool:
     if isinstance(leaf, BitSlices):
-        return leaf.shape[0] == rows and longest <= slices.REBUILD_ABOVE
+        return longest <= slices.REBUILD_ABOVE
     if isinstance(leaf, SparseRows):
         return leaf.rows == rows and longest <= sparse.REBUILD_ABOVE
     if not isinstance(leaf, Factors):
@@ -62,7 +63,7 @@ def _fits(leaf: DeltaMatrix, rows: int, dtype: torch.dtype, longest: int) -> boo
     return whole and leaf.a.dtype == leaf.b.dtype == dtype and leaf.b.shape[0] == rows
 
 
-class GroupedProducts:
+class SlotTables:
     """Tables of the forms of a layer, or of several that read the same input, by part and slot; kept
     as long as the variants in the slots stay.
 
@@ -75,10 +76,63 @@ class GroupedProducts:
 
     def __init__(self, parts: int = 1) -> None:
         assert 0 < parts <= MOST_PARTS, parts
-        self._parts = parts
+        self.parts = parts
         self._known: list[tuple[_Held, ...]] = []
         self._keys: list[frozenset[_Key]] = []
         self._tables: dict[_Key, tuple[tuple[int, ...], _Table]] = {}
+
+    def used(
+        self, forms: Mapping[int, Forms], capacity: int, device: torch.device
+    ) -> list[tuple[tuple[int, ...], _Table]]:
+        """The tables that these slots need, each with the parts that have something in it.
+
+        Args:
+            forms: every slot of the batch with its variant's form for each part, or None.
+            capacity: how many slots there are.
+            device: of the forms.
+        """
+        changed = len(self._known) != capacity
+        self._known += [(None,) * self.parts] * (capacity - len(self._known))
+        for slot, given in forms.items():
+            assert len(given) == self.parts, len(given)
+            # A slot may have had another variant before, whose addresses must not be read.
+            if any(_live(h) is not f for h, f in zip(self._known[slot], given, strict=True)):
+                self._known[slot] = tuple(None if f is None else weakref.ref(f) for f in given)
+                changed = True
+        if changed:
+            self._fill(device)
+        keys = {key for slot in forms for key in self._keys[slot]}
+        return [table for key, table in self._tables.items() if key in keys]
+
+    def _fill(self, device: torch.device) -> None:
+        by_key: dict[_Key, list[list[list[tuple[Any, float]]]]] = {}
+        self._keys = []
+        for slot, held in enumerate(self._known):
+            keys = set()
+            for part, form in enumerate(map(_live, held)):
+                for key, piece, weight in _pieces(form):
+                    every = by_key.setdefault(
+                        key, [[[] for _ in self._known] for _ in range(self.parts)]
+                    )
+                    every[part][slot].append((piece, weight))
+                    keys.add(key)
+            self._keys.append(frozenset(keys))
+        self._tables = {}
+        for key, every in by_key.items():
+            # Parts that have nothing of a kind take no part in its launch.
+            parts = tuple(p for p, slots in enumerate(every) if any(slots))
+            self._tables[key] = parts, _table(key, [every[p] for p in parts], device)
+
+
+class GroupedProducts:
+    """Products of one layer, or of several that read the same input.
+
+    Args:
+        parts: outputs of the layer, up to `MOST_PARTS`.
+    """
+
+    def __init__(self, parts: int = 1) -> None:
+        self._tables = SlotTables(parts)
 
     def add(
         self,
@@ -92,19 +146,15 @@ class GroupedProducts:
 
         Args:
             ys: an output `[T, N_p]` for each part, changed in place; tokens of the base are not
-                touched.
+                touched, nor are columns beyond a form's rows.
             x: `[T, M]`.
             forms: every slot of the batch with its variant's form for each part, which is
                 `groupable`, or None.
             segments: which slot each token has.
             capacity: how many slots there are.
         """
-        assert len(ys) == self._parts, len(ys)
-        self._refresh(forms, capacity, x.device)
-        used = {key for slot in forms for key in self._keys[slot]}
-        for key, (parts, table) in self._tables.items():
-            if key not in used:
-                continue
+        assert len(ys) == self._tables.parts, len(ys)
+        for parts, table in self._tables.used(forms, capacity, x.device):
             mine = [ys[part] for part in parts]
             if isinstance(table, SliceTable):
                 add_slices(mine, x, table, segments)
@@ -113,36 +163,45 @@ class GroupedProducts:
             else:
                 add_factors(mine, x, table, segments)
 
-    def _refresh(self, forms: Mapping[int, Forms], capacity: int, device: torch.device) -> None:
-        changed = len(self._known) != capacity
-        self._known += [(None,) * self._parts] * (capacity - len(self._known))
-        for slot, given in forms.items():
-            assert len(given) == self._parts, len(given)
-            # A slot may have had another variant before, whose addresses must not be read.
-            if any(_live(h) is not f for h, f in zip(self._known[slot], given, strict=True)):
-                self._known[slot] = tuple(None if f is None else weakref.ref(f) for f in given)
-                changed = True
-        if changed:
-            self._fill(device)
 
-    def _fill(self, device: torch.device) -> None:
-        by_key: dict[_Key, list[list[list[tuple[Any, float]]]]] = {}
-        self._keys = []
-        for slot, held in enumerate(self._known):
-            keys = set()
-            for part, form in enumerate(map(_live, held)):
-                for key, piece, weight in _pieces(form):
-                    every = by_key.setdefault(
-                        key, [[[] for _ in self._known] for _ in range(self._parts)]
-                    )
-                    every[part][slot].append((piece, weight))
-                    keys.add(key)
-            self._keys.append(frozenset(keys))
-        self._tables = {}
-        for key, every in by_key.items():
-            # Parts that have nothing of a kind take no part in its launch.
-            parts = tuple(p for p, slots in enumerate(every) if any(slots))
-            self._tables[key] = parts, _table(key, [every[p] for p in parts], device)
+class GroupedRows:
+    """Rows of tables (embeddings), decoded as tokens ask for them."""
+
+    def __init__(self) -> None:
+        self._tables = SlotTables()
+
+    def add(
+        self,
+        y: torch.Tensor,
+        ids: torch.Tensor,
+        forms: Mapping[int, DeltaMatrix | None],
+        segments: Segments,
+        capacity: int,
+    ) -> None:
+        """`y[t] += s[t] * D[ids[t]]` with the form of token t's slot.
+
+        Args:
+            y: `[T, M]`, changed in place; tokens of the base are not touched.
+            ids: int64 `[T]`; those beyond a form's rows get its last row.
+            forms: every slot of the batch with its variant's form, which has `sliced_rows`, or None.
+            segments: which slot each token has.
+            capacity: how many slots there are.
+        """
+        by_slot = {slot: (form,) for slot, form in forms.items()}
+        for _, table in self._tables.used(by_slot, capacity, y.device):
+            assert isinstance(table, SliceTable), type(table)
+            add_rows(y, ids, table, segments)
+
+
+def sliced_rows(form: DeltaMatrix) -> bool:
+    """Whether rows of a form can be looked up together with those of other variants."""
+    return all(isinstance(leaf, BitSlices) for leaf, _ in leaves(form))
+
+
+def rows_of(form: DeltaMatrix, otherwise: int) -> int:
+    """Rows of a form's slices, if it has any."""
+    known = [leaf.shape[0] for leaf, _ in leaves(form) if isinstance(leaf, BitSlices)]
+    return known[0] if known else otherwise
 
 
 def _live(held: _Held) -> DeltaMatrix | None:
