@@ -68,12 +68,12 @@ class Plan:
         """Delta size over the fine-tune's."""
         return self.nbytes / max(self.variant_bytes, 1)
 
+    def evidence(self) -> dict[str, Any]:
+        """What a manifest keeps of it under `quality.plan`: what other sizes would have given."""
+        return {"error": self.error, "error_unit": self.unit, "frontier": self._points()}
+
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""
-        points = [
-            {"bytes": p.nbytes, "error": p.error} | ({} if p.kl is None else {"kl": p.kl})
-            for p in self.frontier
-        ]
         return {
             "bytes": self.nbytes,
             "variant_bytes": self.variant_bytes,
@@ -82,9 +82,15 @@ class Plan:
             "error_unit": self.unit,
             "kl": self.kl,
             "codecs": dict(self.codecs),
-            "frontier": points,
+            "frontier": self._points(),
             "recipe": self.recipe.to_json(),
         }
+
+    def _points(self) -> list[dict[str, Any]]:
+        return [
+            {"bytes": p.nbytes, "error": p.error} | ({} if p.kl is None else {"kl": p.kl})
+            for p in self.frontier
+        ]
 
 
 @dataclass(frozen=True)
