@@ -160,3 +160,14 @@ def test_the_report_shows_the_measured_frontier_of_a_kl(words, tmp_path):
     drawn = (tmp_path / "svg" / "frontier.svg").read_text("utf-8")
     assert drawn.count("<circle") == len(measured)
     assert "KL, nats a token" in drawn
+
+
+def test_sequential_codecs_are_candidates(words, tmp_path):
+    folders = (DEMO / "base", DEMO / "zoo" / "title")
+    asked = ["--target-size", "11%", "--candidates", "deltazip:bits=2", "--candidates", "bitdelta"]
+    asked += ["--calibrate", words, "--calibrate-rows", "4"]
+    packed = as_json("compress", *folders, "-o", tmp_path / "title", *asked)
+    assert packed["plan"]["codecs"]["deltazip:bits=2"] > 0
+    assert packed["bytes"] == packed["plan"]["bytes"] <= 0.11 * packed["variant_bytes"]
+    assert packed["quality"]["calibration"]["provides"][-1] == "sequential"
+    run("verify", tmp_path / "title", "--base", DEMO / "base")
