@@ -97,6 +97,20 @@ class SequentialSource(EvidenceSource, Protocol):
         """Take note of a compressed tensor: base plus decoded difference, float32."""
         ...
 
+    def restart(self) -> None:
+        """Forget what was settled: the model is the fine-tune again."""
+        ...
+
+
+def follower(source: EvidenceSource | None) -> SequentialSource | None:
+    """A source that wants to follow the run which begins, its model the fine-tune; else None."""
+    if source is None or "sequential" not in source.provides:
+        return None
+    if not isinstance(source, SequentialSource):
+        return None
+    source.restart()
+    return source
+
 
 def check_needs(needs: Sequence[Need], source: EvidenceSource | None, who: str) -> None:
     """Raises `needs-calibration` where a method needs what nobody provides."""

@@ -127,6 +127,10 @@ class CalibratedEvidence:
         assert "sequential" in self.provides
         self._moments.settle(name, value)
 
+    def restart(self) -> None:
+        """Forget what was settled; the fine-tune is loaded again when it is next asked for."""
+        self._following = None
+
     def record(self) -> dict[str, Any]:
         """What a manifest says about the run."""
         used: dict[str, Any] = {"data": self.data.record(), "provides": list(self.provides)}

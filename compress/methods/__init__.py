@@ -4,6 +4,7 @@ from deltafold.compress.methods.axis_signs import AxisSigns
 from deltafold.compress.methods.base import (
     METHODS,
     Method,
+    SurveyedMethod,
     bits_per_weight,
     build,
     method_class,
@@ -51,6 +52,7 @@ __all__ = [
     "QuantizeAndDrop",
     "SparseMethod",
     "Stratified",
+    "SurveyedMethod",
     "Svd",
     "SvdAct",
     "SvdWidths",

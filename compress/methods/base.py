@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any, ClassVar, Final, Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Final, Protocol, Self, runtime_checkable
 
 import torch
 
@@ -21,6 +21,7 @@ from deltafold.compress.terms import Context, Encoded, Term
 __all__ = [
     "METHODS",
     "Method",
+    "SurveyedMethod",
     "bits_per_weight",
     "build",
     "method",
@@ -54,6 +55,20 @@ class Method(Protocol):
 
     def plan(self, shape: tuple[int, ...], dtype: str) -> list[Term]:
         """The terms for a tensor of `shape` and safetensors `dtype`, before any data is read."""
+        ...
+
+
+@runtime_checkable
+class SurveyedMethod(Method, Protocol):
+    """A method that looks at every tensor that it will store before it stores the first."""
+
+    def survey(self, tensors: Iterable[tuple[torch.Tensor, Context]]) -> Self:
+        """The method with what it needs to know of the whole model filled in.
+
+        `tensors` has float32 deltas as edits leave them, each with its context, whose evidence is
+        there where the run has reference checkpoints. It can be gone through several times; each time
+        the model is read anew. What is filled in is no part of the spec.
+        """
         ...
 
 

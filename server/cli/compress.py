@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -146,10 +147,12 @@ def compress(
     began = time.monotonic()
     with output.progress() as progress:
         settings: dict[str, Any] = {"accept": accept, "evidence": evidence, "progress": progress}
+        quality = {"calibration": evidence.record()} if evidence else {}
+        plan = None
         if dry_run or (fit_scales and chosen.budget):
             plan = plan_checkpoint(base, variant, recipe=chosen, judge=judge, **settings)
             # Scales are fitted to the codecs that were chosen.
-            chosen = plan.recipe
+            chosen, quality["plan"] = plan.recipe, plan.evidence()
         if not dry_run:
             report = pack(
                 base,
@@ -158,13 +161,16 @@ def compress(
                 recipe=chosen,
                 overwrite=overwrite,
                 command=command_line("compress"),
-                quality={"calibration": evidence.record()} if evidence else None,
+                quality=quality,
                 **settings,
             )
     if dry_run:
+        assert plan is not None
         output.result(plan.to_json(), dry_text(plan))
         return
     seconds = time.monotonic() - began
+    if plan is not None:
+        report = replace(report, plan=plan)
     output.result(pack_data(report, seconds), pack_text(report, seconds))
 
 
