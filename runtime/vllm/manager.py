@@ -116,10 +116,11 @@ class DeltaManager:
         return {*self._repos, *self._dummies}
 
     def pin_adapter(self, number: int) -> bool:
-        """Keep a variant in host memory."""
+        """Keep a variant in host memory, and in its slot as long as another one's can be taken."""
         if number not in self._repos:
             return False
         self._pinned.add(number)
+        self._host_copy(number)
         return True
 
     def set_active_adapters(self, requests: Iterable[Any], mapping: Any) -> None:
@@ -215,8 +216,8 @@ class DeltaManager:
             self._used.move_to_end(number)
             return
         if None not in self._slots:
-            old = next(n for n in self._used if n not in wanted)
-            self._vacate(old)
+            free = [n for n in self._used if n not in wanted]
+            self._vacate(next((n for n in free if n not in self._pinned), free[0]))
         loaded = None if number in self._dummies else self._host_copy(number)
         slot = self._slots.index(None)
         for name, hook in self._sites.hooks.items():

@@ -32,6 +32,7 @@ class VllmServer:
         served_model_name: one more name for the base, or None.
         options: vLLM's own options by name, those left out are None.
         flags: further words for vLLM, as they are.
+        pin: names that are loaded at the start and stay.
     """
 
     base: str
@@ -42,6 +43,7 @@ class VllmServer:
     served_model_name: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     flags: Sequence[str] = ()
+    pin: Sequence[str] = ()
 
     def words(self) -> list[str]:
         """The command, python first."""
@@ -66,7 +68,9 @@ class VllmServer:
                 fix="start vLLM yourself to give more of it; docs/vllm.md has the whole command",
             )
         settings = Settings(zoo=str(Path(self.zoo).expanduser().resolve()), any_path=False)
-        own = {"zoo": settings.zoo, "any_path": settings.any_path}
+        own: dict[str, Any] = {"zoo": settings.zoo, "any_path": settings.any_path}
+        if self.pin:
+            own["pin"] = list(self.pin)
         return [*words, "--additional-config", json.dumps({KEY: own}), *self.flags]
 
     def environment(self) -> dict[str, str]:
