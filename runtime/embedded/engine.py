@@ -44,6 +44,7 @@ from deltafold.runtime.engine import (
     Ticket,
     VariantInfo,
 )
+from deltafold.runtime.gate import GATE
 from deltafold.runtime.host import DeltaHost, Variant
 from deltafold.runtime.mixtures import variant_name
 
@@ -385,7 +386,8 @@ class EmbeddedEngine:
             if self._model.device.type == "cuda":
                 torch.cuda.set_device(self._model.device)
             while self._collect():
-                self._lanes.step(lambda: self._closing)
+                with GATE.computing():
+                    self._lanes.step(lambda: self._closing)
         except Exception as problem:  # a bug of ours: nobody may be left waiting
             _log.exception("the engine's thread stopped")
             error = problem
