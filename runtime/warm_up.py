@@ -55,7 +55,7 @@ def warm_up_inputs(model: nn.Module, *, cached: bool = True) -> Inputs:
     for inputs in _candidates(model, cached):
         try:
             model(**inputs)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, DeltafoldError):
             raise
         except _FAILURES as error:
             failure = failure or error

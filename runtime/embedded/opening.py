@@ -70,7 +70,7 @@ def open_model(
     checkpoint = Checkpoint.open(base)
     where = _device(device)
     if base_quantization is not None:
-        check_quantization(checkpoint, base_quantization)
+        check_quantization(checkpoint, base_quantization, where)
     with GATE.loading(), quiet(checkpoint.nbytes() < _WORTH_A_BAR):
         model = _generating_class(checkpoint.folder).from_pretrained(
             checkpoint.folder, dtype=_dtype(dtype, checkpoint, where), local_files_only=True

@@ -142,3 +142,19 @@ def test_variants_that_nobody_uses_make_room(made: Path) -> None:
     with limited(3 * TABLE // 4):
         deltas.release(deltas.acquire("two"))
     assert set(deltas.resident()) == {"two"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_dense_model_that_a_card_has_no_room_for(made: Path) -> None:
+    with EmbeddedEngine.open(made / "base", made / "zoo", device="cuda") as engine:
+        request = Request("one", [3, 5], Sampling(max_tokens=1))
+        total = torch.cuda.get_device_properties(0).total_memory
+        most = torch.cuda.memory_reserved() + TABLE // 2
+        torch.cuda.set_per_process_memory_fraction(most / total)
+        try:
+            code_of(lambda: list(engine.generate([request])))
+            list(engine.generate([Request("base", [3], Sampling(max_tokens=1))]))
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        list(engine.generate([request]))
