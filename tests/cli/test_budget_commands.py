@@ -179,13 +179,13 @@ def test_diagnose_takes_whatever_can_be_packed(words, tmp_path):
     found = as_json(
         *("diagnose", DEMO / "base", DEMO / "zoo" / "title", "--calibrate", words),
         *("--codec", "deltazip:bits=4", "--codec", "ultradelta:drop=0.5", "--edit", "irr"),
-        *("--edit", "trim:keep=0.3", "--steps", 1, "--calibrate-rows", 6),
+        *("--edit", "trim:keep=0.3", "--steps", 1, "--calibrate-rows", 2),
         *("--reference", f"unaligned={shout}", "--reference", f"task={shout}"),
     )
     labels = {v["spec"]: v["class"] for v in found["verdicts"]}
     assert set(labels) == {"deltazip:bits=4", "ultradelta:drop=0.5", "irr", "trim:keep=0.3"}
     # It judges what packing makes.
-    rows = ("--calibrate", words, "--calibrate-rows", 6)
+    rows = ("--calibrate", words, "--calibrate-rows", 2)
     folders = (DEMO / "base", DEMO / "zoo" / "title", "-o", tmp_path / "packed")
     packed = as_json("compress", *folders, "--codec", "deltazip:bits=4", *rows)
     assert found["verdicts"][0]["kl"] == pytest.approx(packed["quality"]["kl_mean"], rel=1e-3)
