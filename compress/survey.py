@@ -16,9 +16,10 @@ from deltafold.compress import dtypes
 from deltafold.compress.checkpoint import TensorSource
 from deltafold.compress.edits import Edit, SurveyedEdit
 from deltafold.compress.encode import context_of
-from deltafold.compress.evidence import EvidenceSource
+from deltafold.compress.evidence import Evidence, EvidenceSource
 from deltafold.compress.methods import Chain, Method, SurveyedMethod
 from deltafold.compress.recipe import Recipe
+from deltafold.compress.references import ReferenceSource, tensors_of
 from deltafold.compress.terms import Context
 
 #: The float32 delta of a tensor to the base's, rows beyond the base's included.
@@ -103,8 +104,10 @@ class _Model:
         """A tensor's own, with evidence where there are reference checkpoints."""
         shared = self._shared(name)
         base, value = self.source.tensor(name)[shared], self.target.tensor(name)[shared]
-        known = self.evidence
-        found = known.of(name) if known is not None and "reference" in known.provides else None
+        known, found = self.evidence, None
+        if isinstance(known, ReferenceSource) and "reference" in known.provides:
+            # Its moments would take passes over the data.
+            found = Evidence(references=tensors_of(known.references, name))
         return Context(name, base, value, found)
 
     def _shared(self, name: str) -> slice | EllipsisType:

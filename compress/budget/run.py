@@ -40,6 +40,13 @@ def plan_of(job: Job, *, sketch: bool = False) -> Plan:
             KL has no judge; whatever codecs raise.
     """
     budget = job.recipe.budget
+    if budget is not None and budget.max_kl and job.judge is None:
+        raise DeltafoldError(
+            "needs-calibration",
+            "a budget of KL needs data to measure it on.",
+            facts=[("max_kl", budget.max_kl)],
+            fix="give a calibration set: --calibrate prompts.jsonl",
+        )
     planner = _measure(job, job.recipe if budget is None else None)
     probe = _probe(job, planner)
     if budget is None or planner.by_itself:
@@ -155,13 +162,12 @@ def choose(
 
     Args:
         planner: what was tried.
-        kl_of: measures a choice; None without calibration data.
+        kl_of: measures a choice; None without calibration data, which a budget of KL must have.
         sketch: measure some points of the frontier as well.
         choice: the choice of a size, if it was made.
 
     Raises:
-        DeltafoldError: `needs-calibration` for a KL without `kl_of`; `bad-argument` where no choice
-            meets the budget.
+        DeltafoldError: `bad-argument` where no choice meets the budget.
     """
     budget, frontier = planner.budget, planner.frontier
     probes: dict[int, float] = {}
@@ -174,13 +180,7 @@ def choose(
         return probes[steps]
 
     if budget is not None and budget.max_kl:
-        if kl_of is None:
-            raise DeltafoldError(
-                "needs-calibration",
-                "a budget of KL needs data to measure it on.",
-                facts=[("max_kl", budget.max_kl)],
-                fix="give a calibration set: --calibrate prompts.jsonl",
-            )
+        assert kl_of is not None
         steps = smallest_within(frontier.points, budget.max_kl, kl_at).steps
         if steps is None:
             raise too_much(min(probes.values()), budget.max_kl)

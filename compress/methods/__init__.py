@@ -29,6 +29,7 @@ from deltafold.compress.methods.sparse import SparseMethod, TopK
 from deltafold.compress.methods.svd import Svd
 from deltafold.compress.methods.svd_act import SvdAct
 from deltafold.compress.methods.svd_widths import SvdWidths
+from deltafold.compress.methods.ultradelta import UltraDelta
 
 __all__ = [
     "METHODS",
@@ -57,6 +58,7 @@ __all__ = [
     "SvdAct",
     "SvdWidths",
     "TopK",
+    "UltraDelta",
     "bits_per_weight",
     "build",
     "method_class",

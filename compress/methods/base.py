@@ -8,14 +8,13 @@ are applied, so that `deltafold codecs` can print one honest table.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Final, Protocol, Self, runtime_checkable
 
 import torch
 
 from deltafold.compress.evidence import Need
-from deltafold.compress.spec import Kind, spec_of
+from deltafold.compress.spec import Kind, spec_of, split_outside
 from deltafold.compress.terms import Context, Encoded, Term
 
 __all__ = [
@@ -75,7 +74,7 @@ class SurveyedMethod(Method, Protocol):
 METHODS: Final[dict[str, type[Any]]] = {}
 _CODECS: Final = Kind("codec", METHODS, "deltafold.methods", "--codec")
 #: Between the edits and the codec of a chain; a plus in a number (1e+5) is followed by a digit.
-_LINK: Final = re.compile(r"\+(?=\s*[a-z])")
+_LINK: Final = r"\+(?=\s*[a-z])"
 
 
 def method(cls: type[Any]) -> type[Any]:
@@ -96,7 +95,7 @@ def parse_spec(spec: str) -> Method:
     Raises:
         DeltafoldError: `unknown-codec`, or `bad-recipe` naming the option that is wrong.
     """
-    *edits, codec = _LINK.split(spec)
+    *edits, codec = split_outside(spec, _LINK)
     built: Method = _CODECS.parse(codec)
     if edits:
         from deltafold.compress.edits import parse_edit

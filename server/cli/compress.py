@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltafold.server.cli.budget import BudgetOptions, budget_options, dry_text, wanted_evidence
-from deltafold.server.cli.calibration import CalibrationOptions, calibration_options, judge_of
+from deltafold.server.cli.calibration import (
+    CalibrationOptions,
+    calibrated,
+    calibration_options,
+    judge_of,
+)
 from deltafold.server.cli.command import command_line
 from deltafold.server.cli.machine import (
     MachineOptions,
@@ -141,13 +146,16 @@ def compress(
         fresh=machine.fresh,
     )
     if fit_scales:
-        pack = _fitting(evidence, fit_steps, fit_lr, base_quantization)
+        pack = _fitting(calibrated(evidence), fit_steps, fit_lr, base_quantization)
         # It packs into a folder of its own, which is always fresh.
         pack = partial(pack, jobs=machine.threads, max_memory=machine.max_memory)
     began = time.monotonic()
     with output.progress() as progress:
         settings: dict[str, Any] = {"accept": accept, "evidence": evidence, "progress": progress}
-        quality = {"calibration": evidence.record()} if evidence else {}
+        quality: dict[str, Any] = {}
+        if evidence is not None:
+            record = evidence.record()
+            quality |= record if calibrated(evidence) is None else {"calibration": record}
         plan = None
         if dry_run or (fit_scales and chosen.budget):
             plan = plan_checkpoint(base, variant, recipe=chosen, judge=judge, **settings)

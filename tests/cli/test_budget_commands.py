@@ -171,3 +171,23 @@ def test_sequential_codecs_are_candidates(words, tmp_path):
     assert packed["bytes"] == packed["plan"]["bytes"] <= 0.11 * packed["variant_bytes"]
     assert packed["quality"]["calibration"]["provides"][-1] == "sequential"
     run("verify", tmp_path / "title", "--base", DEMO / "base")
+
+
+def test_diagnose_takes_whatever_can_be_packed(words, tmp_path):
+    """Codecs that follow the layers before them, and those that look at other checkpoints."""
+    shout = DEMO / "zoo" / "shout"
+    found = as_json(
+        *("diagnose", DEMO / "base", DEMO / "zoo" / "title", "--calibrate", words),
+        *("--codec", "deltazip:bits=4", "--codec", "ultradelta:drop=0.5", "--edit", "irr"),
+        *("--edit", "trim:keep=0.3", "--steps", 1, "--calibrate-rows", 2),
+        *("--reference", f"unaligned={shout}", "--reference", f"task={shout}"),
+    )
+    labels = {v["spec"]: v["class"] for v in found["verdicts"]}
+    assert set(labels) == {"deltazip:bits=4", "ultradelta:drop=0.5", "irr", "trim:keep=0.3"}
+    # It judges what packing makes.
+    rows = ("--calibrate", words, "--calibrate-rows", 2)
+    folders = (DEMO / "base", DEMO / "zoo" / "title", "-o", tmp_path / "packed")
+    packed = as_json("compress", *folders, "--codec", "deltazip:bits=4", *rows)
+    assert found["verdicts"][0]["kl"] == pytest.approx(packed["quality"]["kl_mean"], rel=1e-3)
+    missing = ("diagnose", DEMO / "base", shout, "--calibrate", words, "--edit", "irr")
+    assert "--reference" in as_json(*missing, status=2)["error"]["fix"]
