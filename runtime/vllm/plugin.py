@@ -29,6 +29,7 @@ def install() -> None:
         return
     setattr(LoRAModelRunnerMixin, _DONE, True)
     _patch_loading(LoRAModelRunnerMixin)
+    _patch_experts()
     _patch_requests(EngineCore)
     if multiprocessing.parent_process() is None:  # engines and workers have no use for it
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -53,6 +54,25 @@ def _patch_loading(mixin: Any) -> None:
         return model
 
     mixin.load_lora_model = load_lora_model
+
+
+def _patch_experts() -> None:
+    """Experts as an engine without LoRA has them: our hook needs none of LoRA's kernels, which run on
+    some GPUs alone.
+    """
+    from vllm.config import get_current_vllm_config_or_none
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+
+    made = FusedMoEConfig.__post_init__
+
+    @wraps(made)
+    def __post_init__(self: Any) -> None:  # noqa: N807
+        config = get_current_vllm_config_or_none()
+        if config is not None and settings_of(config.additional_config) is not None:
+            self.is_lora_enabled = False
+        made(self)
+
+    FusedMoEConfig.__post_init__ = __post_init__
 
 
 def _follow_logits(runner: Any, manager: Any) -> None:

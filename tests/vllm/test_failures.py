@@ -123,7 +123,7 @@ def test_a_bad_variant_is_refused_and_the_engine_serves_on(made, other, tmp_path
         assert llm.llm_engine.remove_lora(3)
         assert llm.llm_engine.remove_lora(2)
         assert temporary_files not in Path("/proc/self/maps").read_text()
-        assert llm.llm_engine.list_loras() == {1}
+        assert llm.llm_engine.list_loras() == {1, 4}
         with pytest.raises(DeltafoldError, match="not-found"):
             engines.ask(llm, [[1, 2, 3]], [temporary])
         assert engines.ask(llm, engines.PROMPTS, [good] * 4) == before
