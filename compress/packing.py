@@ -14,7 +14,7 @@ from typing import Final
 import torch
 
 from deltafold.compress import dtypes, fast
-from deltafold.compress.encode import TensorStats
+from deltafold.compress.coded import Coded, TensorStats
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.journal import Journal, Record
 from deltafold.compress.manifest import TensorEntry
@@ -23,7 +23,7 @@ from deltafold.compress.payload import payload_digest
 from deltafold.compress.progress import OnProgress, Progress
 from deltafold.compress.shapes import rows_and_columns
 from deltafold.compress.sizes import human
-from deltafold.compress.streaming import Coded, Coder
+from deltafold.compress.streaming import Coder
 from deltafold.compress.terms import config_of
 from deltafold.compress.terms.blocks import block_rows
 

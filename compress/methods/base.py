@@ -15,12 +15,14 @@ from typing import Any, ClassVar, Final, Protocol, runtime_checkable
 import torch
 
 from deltafold.compress.evidence import Need
+from deltafold.compress.fast import Pair
 from deltafold.compress.spec import Kind, spec_of
 from deltafold.compress.terms import Context, Encoded, Term
 
 __all__ = [
     "METHODS",
     "Method",
+    "PairMethod",
     "bits_per_weight",
     "build",
     "method",
@@ -54,6 +56,15 @@ class Method(Protocol):
 
     def plan(self, shape: tuple[int, ...], dtype: str) -> list[Term]:
         """The terms for a tensor of `shape` and safetensors `dtype`, before any data is read."""
+        ...
+
+
+@runtime_checkable
+class PairMethod(Method, Protocol):
+    """A method that is quicker where it sees both models than where it is given their difference."""
+
+    def encode_pair(self, pair: Pair, context: Context) -> list[Encoded]:
+        """What `encode` gives for `pair.delta()`, bit for bit, where the method is `blockwise`."""
         ...
 
 
