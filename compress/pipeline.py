@@ -279,7 +279,7 @@ def pack(
         run.survey()
         manifest, stats = run.write(structure, staging.folder, tokenizer=tokenizer)
         repo = DeltaRepo.open(staging.folder)
-        check_payload(repo, job.progress)
+        check_payload(repo, job.progress, limits.jobs)
         if job.judge is not None:
             manifest = record_quality(staging.folder, judged(job, repo))
         discard(staging.folder)

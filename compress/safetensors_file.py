@@ -114,6 +114,11 @@ class SafetensorsFile:
         raw = self.read(name, start * width, stop * width, out, total)
         return raw.view(dtype).reshape(-1, columns)
 
+    def nbytes(self, name: str) -> int:
+        """Size of a tensor in bytes."""
+        entry = self.entries[name]
+        return entry.stop - entry.start
+
     def sha256(self, name: str) -> str:
         """Hex digest of a tensor's bytes."""
         entry, total = self.entries[name], hashlib.sha256()
@@ -157,6 +162,7 @@ class SafetensorsFile:
         view, first, done = memoryview(out.numpy().data), entry.start + start, 0
         if self._held is not None:
             view[:] = memoryview(self._held)[first : first + len(view)]
+            _let_go(self._held, first, first + len(view))
             if total is not None:
                 total.update(view)
             return out
@@ -300,6 +306,13 @@ def write_file(
             tensor, promised = deferred[name].load(), deferred[name]
             assert (tensor.dtype, tuple(tensor.shape)) == (promised.dtype, promised.shape), name
             file.write(dtypes.raw_bytes(tensor).numpy().data)
+
+
+def _let_go(held: mmap.mmap, start: int, stop: int) -> None:
+    """Give pages of a map back to the system: until then they count as memory of this process."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        start -= start % mmap.PAGESIZE
+        held.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
 def _whole(number: Any) -> int:
