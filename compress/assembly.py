@@ -16,8 +16,9 @@ import torch
 from deltafold.compress import dtypes
 from deltafold.compress.card import write_card, write_tensor_table
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
+from deltafold.compress.coded import TensorStats
 from deltafold.compress.companions import copy_files
-from deltafold.compress.encode import TensorStats, difference
+from deltafold.compress.encode import difference
 from deltafold.compress.errors import DeltafoldError, name_some
 from deltafold.compress.evidence import check_needs, follower
 from deltafold.compress.fingerprint import DigestCache, Digests, TensorDigest, fingerprint
