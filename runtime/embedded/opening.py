@@ -92,12 +92,18 @@ def open_model(
 
 
 def generates(base: str | Path) -> bool:
-    """Whether a base was saved as a model that generates text; True where it does not say."""
+    """Whether a base was saved as a model that text can be generated with here; True where it does
+    not say.
+    """
     need_transformers()
     from deltafold.runtime.embedded.plans import named_class
+    from deltafold.runtime.embedded.runner import cache_argument
 
-    _, cls = named_class(Checkpoint.open(base).folder)
-    return cls is None or bool(cls.can_generate())
+    config, cls = named_class(Checkpoint.open(base).folder)
+    if cls is None:
+        return True
+    pairs = bool(getattr(config, "is_encoder_decoder", False))
+    return bool(cls.can_generate()) and (pairs or bool(cache_argument(cls)))
 
 
 def load_bare(
