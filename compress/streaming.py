@@ -25,6 +25,7 @@ from deltafold.compress.encode import (
     measure,
     refuse_not_finite,
     rows_count,
+    settled_value,
 )
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import EvidenceSource, check_needs
@@ -166,23 +167,10 @@ class Coder:
         )
         check_exact(name, encoded, value, base, TensorDigest(*self.target.spec(name), digest))
         if self.settled is not None:
-            self.settled(name, _settled(name, encoded, value, base))
+            self.settled(name, settled_value(name, encoded, value, base))
         stats = measure(name, encoded, delta, base, self.shared)
         places = [{k: self.sink(part) for k, part in sorted(e.parts.items())} for e in encoded]
         return Coded(base_digest, digest, [e.term for e in encoded], places, stats)
-
-
-def _settled(
-    name: str, encoded: list[Encoded], value: torch.Tensor, base: torch.Tensor | None
-) -> torch.Tensor:
-    """What the compressed model holds in place of a tensor, float32."""
-    if base is None or is_exact(encoded[0].term):
-        return value.to(torch.float32)
-    shape = tuple(value.shape)
-    padded = pad_rows(base, shape)
-    assert padded is not None
-    context = Context(name, padded)
-    return sum((t.decode(p, shape, context) for t, p in encoded), padded.to(torch.float32))
 
 
 @dataclass

@@ -4,6 +4,7 @@ from deltafold.compress.methods.axis_signs import AxisSigns
 from deltafold.compress.methods.base import (
     METHODS,
     Method,
+    SurveyedMethod,
     bits_per_weight,
     build,
     method_class,
@@ -28,6 +29,7 @@ from deltafold.compress.methods.sparse import SparseMethod, TopK
 from deltafold.compress.methods.svd import Svd
 from deltafold.compress.methods.svd_act import SvdAct
 from deltafold.compress.methods.svd_widths import SvdWidths
+from deltafold.compress.methods.ultradelta import UltraDelta
 
 __all__ = [
     "METHODS",
@@ -51,10 +53,12 @@ __all__ = [
     "QuantizeAndDrop",
     "SparseMethod",
     "Stratified",
+    "SurveyedMethod",
     "Svd",
     "SvdAct",
     "SvdWidths",
     "TopK",
+    "UltraDelta",
     "bits_per_weight",
     "build",
     "method_class",

@@ -162,8 +162,6 @@ def serve(
                 fix="leave --base-quantization out",
             )
         kind: Any = EmbeddedEngine if text else PoolingEngine
-        if not text:
-            given.pop("rebuild")  # heads share one trunk; there is nothing to choose
         engine: Served = kind.open(base, zoo=zoo, served_model_name=served_model_name, **given)
         return engine
 
