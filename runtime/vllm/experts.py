@@ -98,7 +98,7 @@ class ExpertsHook:
         mine, chosen, share = segment.take(x), segment.take(ids), segment.take(weights)
         total = torch.zeros(len(mine), y.shape[1], dtype=torch.float32)
         activation = ACTIVATIONS[self._layer.activation.value]
-        for expert in chosen.unique().tolist():
+        for expert in torch.unique(chosen).tolist():
             if expert < 0:
                 continue  # another rank's
             row, place = (chosen == expert).nonzero(as_tuple=True)

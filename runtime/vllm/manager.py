@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
-from deltafold.runtime.vllm.checks import check_config, probe
+from deltafold.runtime.vllm.checks import check_config, check_copy, probe
 from deltafold.runtime.vllm.routes import find_routes
 from deltafold.runtime.vllm.rows import StepRows
 from deltafold.runtime.vllm.settings import Settings
@@ -66,7 +66,9 @@ class DeltaManager:
         )
         tokens = _most_tokens(vllm_config)
         self.rows = StepRows.make(tokens, tokens, device)
-        self._source = Source(Checkpoint.open(vllm_config.model_config.model))
+        served = Checkpoint.open(vllm_config.model_config.model)
+        self._source = Source(Checkpoint.open(settings.base) if settings.base else served)
+        check_copy(served, self._source.base)
         routes = find_routes(vllm_config, self._source.base)
         sites = install(model, routes, self.rows, slots, dense=self.dense)
         self._sites = sites

@@ -137,6 +137,8 @@ def wrap_layer(layer: nn.Module, hook: LayerHook) -> None:
     layer.register_buffer(HANDLE, register(hook), persistent=False)
     wrapped = cast(Any, layer)
     wrapped.quant_method = DeltaMethod(wrapped.quant_method)
+    # No fusion may quantise what goes in: the delta needs it whole.
+    wrapped.requires_unquantized_input = True
     # With several ranks on CUDA, the fused lookup would read the table itself.
     if getattr(layer, "use_fused_embedding", False):
         wrapped.use_fused_embedding = False

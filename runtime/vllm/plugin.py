@@ -189,7 +189,9 @@ def _read_text(engine: Any, lora: Any) -> None:
     from deltafold.runtime.vllm.source import untagged
     from deltafold.runtime.vllm.texts import texts_of
 
-    base = Checkpoint.open(engine.vllm_config.model_config.model).folder
+    settings = settings_of(engine.vllm_config.additional_config)
+    assert settings is not None
+    base = Checkpoint.open(settings.base or engine.vllm_config.model_config.model).folder
     folder = Path(untagged(lora.lora_path)[0]).expanduser()
     texts_of(engine, base).read(lora.lora_path, folder)
 

@@ -201,6 +201,8 @@ def _empty_model(vllm_config: Any) -> Any:
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     config = copy.copy(vllm_config)
+    # Of a quantised base too the routes are those of plain weights: its deltas are not quantised.
+    config.quant_config = None
     config.compilation_config = copy.copy(vllm_config.compilation_config)
     config.compilation_config.static_forward_context = {}
     config.compilation_config.mode = CompilationMode.NONE

@@ -47,10 +47,11 @@ class VllmServer:
 
     def words(self) -> list[str]:
         """The command, python first."""
-        folder = Path(self.base).expanduser()
-        base = str(folder.resolve()) if folder.is_dir() else self.base
+        base = _whole(self.base)
         named = self.served_model_name or Path(self.base.rstrip("/")).name
-        words = [sys.executable, "-m", _MODULE, "--model", base, "--enable-lora"]
+        words = [sys.executable, "-m", _MODULE, "--enable-lora"]
+        copied = _given(self.flags, "--model")
+        words += [] if copied else ["--model", base]
         words += ["--served-model-name", *dict.fromkeys([named, "base"])]
         words += ["--host", self.host, "--port", str(self.port)]
         for name, value in self.options.items():
@@ -69,6 +70,8 @@ class VllmServer:
             )
         settings = Settings(zoo=str(Path(self.zoo).expanduser().resolve()), any_path=False)
         own: dict[str, Any] = {"zoo": settings.zoo, "any_path": settings.any_path}
+        if copied:
+            own["base"] = base
         if self.pin:
             own["pin"] = list(self.pin)
         return [*words, "--additional-config", json.dumps({KEY: own}), *self.flags]
@@ -86,6 +89,12 @@ class VllmServer:
             ours = ["deltafold", "deltafold_names"]
             own["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins.split(","), *ours]))
         return {**os.environ, **own}
+
+
+def _whole(base: str) -> str:
+    """A folder's whole path, or a hub id as it is."""
+    folder = Path(base).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else base
 
 
 def _given(flags: Sequence[str], option: str) -> bool:

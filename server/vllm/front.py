@@ -37,7 +37,7 @@ class Front:
 
     def __init__(self, engine: Any, settings: Settings, base: str, names: list[str]) -> None:
         self._engine, self.settings = engine, settings
-        self._base, self._names = base, names
+        self._base, self._names = settings.base or base, names
         self._opening = asyncio.Lock()
         self._opened: tuple[Source, Zoo, Texts] | None = None
 
