@@ -17,7 +17,7 @@ import torch
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import Need
 from deltafold.compress.methods.base import method
-from deltafold.compress.terms import ColumnPlanes, Context, Encoded, Planes, Term
+from deltafold.compress.terms import ColumnPlanes, Context, Encoded, Planes, Term, scaled
 
 
 @method
@@ -57,11 +57,8 @@ class BitDelta:
 
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
         """One term of planes."""
-        term, parts = self._term().encode(delta, context)
-        if self.factor != 1:
-            key = "scales_unit" if "scales_unit" in parts else "scales"
-            parts[key] = parts[key] * self.factor
-        return [Encoded(term, parts)]
+        encoded = self._term().encode(delta, context)
+        return [encoded if self.factor == 1 else scaled(encoded, self.factor)]
 
     def plan(self, shape: tuple[int, ...], dtype: str) -> list[Term]:
         """One term of planes."""

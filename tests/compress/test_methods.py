@@ -54,6 +54,8 @@ SPECS = [
     "nm:keep=1,of=8,bits=2,group=4",
     "quantize-and-drop",
     "quantize-and-drop:bits=2,drop=0.5,gamma=0.7,seed=4",
+    "shift-scale",
+    "shift-scale:vector=(bitdelta:bits=2,group=16),rest=(int:bits=2,group=8),shift=0.5,scale=0.9",
     "sparse",
     "sparse:bits=4,mask=bitmap",
     "stratified",
