@@ -24,7 +24,8 @@ from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import Need
 from deltafold.compress.families.base import family
 from deltafold.compress.methods import Method, parse_spec
-from deltafold.compress.terms import Context, Encoded, Shared, is_exact, scaled
+from deltafold.compress.methods.shift_scale import refuse_inner
+from deltafold.compress.terms import Context, Encoded, Shared, scaled
 
 
 @family
@@ -49,10 +50,9 @@ class ShiftScaleFamily:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.scale) and self.scale != 0):
             raise DeltafoldError("bad-recipe", "shift-scale: scale must not be 0")
-        if self.codec.needs or any(is_exact(t) for t in self.codec.plan((8, 8), "F32")):
-            raise DeltafoldError(
-                "bad-recipe", "shift-scale: rest must be a lossy codec that needs no data"
-            )
+        refuse_inner("shift-scale", self.codec)
+        if self.codec.needs:
+            raise DeltafoldError("bad-recipe", "shift-scale: rest must be a codec without needs")
 
     @cached_property
     def codec(self) -> Method:

@@ -23,7 +23,8 @@ import torch
 
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import NEEDS, Need
-from deltafold.compress.methods.base import Method, method, parse_spec
+from deltafold.compress.methods.base import Method, method, parse_spec, spec_of
+from deltafold.compress.methods.chain import looks_around
 from deltafold.compress.terms import Context, Encoded, Term, is_exact, scaled
 
 
@@ -53,10 +54,7 @@ class ShiftScale:
         if not all(math.isfinite(f) and f != 0 for f in (self.shift, self.scale)):
             raise DeltafoldError("bad-recipe", "shift-scale: shift and scale must not be 0")
         for part in self.codecs:
-            if any(is_exact(term) for term in part.plan((8, 8), "F32")):
-                raise DeltafoldError(
-                    "bad-recipe", "shift-scale: a codec that keeps all leaves no rest to store"
-                )
+            refuse_inner("shift-scale", part)
 
     @cached_property
     def codecs(self) -> tuple[Method, Method]:
@@ -86,6 +84,19 @@ class ShiftScale:
     def plan(self, shape: tuple[int, ...], dtype: str) -> list[Term]:
         """The terms of both."""
         return [term for part in self.codecs for term in part.plan(shape, dtype)]
+
+
+def refuse_inner(who: str, part: Method) -> None:
+    """Raises `bad-recipe` for a codec that leaves no rest, or must see the whole model first."""
+    if any(is_exact(term) for term in part.plan((8, 8), "F32")):
+        raise DeltafoldError(
+            "bad-recipe", f"{who}: {spec_of(part)} keeps the fine-tune's own values, not a delta"
+        )
+    if looks_around(part):
+        raise DeltafoldError(
+            "bad-recipe",
+            f"{who}: {spec_of(part)} looks at the whole model, and must stand by itself",
+        )
 
 
 def _times(encoded: Encoded, factor: float) -> Encoded:
