@@ -18,6 +18,7 @@ from deltafold.compress.edits import Edit, SurveyedEdit
 from deltafold.compress.encode import context_of
 from deltafold.compress.evidence import Evidence, EvidenceSource
 from deltafold.compress.methods import Chain, Method, SurveyedMethod
+from deltafold.compress.methods.chain import codec_of, looks_around, steps_of
 from deltafold.compress.recipe import Recipe
 from deltafold.compress.references import ReferenceSource, tensors_of
 from deltafold.compress.terms import Context
@@ -56,17 +57,10 @@ def surveyed(
         if isinstance(edit, SurveyedEdit):
             found = edit.survey(_SeenByEdit(model, recipe, edit))
             recipe = _with(recipe, edit, found)
-    for codec in {id(c): c for c in map(_codec, _methods(recipe))}.values():
+    for codec in {id(c): c for c in map(codec_of, _methods(recipe))}.values():
         if isinstance(codec, SurveyedMethod):
             recipe = _with(recipe, codec, codec.survey(_SeenByCodec(model, recipe, codec)))
     return recipe
-
-
-def looks_around(method: Method) -> bool:
-    """Whether a method or an edit before it must see the whole model first."""
-    return isinstance(_codec(method), SurveyedMethod) or any(
-        isinstance(step, SurveyedEdit) for step in _steps(method)
-    )
 
 
 def edits_look_around(recipe: Recipe) -> bool:
@@ -128,7 +122,7 @@ class _SeenByEdit:
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name in self.model.names:
             method = self.model.method(self.recipe, name)
-            steps = _steps(method)
+            steps = steps_of(method)
             place = next((i for i, step in enumerate(steps) if step is self.edit), None)
             if place is not None:
                 yield name, self.model.edited(name, method, steps[:place])
@@ -145,8 +139,8 @@ class _SeenByCodec:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, Context]]:
         for name in self.model.names:
             method = self.model.method(self.recipe, name)
-            if _codec(method) is self.codec and self.model.target.spec(name).shape:
-                delta = self.model.edited(name, method, _steps(method))
+            if codec_of(method) is self.codec and self.model.target.spec(name).shape:
+                delta = self.model.edited(name, method, steps_of(method))
                 yield delta, self.model.context(name)
 
 
@@ -156,23 +150,13 @@ def _edited(source: TensorSource, target: TensorSource) -> list[str]:
     return [n for n in sorted(both) if target.spec(n).dtype in dtypes.FLOATS]
 
 
-def _steps(method: Method) -> list[Edit]:
-    """The edits of a method, those of a chain within a chain included, in order."""
-    return [*method.edits, *_steps(method.codec)] if isinstance(method, Chain) else []
-
-
-def _codec(method: Method) -> Method:
-    """What stores the result of a method's edits."""
-    return _codec(method.codec) if isinstance(method, Chain) else method
-
-
 def _methods(recipe: Recipe) -> list[Method]:
     return [recipe.default, recipe.vectors, *(m for _, m in recipe.overrides)]
 
 
 def _all_edits(recipe: Recipe) -> list[Edit]:
     """Every edit object of a recipe once, in an order in which each follows those before it."""
-    found = [e for _, e in recipe.edits] + [e for m in _methods(recipe) for e in _steps(m)]
+    found = [e for _, e in recipe.edits] + [e for m in _methods(recipe) for e in steps_of(m)]
     return list({id(e): e for e in found}.values())
 
 

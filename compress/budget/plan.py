@@ -20,9 +20,9 @@ from deltafold.compress.dtypes import TORCH
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import EvidenceSource
 from deltafold.compress.methods import LosslessMethod, Method, parse_spec
+from deltafold.compress.methods.chain import looks_around
 from deltafold.compress.progress import OnProgress, ignore
 from deltafold.compress.recipe import Recipe
-from deltafold.compress.survey import looks_around
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ from deltafold.compress.checkpoint import TensorSource
 from deltafold.compress.encode import difference
 from deltafold.compress.evidence import EvidenceSource
 from deltafold.compress.methods import Method, spec_of
+from deltafold.compress.methods.chain import looks_around
 from deltafold.compress.recipe import Recipe
-from deltafold.compress.survey import looks_around, surveyed
+from deltafold.compress.survey import surveyed
 
 
 def prepared(

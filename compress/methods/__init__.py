@@ -26,6 +26,7 @@ from deltafold.compress.methods.int_hessian import IntegerHessian
 from deltafold.compress.methods.integer import Integer
 from deltafold.compress.methods.nm import NMMethod, Stratified
 from deltafold.compress.methods.quantize_and_drop import QuantizeAndDrop
+from deltafold.compress.methods.shift_scale import ShiftScale
 from deltafold.compress.methods.sparse import SparseMethod, TopK
 from deltafold.compress.methods.svd import Svd
 from deltafold.compress.methods.svd_act import SvdAct
@@ -53,6 +54,7 @@ __all__ = [
     "NMMethod",
     "PairMethod",
     "QuantizeAndDrop",
+    "ShiftScale",
     "SparseMethod",
     "Stratified",
     "SurveyedMethod",

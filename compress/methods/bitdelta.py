@@ -18,7 +18,7 @@ from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import Need
 from deltafold.compress.fast import Pair
 from deltafold.compress.methods.base import method
-from deltafold.compress.terms import ColumnPlanes, Context, Encoded, Planes, Term
+from deltafold.compress.terms import ColumnPlanes, Context, Encoded, Planes, Term, scaled
 
 
 @method
@@ -71,11 +71,7 @@ class BitDelta:
         return [self._term()]
 
     def _scaled(self, encoded: Encoded) -> Encoded:
-        term, parts = encoded
-        if self.factor != 1:
-            key = "scales_unit" if "scales_unit" in parts else "scales"
-            parts[key] = parts[key] * self.factor
-        return Encoded(term, parts)
+        return encoded if self.factor == 1 else scaled(encoded, self.factor)
 
     def _term(self) -> Planes | ColumnPlanes:
         # A scale a tensor or row is too few bytes to save on; groups are where half pays.

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 SURFACE = {
     "compress": "-o --out --codec --set --edit --recipe --accept --against --base-quantization "
     "--target-size --max-kl --candidates --dry-run "
-    "--calibrate --calibrate-rows --calibrate-length --reference --device --fit-scales "
+    "--calibrate --calibrate-rows --calibrate-length --reference --device --fit-scales --fit-terms "
     "--fit-steps --fit-lr "
     "--jobs --max-memory --fresh --overwrite --quiet --json --debug",
     "family": "-o --out --method --codec --names --set --accept --overwrite --quiet --json --debug",
