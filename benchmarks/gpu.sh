@@ -10,7 +10,7 @@ mkdir -p "$out"
 plots=()
 "$python" -c "import matplotlib" 2>/dev/null && plots=(--plots "$out")
 "$python" -m pytest tests -q -m gpu
-"$python" -m pytest tests/runtime/test_triton.py tests/runtime/test_triton_batch.py -q
+"$python" -m pytest tests/runtime/test_triton*.py -q
 "$python" benchmarks/linear.py --device cuda --json "$out/linear-gpu.json"
 "$python" benchmarks/kernels.py --device cuda ${FETCH:-} --json "$out/kernels-gpu.json" "${plots[@]}"
 "$python" benchmarks/kernels.py --device cuda --tokens 256 --variants 1 4 \

@@ -21,6 +21,7 @@ CLASSES: Final[Mapping[str, Mapping[str, str]]] = {
         "dare": "competitive",
         "dare-k": "competitive",
         "della": "competitive",
+        "sampled-magnitudes": "decreased",
         "scale": "improved or not",
         "trim": "decreased",
     },

@@ -146,6 +146,19 @@ def context_of(
     return replace(context, evidence=evidence.of(name))
 
 
+def settled_value(
+    name: str, encoded: list[Encoded], value: torch.Tensor, base: torch.Tensor | None
+) -> torch.Tensor:
+    """What the compressed model holds in place of a tensor, float32."""
+    if base is None or is_exact(encoded[0].term):
+        return value.to(torch.float32)
+    shape = tuple(value.shape)
+    padded = pad_rows(base, shape)
+    assert padded is not None
+    context = Context(name, padded)
+    return sum((t.decode(p, shape, context) for t, p in encoded), padded.to(torch.float32))
+
+
 def measure(
     name: str,
     encoded: list[Encoded],

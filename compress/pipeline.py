@@ -275,7 +275,8 @@ def pack(
         staging.keep = job.resumable
         if job.recipe.budget is not None:
             plan = plan_of(job)
-            run = Run(replace(job, recipe=plan.recipe), limits)
+            quality = {**job.quality, "plan": plan.evidence()}
+            run = Run(replace(job, recipe=plan.recipe, quality=quality), limits)
         run.survey()
         manifest, stats = run.write(structure, staging.folder, tokenizer=tokenizer)
         repo = DeltaRepo.open(staging.folder)

@@ -12,7 +12,13 @@ import torch
 from deltafold.compress import dtypes
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
 from deltafold.compress.coded import Coded, Sink
-from deltafold.compress.encode import check_exact, encode_tensor, is_blockwise, measure
+from deltafold.compress.encode import (
+    check_exact,
+    encode_tensor,
+    is_blockwise,
+    measure,
+    settled_value,
+)
 from deltafold.compress.evidence import EvidenceSource
 from deltafold.compress.fingerprint import TensorDigest
 from deltafold.compress.in_blocks import code_in_blocks
@@ -21,8 +27,7 @@ from deltafold.compress.methods import Method
 from deltafold.compress.naming import NamedBase
 from deltafold.compress.quantized import dequantized
 from deltafold.compress.recipe import Recipe
-from deltafold.compress.repo import pad_rows
-from deltafold.compress.terms import Context, Encoded, SharedSource, is_exact
+from deltafold.compress.terms import Encoded, SharedSource
 from deltafold.compress.terms.blocks import block_rows
 
 #: Terms that need no encoder, and the float32 delta that they stand for; or None.
@@ -146,20 +151,7 @@ class Coder:
         )
         check_exact(name, encoded, value, base, TensorDigest(*self.target.spec(name), digest))
         if self.settled is not None:
-            self.settled(name, _settled(name, encoded, value, base))
+            self.settled(name, settled_value(name, encoded, value, base))
         stats = measure(name, encoded, delta, base, self.shared)
         places = [{k: self.sink(part) for k, part in sorted(e.parts.items())} for e in encoded]
         return Coded(base_digest, digest, [e.term for e in encoded], places, stats)
-
-
-def _settled(
-    name: str, encoded: list[Encoded], value: torch.Tensor, base: torch.Tensor | None
-) -> torch.Tensor:
-    """What the compressed model holds in place of a tensor, float32."""
-    if base is None or is_exact(encoded[0].term):
-        return value.to(torch.float32)
-    shape = tuple(value.shape)
-    padded = pad_rows(base, shape)
-    assert padded is not None
-    context = Context(name, padded)
-    return sum((t.decode(p, shape, context) for t, p in encoded), padded.to(torch.float32))

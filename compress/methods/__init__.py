@@ -5,6 +5,7 @@ from deltafold.compress.methods.base import (
     METHODS,
     Method,
     PairMethod,
+    SurveyedMethod,
     bits_per_weight,
     build,
     method_class,
@@ -29,6 +30,7 @@ from deltafold.compress.methods.sparse import SparseMethod, TopK
 from deltafold.compress.methods.svd import Svd
 from deltafold.compress.methods.svd_act import SvdAct
 from deltafold.compress.methods.svd_widths import SvdWidths
+from deltafold.compress.methods.ultradelta import UltraDelta
 
 __all__ = [
     "METHODS",
@@ -53,10 +55,12 @@ __all__ = [
     "QuantizeAndDrop",
     "SparseMethod",
     "Stratified",
+    "SurveyedMethod",
     "Svd",
     "SvdAct",
     "SvdWidths",
     "TopK",
+    "UltraDelta",
     "bits_per_weight",
     "build",
     "method_class",

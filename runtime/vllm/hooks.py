@@ -33,12 +33,14 @@ class Content:
         tables: forms for lookups.
         vectors: differences of one-dimensional parameters, float32, by attribute.
         dense: the whole difference of the weight in the model's dtype, in the dense layout.
+        experts: forms for experts, by attribute and expert.
     """
 
     pieces: list[Piece] = field(default_factory=list)
     tables: list[TablePiece] = field(default_factory=list)
     vectors: dict[str, torch.Tensor] = field(default_factory=dict)
     dense: torch.Tensor | None = None
+    experts: dict[tuple[str, int], list[Piece]] = field(default_factory=dict)
 
 
 @dataclass
@@ -255,7 +257,7 @@ def _of_slots(held: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
 HOOKS: Final[list[Any]] = []
 
 
-def register(hook: LayerHook | NormHook) -> torch.Tensor:
+def register(hook: Any) -> torch.Tensor:
     """Number a hook; the number is what its layer hands to the operators."""
     HOOKS.append(hook)
     return torch.tensor(len(HOOKS) - 1, dtype=torch.int64, device="cpu")

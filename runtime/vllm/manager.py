@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
-from deltafold.runtime.vllm.checks import check_config, probe
+from deltafold.runtime.vllm.checks import check_config, check_copy, probe
 from deltafold.runtime.vllm.routes import find_routes
 from deltafold.runtime.vllm.rows import StepRows
 from deltafold.runtime.vllm.settings import Settings
@@ -66,7 +66,9 @@ class DeltaManager:
         )
         tokens = _most_tokens(vllm_config)
         self.rows = StepRows.make(tokens, tokens, device)
-        self._source = Source(Checkpoint.open(vllm_config.model_config.model))
+        served = Checkpoint.open(vllm_config.model_config.model)
+        self._source = Source(Checkpoint.open(settings.base) if settings.base else served)
+        check_copy(served, self._source.base)
         routes = find_routes(vllm_config, self._source.base)
         sites = install(model, routes, self.rows, slots, dense=self.dense)
         self._sites = sites
@@ -116,10 +118,11 @@ class DeltaManager:
         return {*self._repos, *self._dummies}
 
     def pin_adapter(self, number: int) -> bool:
-        """Keep a variant in host memory."""
+        """Keep a variant in host memory, and in its slot as long as another one's can be taken."""
         if number not in self._repos:
             return False
         self._pinned.add(number)
+        self._host_copy(number)
         return True
 
     def set_active_adapters(self, requests: Iterable[Any], mapping: Any) -> None:
@@ -215,8 +218,8 @@ class DeltaManager:
             self._used.move_to_end(number)
             return
         if None not in self._slots:
-            old = next(n for n in self._used if n not in wanted)
-            self._vacate(old)
+            free = [n for n in self._used if n not in wanted]
+            self._vacate(next((n for n in free if n not in self._pinned), free[0]))
         loaded = None if number in self._dummies else self._host_copy(number)
         slot = self._slots.index(None)
         for name, hook in self._sites.hooks.items():

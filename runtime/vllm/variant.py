@@ -11,6 +11,7 @@ from deltafold.compress.errors import name_some
 from deltafold.compress.terms import Context, Encoded
 from deltafold.runtime.kernels.forms import Target, table_form
 from deltafold.runtime.kernels.reference import Dense, dense_delta
+from deltafold.runtime.vllm.experts import DOWN, GATE_UP, ExpertsHook
 from deltafold.runtime.vllm.hooks import Content
 from deltafold.runtime.vllm.routes import Move, Routes
 from deltafold.runtime.vllm.sites import Site, Sites
@@ -113,6 +114,9 @@ class Loader:
                 self._at(loaded.content(site.hook.name), one, move, site)
 
     def _at(self, content: Content, one: _Tensor, move: Move, site: Site) -> None:
+        if site.experts:
+            self._at_experts(content, one, move, site)
+            return
         if not site.multiplies:
             held = content.vectors.setdefault(site.attribute, torch.zeros(move.shape))
             move.target.of(held).copy_(move.source.of(one.delta()))
@@ -132,6 +136,43 @@ class Loader:
         if site.looks_up and (calls.lookups or not calls.products):
             table = table_form(one.encoded, matrix, one.context, target)
             content.tables.append(TablePiece(window.rows, window.row, table))
+
+    def _at_experts(self, content: Content, one: _Tensor, move: Move, site: Site) -> None:
+        """Forms for one expert, or dense parts where one tensor of the checkpoint holds several."""
+        self._read_base(site)
+        target = Target(torch.device("cpu"), self.dtype)
+        rows = move.as_expert_rows(one.shape)
+        if rows is not None:
+            expert, window, first = rows
+            matrix = (one.shape[0], one.shape[1])
+            form = windowed_form(one.encoded, matrix, one.context, target, window)
+            mine = content.experts.setdefault((site.attribute, expert), [])
+            mine.append(Piece(first, window.rows, form))
+            return
+        whole = torch.zeros(move.shape, dtype=self.dtype)
+        move.target.of(whole).copy_(move.source.of(one.delta()))
+        for expert, matrix_of in enumerate(whole):
+            if matrix_of.any():
+                mine = content.experts.setdefault((site.attribute, expert), [])
+                mine.append(Piece(0, move.shape[1], Dense(matrix_of)))
+
+    def _read_base(self, site: Site) -> None:
+        """The base's own experts in plain layout, once for all variants."""
+        hook = site.hook
+        assert isinstance(hook, ExpertsHook)
+        for attribute in (GATE_UP, DOWN):
+            if attribute in hook.base:
+                continue
+            parameter = f"{hook.name}.{attribute}"
+            held: torch.Tensor | None = None
+            for tensor, moves in self.routes.moves.items():
+                for move in moves:
+                    if move.parameter != parameter:
+                        continue
+                    held = torch.zeros(move.shape, dtype=self.dtype) if held is None else held
+                    move.target.of(held).copy_(move.source.of(self.base.tensor(tensor)))
+            assert held is not None, parameter
+            hook.base[attribute] = held
 
     def _whole(self, content: Content, one: _Tensor, move: Move, site: Site) -> None:
         """One dense difference of the whole parameter, filled part by part."""

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from deltafold.server.cli.budget import BudgetOptions, budget_options, dry_text, wanted_evidence
-from deltafold.server.cli.calibration import CalibrationOptions, calibration_options, judge_of
+from deltafold.server.cli.calibration import (
+    CalibrationOptions,
+    calibrated,
+    calibration_options,
+    judge_of,
+)
 from deltafold.server.cli.command import command_line
 from deltafold.server.cli.machine import (
     MachineOptions,
@@ -140,16 +146,21 @@ def compress(
         fresh=machine.fresh,
     )
     if fit_scales:
-        pack = _fitting(evidence, fit_steps, fit_lr, base_quantization)
+        pack = _fitting(calibrated(evidence), fit_steps, fit_lr, base_quantization)
         # It packs into a folder of its own, which is always fresh.
         pack = partial(pack, jobs=machine.threads, max_memory=machine.max_memory)
     began = time.monotonic()
     with output.progress() as progress:
         settings: dict[str, Any] = {"accept": accept, "evidence": evidence, "progress": progress}
+        quality: dict[str, Any] = {}
+        if evidence is not None:
+            record = evidence.record()
+            quality |= record if calibrated(evidence) is None else {"calibration": record}
+        plan = None
         if dry_run or (fit_scales and chosen.budget):
             plan = plan_checkpoint(base, variant, recipe=chosen, judge=judge, **settings)
             # Scales are fitted to the codecs that were chosen.
-            chosen = plan.recipe
+            chosen, quality["plan"] = plan.recipe, plan.evidence()
         if not dry_run:
             report = pack(
                 base,
@@ -158,13 +169,16 @@ def compress(
                 recipe=chosen,
                 overwrite=overwrite,
                 command=command_line("compress"),
-                quality={"calibration": evidence.record()} if evidence else None,
+                quality=quality,
                 **settings,
             )
     if dry_run:
+        assert plan is not None
         output.result(plan.to_json(), dry_text(plan))
         return
     seconds = time.monotonic() - began
+    if plan is not None:
+        report = replace(report, plan=plan)
     output.result(pack_data(report, seconds), pack_text(report, seconds))
 
 

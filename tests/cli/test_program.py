@@ -38,7 +38,7 @@ SURFACE = {
     "verify": "--base --full --quiet --json --debug",
     "eval": "--base --against --data --rows --length --device --dry-run --quiet --json --debug",
     "diagnose": "--calibrate --calibrate-rows --calibrate-length --codec --edit --steps --group-size "
-    "--device -o --out --quiet --json --debug",
+    "--reference --device -o --out --quiet --json --debug",
     "restore": "--base -o --out --dtype --overwrite --quiet --json --debug",
     "export": "--base --to -o --out --rank --drop --dtype --overwrite --quiet --json --debug",
     "report": "-o --out --svg-dir --json --debug",

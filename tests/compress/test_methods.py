@@ -67,6 +67,8 @@ SPECS = [
     "svd-widths:bits=2,group=16",
     "topk",
     "topk:keep=0.01,bits=8",
+    "ultradelta",
+    "ultradelta:bits=3,drop=0.5,step=0.02,gamma=0.8,seed=4",
 ]
 every_spec = pytest.mark.parametrize("spec", SPECS)
 

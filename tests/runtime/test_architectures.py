@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import arch_encoders
+import arch_sequences
 import arch_table
 import pytest
 import torch
@@ -225,6 +227,21 @@ def test_the_page_is_current() -> None:
     assert page.read_text("utf-8") == arch_table.document(), (
         "run: python tests/arch_table.py > docs/architectures.md"
     )
+
+
+def test_the_readme_counts_them() -> None:
+    decoders, encoders = arch_table.FAMILIES, arch_encoders.ENCODERS
+    rebuilt = sum(bool(f.rebuilt) for f in (*decoders, *encoders))
+    everyone = len(decoders) + len(arch_sequences.SEQUENCES) + len(encoders)
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text("utf-8").split())
+    for words in (
+        f"all of {len(decoders)} decoder architectures",
+        f"{len(arch_sequences.SEQUENCES)} with an encoder or eyes",
+        f"{len(encoders)} encoders and vision models",
+        f"In {everyone - rebuilt} of these {everyone} its delta is added",
+        f"in {rebuilt} it gets a dense model",
+    ):
+        assert words in readme, words
 
 
 def test_places_are_found_by_content() -> None:
