@@ -11,7 +11,7 @@ from typing import Final
 
 import torch
 
-from deltafold.compress import dtypes, fast
+from deltafold.compress import dtypes, fast, rooms
 from deltafold.compress.coded import Coded, TensorStats
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.journal import Journal, Record
@@ -105,6 +105,7 @@ def code_all(
             progress(Progress("pack", name, done, len(names), nbytes))
     finally:
         fast.forget()
+        rooms.forget()
         torch.set_num_threads(threads)
 
 
