@@ -120,12 +120,12 @@ class ExpertsHook:
         return ids if where is None else where[ids.long()]
 
 
-def why_not(layer: Any, *, dense: bool) -> str:
+def why_not(layer: Any, *, fixed: bool) -> str:
     """Why a layer's experts cannot be changed by request; empty where they can."""
     method = layer.quant_method
     if type(method).__name__ != "UnquantizedFusedMoEMethod":
         return f"its experts are in the hands of {type(method).__name__}"
-    if dense:
+    if fixed:
         return "experts have no form of fixed shape yet, which a GPU needs"
     if method.is_monolithic:
         return "its kernel chooses experts by itself"

@@ -9,8 +9,6 @@ from typing import Any
 
 from deltafold.compress import Checkpoint
 from deltafold.compress.errors import DeltafoldError
-from deltafold.compress.fingerprint import Digests, digest_source
-from deltafold.compress.lora import cached_lora
 from deltafold.runtime.vllm.settings import Settings
 from deltafold.runtime.vllm.source import Source, tagged, untagged
 from deltafold.runtime.vllm.texts import OwnText, Texts, texts_of
@@ -123,7 +121,7 @@ class Front:
     def _read(self) -> tuple[Source, Zoo, Texts]:
         source = Source(Checkpoint.open(self._base))
         folder = Path(self.settings.zoo).expanduser() if self.settings.zoo else None
-        zoo = open_zoo(source.base, source.digests(), folder, self._names)
+        zoo = source.zoo(folder, self._names)
         return source, zoo, texts_of(self._engine, source.base.folder)
 
 
@@ -131,24 +129,8 @@ class RefusedError(Exception):
     """What a worker said of a variant, as text: errors do not cross processes whole."""
 
 
-def open_zoo(base: Checkpoint, digests: Digests, folder: Path | None, names: list[str]) -> Zoo:
-    """A zoo of deltas and LoRAs for a base.
-
-    Raises:
-        DeltafoldError: `not-found`, `bad-argument`.
-    """
-    return Zoo(
-        folder,
-        digests,
-        base.reference.name,
-        reserved={"base", *names},
-        import_lora=lambda lora: cached_lora(base, lora),
-    )
-
-
 def check_zoo(base: str, zoo: str) -> None:
     """Raises what is wrong with the first broken delta of a zoo."""
-    checkpoint = Checkpoint.open(base)
-    opened = open_zoo(checkpoint, digest_source(checkpoint), Path(zoo).expanduser(), [])
-    for entry in opened.entries():
+    source = Source(Checkpoint.open(base))
+    for entry in source.zoo(Path(zoo).expanduser()).entries():
         entry.opened()

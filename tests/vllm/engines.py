@@ -65,8 +65,8 @@ def plain(folder: Path, *, in_process: bool = True, **options: Any) -> Iterator[
 
 
 def serving(folder: Path, *, max_loras: int = 3, **options: Any) -> Any:
-    """vLLM with deltas on a base; `options` are vLLM's, but for `slots` and `base`."""
-    mine = {name: options.pop(name) for name in ("slots", "base") if name in options}
+    """vLLM with deltas on a base; `options` are vLLM's, but for `slots`, `base` and `zoo`."""
+    mine = {name: options.pop(name) for name in ("slots", "base", "zoo") if name in options}
     own = {"deltafold": mine}
     return plain(folder, enable_lora=True, max_loras=max_loras, additional_config=own, **options)
 
