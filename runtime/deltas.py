@@ -190,8 +190,10 @@ class Deltas:
         What a mixture shares with its components is counted once, with these. What variants of a
         family share is there once, under `.families`, a name that no variant can have.
         """
-        loaded = {v.folder.name: v.nbytes for v in self._residency.resident().values()}
-        common = {FOLDER: size} if (size := shared_bytes()) else {}
+        held = self._residency.resident().values()
+        loaded = {v.folder.name: v.nbytes for v in held}
+        families = {f for v in held if isinstance(v, LoadedVariant) for f in v.families}
+        common = {FOLDER: size} if (size := shared_bytes(families)) else {}
         return self._blends.resident() | loaded | common
 
     def close(self) -> None:
