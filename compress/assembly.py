@@ -225,6 +225,7 @@ class Run:
             format_version=self._version(),
             base_quantization=job.quantization,
             base_names=job.source.scheme,
+            untied=job.source.untied or None,
             delta_id="sha256:" + "0" * 64,
             base=_origin(job.source, base),
             variant=_origin(job.target, variant),
@@ -248,7 +249,8 @@ class Run:
         return draft.model_copy(update={"delta_id": draft.content_digest()})
 
     def _version(self) -> str:
-        return version_for(self.job.quantization, self.job.source.scheme)
+        source = self.job.source
+        return version_for(self.job.quantization, source.scheme, source.untied)
 
     def _identity(self) -> str:
         """What a journal belongs to: inputs as they are now, settings, and this version."""

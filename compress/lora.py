@@ -354,7 +354,7 @@ def _is_tied_table(base: Checkpoint, name: str) -> bool:
     """Whether a tensor is a vocabulary's table in a base that ties its tables."""
     words, tied = vocabulary(base.folder)
     shape = base.spec(name).shape if name in base else ()
-    return tied and len(shape) == 2 and shape[0] == words
+    return tied is True and len(shape) == 2 and shape[0] == words
 
 
 def _own_companions(lora: Path) -> dict[str, Path]:

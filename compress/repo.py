@@ -138,7 +138,7 @@ class DeltaRepo:
 
     def named(self, base: Checkpoint) -> NamedBase:
         """The base under the fine-tune's names."""
-        return NamedBase(base, self.manifest.base_names)
+        return NamedBase(base, self.manifest.base_names, self.manifest.untied)
 
     def base_tensor(self, base: Checkpoint, name: str) -> torch.Tensor | None:
         """What a tensor's delta is added to: the base's tensor, or its dequantised values (float32).

@@ -112,6 +112,17 @@ def check_coverage(repo: DeltaRepo, base: Mapping[str, TensorDigest]) -> None:
             f"{repo.folder}: its base_names give two tensors of the base one name.",
             fix="pack the fine-tune again",
         )
+    untied = manifest.untied or {}
+    gone = set(manifest.absent)
+    odd = sorted(n for n, tied in untied.items() if n in {*base, *gone} or tied not in base)
+    if odd or manifest.untied == {}:
+        raise DeltafoldError(
+            "bad-manifest",
+            f"{repo.folder}: what it says of untied tensors does not fit its base.",
+            facts=[("untied", ", ".join(odd) or "nothing")],
+            fix="pack the fine-tune again",
+        )
+    base |= {name: base[tied] for name, tied in untied.items()}
     known = {*manifest.tensors, *manifest.unchanged, *manifest.absent}
     missing = sorted(set(base) - known)
     orphans = sorted({*manifest.unchanged, *manifest.absent} - set(base))

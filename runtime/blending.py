@@ -73,11 +73,16 @@ def check_mixable(first: DeltaRepo, other: DeltaRepo) -> None:
 
 
 def _resized(repo: DeltaRepo) -> dict[str, list[int]]:
-    """Tables with other rows than the base's, by the base's own names."""
+    """Tables with other rows than the base's, by the base's own names; a table that is one with another
+    in the base has as many as that.
+    """
+    untied = repo.manifest.untied or {}
     return {
         _own(repo, name): list(entry.shape)
         for name, entry in sorted(repo.manifest.tensors.items())
-        if entry.base_shape is not None and tuple(entry.base_shape) != tuple(entry.shape)
+        if name not in untied
+        and entry.base_shape is not None
+        and tuple(entry.base_shape) != tuple(entry.shape)
     }
 
 

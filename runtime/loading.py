@@ -203,7 +203,7 @@ class _Load:
             return True
         stored = self.base.tensor(tensor) if tensor in self.base else None
         if stored is not None and (name is None or not self._same(name, stored)):
-            (own,) = self.base.likely(tensor)
+            own = self.base.likely(tensor)[0]
             region = self.slots.region(own, stored, self.base.checkpoint.names())
             if region is None and name is not None:
                 raise self._unsupported(

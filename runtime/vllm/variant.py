@@ -69,6 +69,11 @@ class Loader:
             DeltafoldError: `checksum`; `engine-unsupported` for a tensor that no hook can change.
         """
         loaded = LoadedVariant(repo.digest)
+        if repo.manifest.untied:
+            names = ", ".join(repo.manifest.untied)
+            raise _unsupported(
+                str(repo.folder), f"vLLM holds {names} and another tensor as one", []
+            )
         for tensor in sorted(repo.manifest.tensors):
             self._check(repo, tensor)
         with torch.no_grad():
