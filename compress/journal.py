@@ -119,6 +119,10 @@ class Journal:
             count += more
         return raw.view(dtype).reshape(place.shape)
 
+    def pieces(self, place: Place) -> list[torch.Tensor]:
+        """One part read back, as those take it that write tensors in pieces."""
+        return [self.part(place)]
+
     def reader(self, places: Mapping[str, Place]) -> Mapping[str, torch.Tensor]:
         """Parts by name, each read when it is asked for."""
         return _Parts(self, places)
