@@ -175,6 +175,17 @@ def is_journal(path: Path) -> bool:
     return path.name in (_JOURNAL, _SPOOL)
 
 
+def is_resumable(folder: Path) -> bool:
+    """Whether a run of the same inputs and settings would go on with what was finished here."""
+    try:
+        with (folder / _JOURNAL).open("rb") as file:
+            first, second = _parsed(file.readline()), _parsed(file.readline())
+    except OSError:
+        return False
+    named = first is not None and bool(first.get("identity"))
+    return named and second is not None and "record" in second
+
+
 def clear(folder: Path) -> None:
     """Remove what a run that was cut short left, but for its journal."""
     for path in folder.iterdir():
