@@ -194,7 +194,7 @@ class Run:
         for record in records:
             for number, places in enumerate(record.parts):
                 for key, place in sorted(places.items()):
-                    load = partial(journal.part, place)
+                    load = partial(journal.pieces, place)
                     deferred = Deferred(dtypes.TORCH[place.dtype], place.shape, load)
                     writer.add(payload_key(record.name, number, key), deferred)
         return writer.finish()

@@ -11,7 +11,7 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -272,16 +272,18 @@ def file_head(
 
 @dataclass(frozen=True, slots=True)
 class Deferred:
-    """A tensor that is made when it is written: dtype and shape, and who makes it."""
+    """A tensor that is made when it is written: dtype and shape, and who makes it, in pieces that
+    follow each other in memory order.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    load: Callable[[], torch.Tensor]
+    load: Callable[[], Iterable[torch.Tensor]]
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Deferred:
         """A tensor that is there already."""
-        return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+        return cls(tensor.dtype, tuple(tensor.shape), lambda: [tensor])
 
     @property
     def nbytes(self) -> int:
@@ -294,7 +296,7 @@ def write_file(
 ) -> None:
     """Write tensors to a file whose bytes depend on nothing but its content.
 
-    Of those that are deferred one is held at a time. The library's own writer puts metadata in an
+    Of those that are deferred one piece is held at a time. The library's own writer puts metadata in an
     order of chance, reports a full disk as an error that is no `OSError`, and makes a file that other
     users cannot read.
     """
@@ -303,9 +305,11 @@ def write_file(
     with path.open("wb") as file:
         file.write(head)
         for name in order:
-            tensor, promised = deferred[name].load(), deferred[name]
-            assert (tensor.dtype, tuple(tensor.shape)) == (promised.dtype, promised.shape), name
-            file.write(dtypes.raw_bytes(tensor).numpy().data)
+            promised, left = deferred[name], deferred[name].nbytes
+            for piece in promised.load():
+                assert piece.dtype == promised.dtype, name
+                left -= file.write(dtypes.raw_bytes(piece).numpy().data)
+            assert not left, f"{name}: {left} bytes are missing"
 
 
 def _let_go(held: mmap.mmap, start: int, stop: int) -> None:

@@ -47,7 +47,7 @@ SURFACE = {
     "zoo list": "--json --debug",
     "zoo rm": "--force --json --debug",
     "zoo alias": "--rm --json --debug",
-    "zoo gc": "--dry-run --min-bytes --quiet --json --debug",
+    "zoo gc": "--dry-run --min-bytes --quiet --json --debug --unfinished",
     "zoo verify": "--base --full --quiet --json --debug",
     "pull": "-o --out --zoo --name --revision --overwrite --quiet --json --debug",
     "push": "--private --revision --dry-run --quiet --json --debug",
