@@ -49,6 +49,7 @@ class LoadedVariant:
         homes: every module to wrap, by name.
         applied: tensors of the delta that found their place.
         borrowed: whether the forms are those of other variants (a mixture's are).
+        families: digests of the families whose tensors it shares with others.
     """
 
     digest: str
@@ -61,6 +62,7 @@ class LoadedVariant:
     homes: dict[str, Home] = field(default_factory=dict)
     applied: set[str] = field(default_factory=set)
     borrowed: bool = False
+    families: frozenset[str] = frozenset()
 
     def vectors_of(self, module: str) -> dict[str, torch.Tensor]:
         """Differences that one wrapped module brings in, by path."""
@@ -161,7 +163,7 @@ def load_variant(
     problem = misfit(repo, base, slots, base_config, whole=beside is None)
     if problem is not None:
         raise problem
-    loaded = LoadedVariant(repo.digest, repo.folder)
+    loaded = LoadedVariant(repo.digest, repo.folder, families=frozenset(repo.families))
     load = _Load(loaded, repo, repo.named(base), slots, target, frozenset(beside or ()))
     lost = [tensor for tensor in sorted(repo.manifest.tensors) if not load.tensor(tensor)]
     if lost:

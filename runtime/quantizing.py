@@ -15,12 +15,12 @@ from deltafold.runtime.quantized import QuantizedLinear, need_bitsandbytes
 from deltafold.runtime.slots import Slot, SlotMap
 
 
-def check_quantization(base: Checkpoint, method: str) -> None:
+def check_quantization(base: Checkpoint, method: str, device: torch.device) -> None:
     """Refuse what cannot be quantised before the model is read.
 
     Raises:
         DeltafoldError: `bad-argument` for an unknown method and for a checkpoint that is quantised
-            already, `missing-extra` where bitsandbytes is needed and not installed.
+            already, `missing-extra` where bitsandbytes is needed and cannot be used on this device.
     """
     quantization_of(base, method)
     if _says_quantised(base.folder):
@@ -30,7 +30,7 @@ def check_quantization(base: Checkpoint, method: str) -> None:
             fix="leave --base-quantization out, or give the base in its 16-bit form",
         )
     if method == "nf4":
-        need_bitsandbytes()
+        need_bitsandbytes(device)
 
 
 @torch.no_grad()

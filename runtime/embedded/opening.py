@@ -16,6 +16,7 @@ from deltafold.compress import Checkpoint, DeltafoldError
 from deltafold.compress.fingerprint import digest_source
 from deltafold.runtime.deltas import Deltas, Rebuild
 from deltafold.runtime.embedded.products import quicken
+from deltafold.runtime.gate import GATE
 from deltafold.runtime.quantizing import check_quantization, quantize_base
 from deltafold.runtime.quiet import quiet
 from deltafold.runtime.zoo import check_folder
@@ -70,8 +71,8 @@ def open_model(
     checkpoint = Checkpoint.open(base)
     where = _device(device)
     if base_quantization is not None:
-        check_quantization(checkpoint, base_quantization)
-    with quiet(checkpoint.nbytes() < _WORTH_A_BAR):
+        check_quantization(checkpoint, base_quantization, where)
+    with GATE.loading(), quiet(checkpoint.nbytes() < _WORTH_A_BAR):
         model = _generating_class(checkpoint.folder).from_pretrained(
             checkpoint.folder, dtype=_dtype(dtype, checkpoint, where), local_files_only=True
         )
@@ -93,12 +94,18 @@ def open_model(
 
 
 def generates(base: str | Path) -> bool:
-    """Whether a base was saved as a model that generates text; True where it does not say."""
+    """Whether a base was saved as a model that text can be generated with here; True where it does
+    not say.
+    """
     need_transformers()
-    from deltafold.runtime.embedded.heads import named_class
+    from deltafold.runtime.embedded.plans import named_class
+    from deltafold.runtime.embedded.runner import cache_argument
 
-    _, cls = named_class(Checkpoint.open(base).folder)
-    return cls is None or bool(cls.can_generate())
+    config, cls = named_class(Checkpoint.open(base).folder)
+    if cls is None:
+        return True
+    pairs = bool(getattr(config, "is_encoder_decoder", False))
+    return bool(cls.can_generate()) and (pairs or bool(cache_argument(cls)))
 
 
 def load_bare(
@@ -110,7 +117,7 @@ def load_bare(
         The model, in eval mode, and the names of its tensors that the checkpoint does not bring.
     """
     where = _device(device)
-    with quiet(checkpoint.nbytes() < _WORTH_A_BAR), _no_report():
+    with GATE.loading(), quiet(checkpoint.nbytes() < _WORTH_A_BAR), _no_report():
         model, info = cls.from_pretrained(
             checkpoint.folder,
             dtype=_dtype(dtype, checkpoint, where),

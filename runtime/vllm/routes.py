@@ -79,6 +79,16 @@ class Move:
             return None
         return Window(row, rows, column, columns), self.target.offset // max(width, 1)
 
+    def as_expert_rows(self, shape: tuple[int, ...]) -> tuple[int, Window, int] | None:
+        """As `as_rows` for a parameter `[experts, N, M]`: the expert, the window, the first row."""
+        if len(self.shape) != 3:
+            return None
+        size = self.shape[1] * self.shape[2]
+        expert, offset = divmod(self.target.offset, max(size, 1))
+        target = Region(self.target.size, self.target.stride, offset)
+        rows = Move(self.parameter, self.source, target, self.shape[1:]).as_rows(shape)
+        return None if rows is None else (expert, *rows)
+
 
 def _strides_fit(region: Region, width: int) -> bool:
     rows, columns = region.size
@@ -191,6 +201,8 @@ def _empty_model(vllm_config: Any) -> Any:
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     config = copy.copy(vllm_config)
+    # Of a quantised base too the routes are those of plain weights: its deltas are not quantised.
+    config.quant_config = None
     config.compilation_config = copy.copy(vllm_config.compilation_config)
     config.compilation_config.static_forward_context = {}
     config.compilation_config.mode = CompilationMode.NONE

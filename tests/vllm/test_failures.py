@@ -9,12 +9,14 @@ from typing import Any
 
 import engines
 import pytest
+import talker
 import torch
 import zoo_models
 from safetensors.torch import load_file, save_file
 
 from deltafold.compress import DeltafoldError
 from deltafold.runtime.vllm.source import tagged
+from deltafold.runtime.vllm.variant import Loader
 
 
 def lora(name: str, number: int, path: Path | str) -> Any:
@@ -26,7 +28,9 @@ def lora(name: str, number: int, path: Path | str) -> Any:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> zoo_models.Models:
     folder = tmp_path_factory.mktemp("failures")
-    models = engines.make(folder, "Llama", {"sign1": "bitdelta", "rank8": "svd:rank=8"})
+    codecs = {"sign1": "bitdelta", "rank8": "svd:rank=8"}
+    models = engines.make(folder, "Llama", codecs, vocab_size=136)
+    talker.make(folder)
     for name in ("temporary", "flipped"):
         shutil.copytree(models.zoo / "sign1", models.zoo / name)
     payload = models.zoo / "flipped" / "delta.safetensors"
@@ -64,7 +68,10 @@ def resized(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_bad_variant_is_refused_and_the_engine_serves_on(made, other, tmp_path):
+def test_a_bad_variant_is_refused_and_the_engine_serves_on(made, other, tmp_path, monkeypatch):
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
     bad = {
         "not-found": made.zoo / "nowhere",
         "not-a-delta": made.base,
@@ -92,8 +99,31 @@ def test_a_bad_variant_is_refused_and_the_engine_serves_on(made, other, tmp_path
         assert engines.ask(llm, engines.PROMPTS, [good] * 4) == before
         assert engines.ask(llm, engines.PROMPTS, [temporary] * 4) == first
 
+        # Offline too a variant ends by its own end token; text would be the base's tokenizer's.
+        speaker = lora("talker", 4, made.zoo / "talker")
+        own = talker.Dense(made.base.parent)
+        prompt = own.render([{"role": "user", "content": "hello"}])
+        greedy = SamplingParams(temperature=0, max_tokens=talker.MOST)
+        (out,) = llm.generate({"prompt_token_ids": prompt}, greedy, lora_request=speaker)
+        assert list(out.outputs[0].token_ids) == own.generate(prompt)
+        with pytest.raises(VLLMValidationError, match="a tokenizer of its own"):
+            llm.generate("hello", greedy, lora_request=speaker)
+
+        # With room for one in host memory, a pinned variant is read once, whoever comes between.
+        read, load = [], Loader.load
+        monkeypatch.setattr(Loader, "load", lambda *a: read.append(a[1].folder.name) or load(*a))
+        assert llm.llm_engine.pin_lora(1)
+        rank8 = lora("rank8", 3, made.zoo / "rank8")
+        for one in (rank8, temporary, rank8, good):
+            engines.ask(llm, [[1, 2, 3]], [one])
+        assert read == ["sign1", "rank8", "temporary", "rank8"]
+
+        temporary_files = str(made.zoo / "temporary")
+        assert temporary_files in Path("/proc/self/maps").read_text()
+        assert llm.llm_engine.remove_lora(3)
         assert llm.llm_engine.remove_lora(2)
-        assert llm.llm_engine.list_loras() == {1}
+        assert temporary_files not in Path("/proc/self/maps").read_text()
+        assert llm.llm_engine.list_loras() == {1, 4}
         with pytest.raises(DeltafoldError, match="not-found"):
             engines.ask(llm, [[1, 2, 3]], [temporary])
         assert engines.ask(llm, engines.PROMPTS, [good] * 4) == before
