@@ -230,8 +230,8 @@ def _print(
         if row["case"] == "bitdelta:bits=1" and options.device == "cpu":
             base, dense = float(str(row["over_base"])), 1 / float(str(row["over_dense"]))
             print(
-                f"{row['dtype']}, base + {options.variants} variants at 1 bit: {base:.2f} times the "
-                f"base (goal: at most {most}), {dense:.2f} times as fast as dense copies (goal: {faster})"
+                f"{row['dtype']}, base + {options.variants} variants at 1 bit: {base:.2f} of the base "
+                f"(goal: at most {most}), {dense:.2f} times as fast as dense copies (goal: {faster})"
             )
     print(
         f"\n{'one tensor at load':<28} {'laid out, ms':>13} {'dense copy, ms':>15} {'bits held':>10}"

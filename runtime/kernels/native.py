@@ -26,6 +26,12 @@ def signs_library() -> ctypes.CDLL | None:
         integer, integer, integer, integer, integer,  # planes, groups, width, words, rows
         integer, pointer, pointer,  # columns of a lookup, scratch, y
     ]  # fmt: skip
+    library.signs_lay.restype = None
+    library.signs_lay.argtypes = [
+        pointer, integer, integer, integer,  # fields, planes, rows, columns
+        integer, integer, integer, integer, integer,  # groups, width, words, padded rows, columns of
+        pointer,  # a lookup, out
+    ]  # fmt: skip
     library.signs_dense.restype = None
     library.signs_dense.argtypes = [
         pointer, pointer, pointer,  # signs, levels, offsets

@@ -192,3 +192,32 @@ void signs_dense(const uint32_t *signs, const float *levels, const float *offset
         }
     }
 }
+
+/* Lays signs out: bit p of fields[n][m] is the sign of plane p. `out` is the words, cleared before. */
+void signs_lay(const uint8_t *fields, int64_t planes, int64_t count, int64_t columns, int64_t groups,
+               int64_t width, int64_t words, int64_t rows, int64_t each, uint32_t *out) {
+    int64_t blocks = rows / ROWS, used = WORD / each * each;
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < count; n++)
+        for (int64_t g = 0; g < groups; g++) {
+            int64_t begin = g * width, end = begin + width < columns ? begin + width : columns;
+            for (int64_t w = 0; w < words; w++) {
+                int64_t from = begin + w * used, left = end - from < used ? end - from : used;
+                if (left <= 0) continue;
+                const uint8_t *source = fields + n * columns + from;
+                uint8_t some[WORD] = {0};
+                if (from + WORD > columns) {
+                    __builtin_memcpy(some, source, left);
+                    source = some;
+                }
+                __m256i bytes = _mm256_loadu_si256((const __m256i *)source);
+                uint32_t mask = left == 32 ? 0xffffffffu : (1u << left) - 1;
+                for (int64_t p = 0; p < planes; p++) {
+                    /* Bit p of each byte becomes its highest, which a mask of bytes is made of. */
+                    __m256i top = _mm256_sll_epi16(bytes, _mm_cvtsi32_si128((int)(7 - p)));
+                    int64_t at = ((p * blocks + n / ROWS) * groups * words + g * words + w) * ROWS;
+                    out[at + n % ROWS] = (uint32_t)_mm256_movemask_epi8(top) & mask;
+                }
+            }
+        }
+}

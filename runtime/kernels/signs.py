@@ -14,6 +14,7 @@ from typing import Final
 
 import torch
 
+from deltafold.compress import bits as packing
 from deltafold.compress.terms import Codebook, Codes, ColumnPlanes, Planes, scales
 from deltafold.compress.terms.base import Parts
 from deltafold.runtime.kernels.native import lookup_columns, signs_library
@@ -143,13 +144,15 @@ def planes_words(term: Planes, parts: Parts, shape: tuple[int, int]) -> SignWord
         return None
     rows, columns = shape
     width = term.group if term.scale == "group" else max(columns, 1)
-    plus = torch.stack([signs for signs, _ in term.planes(parts, shape)])
+    fields = torch.zeros(shape, dtype=torch.uint8)
+    for i, plane in enumerate(parts["signs"]):
+        fields |= packing.unpack(plane, 1, columns) << i
     levels = term.levels(parts)
     if levels.dim() == 1:
         levels = levels.unsqueeze(1).expand(-1, rows)
     if levels.dim() == 2:
         levels = levels.unsqueeze(2)
-    return _packed(plus, levels.transpose(1, 2), None, width, library)
+    return _packed(fields, levels.transpose(1, 2), None, width, library)
 
 
 def codes_words(term: Codes, parts: Parts, shape: tuple[int, int]) -> SignWords | None:
@@ -158,13 +161,10 @@ def codes_words(term: Codes, parts: Parts, shape: tuple[int, int]) -> SignWords 
     if library is None:
         return None
     columns = shape[1]
-    width = term.group or max(columns, 1)
-    codes, scale = term.grid(parts, shape)
-    shifted = codes.to(torch.int32) + 2 ** (term.bits - 1)
-    plus = torch.stack([(shifted >> i & 1).bool() for i in range(term.bits)])
-    per_group = (scale[:, ::width] if scale.shape[1] > 1 else scale).T
+    fields = packing.unpack(parts["codes"], term.bits, columns)
+    per_group = scales.load(dict(parts), term.scale_format, "scales").T
     levels = torch.stack([per_group * 2.0 ** (i - 1) for i in range(term.bits)])
-    return _packed(plus, levels, per_group * -0.5, width, library)
+    return _packed(fields, levels, per_group * -0.5, term.group or max(columns, 1), library)
 
 
 def codebook_words(term: Codebook, parts: Parts, shape: tuple[int, int]) -> SignWords | None:
@@ -173,7 +173,10 @@ def codebook_words(term: Codebook, parts: Parts, shape: tuple[int, int]) -> Sign
     if library is None:
         return None
     planes, levels = codebook_planes(term, parts, shape)
-    return _packed(planes, levels, None, max(shape[1], 1), library)
+    fields = torch.zeros(shape, dtype=torch.uint8)
+    for i, plane in enumerate(planes):
+        fields |= plane.to(torch.uint8) << i
+    return _packed(fields, levels, None, max(shape[1], 1), library)
 
 
 def codebook_planes(
@@ -245,30 +248,36 @@ def column_words(term: ColumnPlanes, parts: Parts, shape: tuple[int, int]) -> Co
 
 
 def _packed(
-    plus: torch.Tensor,
+    fields: torch.Tensor,
     levels: torch.Tensor,
     offsets: torch.Tensor | None,
     width: int,
     library: ctypes.CDLL,
 ) -> SignWords:
-    """Pack bool `[planes, N, M]` with levels `[planes, groups, N]` and offsets `[groups, N]`."""
-    planes, rows, columns = plus.shape
+    """Lay uint8 `[N, M]` out, bit i of which is the sign of plane i, with levels `[planes, groups, N]`
+    and offsets `[groups, N]`.
+    """
+    planes, groups, _ = levels.shape
+    rows, columns = fields.shape
     padding = -rows % _ROWS
-    groups = levels.shape[1]
     each = lookup_columns(library)
-    word = _WORD_BITS // each * each
-    words = -(-width // word)
-    pad = torch.nn.functional.pad
-    bits = pad(plus.to(torch.uint8), (0, groups * width - columns, 0, padding))
-    bits = bits.reshape(planes, rows + padding, groups, width)
-    bits = pad(bits, (0, words * word - width)).reshape(
-        planes, rows + padding, groups * words, word
-    )
-    packed = torch.zeros(bits.shape[:-1], dtype=torch.int32)
-    for i in range(word):
-        packed |= bits[..., i].to(torch.int32) << i
+    words = -(-width // (_WORD_BITS // each * each))
     blocks = (rows + padding) // _ROWS
-    packed = packed.reshape(planes, blocks, _ROWS, groups * words).transpose(2, 3).contiguous()
+    packed = torch.zeros(planes, blocks, groups * words, _ROWS, dtype=torch.int32)
+    fields = fields.contiguous()
+    library.signs_lay(
+        fields.data_ptr(),
+        planes,
+        rows,
+        columns,
+        groups,
+        width,
+        words,
+        rows + padding,
+        each,
+        packed.data_ptr(),
+    )
+    pad = torch.nn.functional.pad
     return SignWords(
         words=packed,
         levels=pad(levels.to(torch.float32), (0, padding)).contiguous(),

@@ -124,8 +124,11 @@ def options(block_rows: int, block: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def splits_for(blocks: int, most: int, device: torch.device) -> int:
-    """How often to cut the columns so that every multiprocessor has work."""
+    """How often to cut the columns so that every multiprocessor has work: a power of two up to 8, since
+    each number is compiled for itself.
+    """
     if device.type != "cuda":
         return 1
     wanted = _BLOCKS_EACH * torch.cuda.get_device_properties(device).multi_processor_count
-    return int(max(1, min(wanted // blocks, most, 8)))
+    splits = max(1, min(wanted // blocks, most, 8))
+    return 1 << (splits.bit_length() - 1)
