@@ -124,6 +124,11 @@ class LayerHook:
             self._bias = torch.zeros(slots, shape[0], dtype=dtype, device=device)
 
     @property
+    def has_copies(self) -> bool:
+        """Whether its slots hold copies of the weight."""
+        return self._dense is not None
+
+    @property
     def nbytes(self) -> int:
         """Memory of its slots, in bytes."""
         held = [t for t in (self._dense, self._bias) if t is not None]

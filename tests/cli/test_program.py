@@ -51,6 +51,7 @@ SURFACE = {
     "zoo verify": "--base --full --quiet --json --debug",
     "pull": "-o --out --zoo --name --revision --overwrite --quiet --json --debug",
     "push": "--private --revision --dry-run --quiet --json --debug",
+    "plan": "--zoo --engine --max-loras --dtype --json --debug",
     "codecs": "--json --debug",
     "schema": "--json --debug",
     "version": "--json --debug",
@@ -70,7 +71,7 @@ NAMES = [
         "export",
     ),
     *("report", "zoo", "pull", "push"),
-    *("serve", "chat", "demo"),
+    *("plan", "serve", "chat", "demo"),
     *("codecs", "schema", "version"),
 ]
 

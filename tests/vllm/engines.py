@@ -106,12 +106,17 @@ def _answer(out: Any) -> Answer:
     return Answer(tokens, chosen, read, out.num_cached_tokens or 0)
 
 
-def requests(made: zoo_models.Models) -> dict[str, Any]:
-    """A request's variant by name; None for the base."""
+def request(name: str, number: int, path: Path | str) -> Any:
+    """A request's variant."""
     from vllm.lora.request import LoRARequest
 
+    return LoRARequest(name, number, str(path))
+
+
+def requests(made: zoo_models.Models) -> dict[str, Any]:
+    """A request's variant by name; None for the base."""
     numbered = enumerate(made.variants, 1)
-    return {"base": None} | {n: LoRARequest(n, i, str(made.zoo / n)) for i, n in numbered}
+    return {"base": None} | {n: request(n, i, made.zoo / n) for i, n in numbered}
 
 
 def dense_answers(made: zoo_models.Models, **options: Any) -> dict[str, list[Answer]]:
