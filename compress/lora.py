@@ -347,7 +347,9 @@ class LoraSource:
             "unexpected-tensor",
             f"{self.reference.folder} adapts a module that the base lacks.",
             facts=[("module", path), ("base", self._base.reference.name)],
-            fix="check that this adapter was made for this base",
+            fix="check that this adapter was made for this base; if transformers calls the base's "
+            "tensors otherwise, merge the adapter with PEFT, save the model, and pack that: "
+            "deltafold compress",
         )
 
 
