@@ -16,10 +16,11 @@ import torch
 from deltafold.compress import dtypes
 from deltafold.compress.card import write_card, write_tensor_table
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
+from deltafold.compress.coded import TensorStats
 from deltafold.compress.companions import copy_files
-from deltafold.compress.encode import TensorStats, difference
+from deltafold.compress.encode import difference
 from deltafold.compress.errors import DeltafoldError, name_some
-from deltafold.compress.evidence import SequentialSource, check_needs
+from deltafold.compress.evidence import check_needs, follower
 from deltafold.compress.fingerprint import DigestCache, Digests, TensorDigest, fingerprint
 from deltafold.compress.journal import Journal, Record, clear, is_journal
 from deltafold.compress.manifest import (
@@ -158,7 +159,8 @@ class Run:
 
     def _code(self, journal: Journal, caches: list[DigestCache]) -> tuple[Digests, Digests]:
         """Code what the journal lacks; the digests of base and fine-tune."""
-        job, follower = self.job, self._follower()
+        job = self.job
+        follows = follower(job.evidence)
         known = [cache.known() for cache in caches]
         known[0] = job.source.named(known[0])
         coder = Coder(
@@ -173,22 +175,17 @@ class Run:
             delta=job.delta,
             quantization=job.quantization,
             shared=job.shared,
-            settled=follower.settle if follower else None,
+            settled=follows.settle if follows else None,
         )
         names = job.target.names()
-        limits = Limits(1, self.limits.memory) if follower else self.limits
-        order = follower.order(names) if follower else None
+        limits = Limits(1, self.limits.memory) if follows else self.limits
+        order = follows.order(names) if follows else None
         code_all(coder, names, journal, limits, job.progress, order=order)
         variant = {n: str(journal.done[n].variant) for n in names}
         base = known[0] | {n: b for n in names if (b := journal.done[n].base) is not None}
         # What the fine-tune lacks is part of the base's fingerprint all the same.
         base |= {n: job.source.sha256(n) for n in job.source.names() if n not in base}
         return _digests(job.source, base), _digests(job.target, variant)
-
-    def _follower(self) -> SequentialSource | None:
-        source = self.job.evidence
-        wanted = source is not None and "sequential" in source.provides
-        return source if wanted and isinstance(source, SequentialSource) else None
 
     def _payload(self, folder: Path, journal: Journal, records: list[Record]) -> list[Path]:
         """Put the parts into shards, in the order of names, terms and parts."""
@@ -197,7 +194,7 @@ class Run:
         for record in records:
             for number, places in enumerate(record.parts):
                 for key, place in sorted(places.items()):
-                    load = partial(journal.part, place)
+                    load = partial(journal.pieces, place)
                     deferred = Deferred(dtypes.TORCH[place.dtype], place.shape, load)
                     writer.add(payload_key(record.name, number, key), deferred)
         return writer.finish()

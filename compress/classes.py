@@ -20,7 +20,9 @@ CLASSES: Final[Mapping[str, Mapping[str, str]]] = {
     "edit": {
         "dare": "competitive",
         "dare-k": "competitive",
+        "dare-k-gradient": "decreased",
         "della": "competitive",
+        "sampled-magnitudes": "decreased",
         "scale": "improved or not",
         "trim": "decreased",
     },

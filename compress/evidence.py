@@ -19,8 +19,8 @@ from deltafold.compress.errors import DeltafoldError
 #: `reference`: a third checkpoint (an aligned or an unaligned model).
 #: `sequential`: activations of layers that stand behind others as compressed.
 Need: TypeAlias = Literal["activations", "gradients", "logits", "labels", "reference", "sequential"]
-#: What a third checkpoint is: a model with safety training, or one without.
-Role: TypeAlias = Literal["aligned", "unaligned"]
+#: What a third checkpoint is: a model with safety training, or one without; or another fine-tune.
+Role: TypeAlias = Literal["aligned", "unaligned", "task"]
 NEEDS: Final[tuple[Need, ...]] = get_args(Need)
 
 
@@ -34,7 +34,8 @@ class Evidence:
             the tensor: the layer computes `x W^T`.
         gradient: float32 of the tensor's shape, the mean gradient of the loss at the fine-tune.
         fisher: float32 of the tensor's shape, the mean squared gradient over examples.
-        references: the same tensor of other checkpoints, by role (`aligned`, `unaligned`).
+        references: the same tensor of other checkpoints, by role (`aligned`, `unaligned`,
+            `task`; several of a role are told apart by what stands behind a colon).
         inputs: float32 `[n, M]`, inputs of that layer at a few tokens, at the fine-tune.
         row_moment: float32 `[N, N]`, the second moments where the layer computes `x W` (transformers'
             Conv1D) and inputs meet the tensor's rows; then `second_moment` and `inputs` are None.
@@ -56,6 +57,11 @@ class Evidence:
             references={role: tensor[index] for role, tensor in self.references.items()},
             inputs=self.inputs,
         )
+
+
+def is_task(role: str) -> bool:
+    """Whether a reference is another fine-tune of the base."""
+    return role.partition(":")[0] == "task"
 
 
 class EvidenceSource(Protocol):
@@ -97,6 +103,20 @@ class SequentialSource(EvidenceSource, Protocol):
         """Take note of a compressed tensor: base plus decoded difference, float32."""
         ...
 
+    def restart(self) -> None:
+        """Forget what was settled: the model is the fine-tune again."""
+        ...
+
+
+def follower(source: EvidenceSource | None) -> SequentialSource | None:
+    """A source that wants to follow the run which begins, its model the fine-tune; else None."""
+    if source is None or "sequential" not in source.provides:
+        return None
+    if not isinstance(source, SequentialSource):
+        return None
+    source.restart()
+    return source
+
 
 def check_needs(needs: Sequence[Need], source: EvidenceSource | None, who: str) -> None:
     """Raises `needs-calibration` where a method needs what nobody provides."""
@@ -106,5 +126,7 @@ def check_needs(needs: Sequence[Need], source: EvidenceSource | None, who: str) 
             "needs-calibration",
             f"{who} needs {', '.join(missing)}, and this run has none.",
             facts=[("given", ", ".join(source.provides) if source else "no calibration data")],
-            fix="give a calibration set: --calibrate prompts.jsonl",
+            fix="give a calibration set: --calibrate prompts.jsonl"
+            if missing != ["reference"]
+            else "name the checkpoint: --reference unaligned=MODEL",
         )

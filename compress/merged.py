@@ -91,13 +91,26 @@ class Parents:
         return any(name in repo.manifest.tensors for repo in self.repos)
 
     def deltas(self, name: str) -> list[torch.Tensor]:
-        """Every model's float32 difference to the base, rows beyond the base's included."""
+        """Every model's float32 difference to the base, rows beyond the base's included.
+
+        Raises:
+            DeltafoldError: `not-finite` for NaN or infinity, which a lossless delta may hold: an
+                election would lose it without a word, and a sum would spread it.
+        """
         base = self.base.tensor(name) if name in self.base else None
         shape = self.spec(name).shape
-        return [
-            repo.delta(name, base) if name in repo.manifest.tensors else torch.zeros(shape)
-            for repo in self.repos
-        ]
+        found = []
+        for repo in self.repos:
+            coded = name in repo.manifest.tensors
+            found.append(repo.delta(name, base) if coded else torch.zeros(shape))
+            if coded and not bool(torch.isfinite(found[-1]).all()):
+                raise DeltafoldError(
+                    "not-finite",
+                    f"{name} of {repo.folder.name} has NaN or infinite entries, which cannot be "
+                    "merged.",
+                    fix="check the fine-tune that it was packed from",
+                )
+        return found
 
     def read(self) -> Deltas:
         """All differences that are merged, for a survey."""

@@ -16,6 +16,7 @@ import torch
 from deltafold.compress.checkpoint import Checkpoint, Spec, TensorSource
 from deltafold.compress.companions import vocabulary
 from deltafold.compress.manifest import BaseNames
+from deltafold.compress.safetensors_file import Hash
 
 Value = TypeVar("Value")
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
@@ -79,10 +80,15 @@ class NamedBase:
         return self.checkpoint.tensor(self._known(name))
 
     def matrix_rows(
-        self, name: str, start: int, stop: int, out: torch.Tensor | None = None
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        out: torch.Tensor | None = None,
+        total: Hash | None = None,
     ) -> torch.Tensor:
         """Rows of a tensor read as a matrix, `[stop - start, M]`; see `SafetensorsFile`."""
-        return self.checkpoint.matrix_rows(self._known(name), start, stop, out)
+        return self.checkpoint.matrix_rows(self._known(name), start, stop, out, total)
 
     def sha256(self, name: str) -> str:
         """Hex digest of the tensor's bytes."""

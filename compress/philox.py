@@ -103,18 +103,3 @@ def keep_mask(count: int, *, drop: float, seed: int, name: str) -> NDArray[np.bo
         words = philox(counters, stream, seed).reshape(-1)[: stop - start]
         keep[start:stop] = words.astype(np.uint64) >= threshold
     return keep
-
-
-def words(count: int, *, seed: int, name: str) -> Words:
-    """The words that `keep_mask` compares, for choices that differ from element to element.
-
-    Returns:
-        uint32 `[count]`; element `i` takes word `i % 4` of counter `i // 4`.
-    """
-    stream, block = stream_of(name), 1 << 20
-    out = np.empty(count, dtype=np.uint32)
-    for start in range(0, count, 4 * block):
-        stop = min(start + 4 * block, count)
-        counters = np.arange(start // 4, (stop + 3) // 4, dtype=np.uint64)
-        out[start:stop] = philox(counters, stream, seed).reshape(-1)[: stop - start]
-    return out

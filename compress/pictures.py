@@ -144,18 +144,19 @@ def _few_kinds(rows: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int
     return folded
 
 
-def scatter(points: Sequence[Point], *, title: str, unit: str) -> str:
+def scatter(points: Sequence[Point], *, title: str, unit: str, ceiling: float = math.inf) -> str:
     """Sizes (logarithmic, in per cent of the fine-tune) against a figure of quality.
 
     Args:
         points: with sizes above zero.
         title: above.
         unit: what the values are.
+        ceiling: the most that a value can be; the axis ends there at the latest.
     """
     height, left, right, top, bottom = 320, 70, 30, 54, 46
     logs = [math.log10(p.ratio) for p in points]
     low, high = min(logs) - 0.1, max(logs) + 0.1
-    least, most = _range([p.value for p in points])
+    least, most = _range([p.value for p in points], ceiling)
 
     def place(ratio: float, value: float) -> tuple[float, float]:
         x = left + (math.log10(ratio) - low) / (high - low) * (_WIDTH - left - right)
@@ -176,7 +177,8 @@ def scatter(points: Sequence[Point], *, title: str, unit: str) -> str:
     parts.append(svg.text(_WIDTH - right, height - 8, "size, of the fine-tune's", "quiet", "end"))
     for point in sorted(points, key=lambda p: p.chosen):
         x, y = place(point.ratio, point.value)
-        hint = f"{point.label}: {point.ratio:.2%}, {point.value:.4g} {unit}"
+        hint = f"{point.ratio:.2%}, {point.value:.4g} {unit}"
+        hint = f"{point.label}: {hint}" if point.label else hint
         colour = svg.COLOURS[4] if point.chosen else svg.COLOURS[0]
         parts.append(svg.dot(x, y, colour, hint, 6 if point.chosen else 4))
         dots.append((x, y, point.label))
@@ -220,11 +222,12 @@ def timeline(samples: Sequence[tuple[float, float]], *, title: str, ceiling: flo
     return svg.document(_WIDTH, height, title, parts)
 
 
-def _range(values: Sequence[float]) -> tuple[float, float]:
+def _range(values: Sequence[float], ceiling: float) -> tuple[float, float]:
     """Room around some values; from zero where they are small beside their spread."""
     low, high = min(values), max(values)
     room = (high - low) * 0.15 or abs(high) * 0.1 or 1.0
-    return (0.0 if 0 <= low <= 2 * (high - low) else low - room), high + room
+    top = max(min(high + room, ceiling), high)
+    return (0.0 if 0 <= low <= 2 * (high - low) else low - room), top
 
 
 def _labels(dots: Sequence[tuple[float, float, str]], floor: float) -> list[str]:

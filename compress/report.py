@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import html
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,8 @@ FIGURES: Final = {
     "kl_mean": "KL divergence to the fine-tune, nats a token",
     "top1_agreement": "share of tokens on which the fine-tune agrees",
 }
+#: The most that a figure can be.
+_MOST: Final = {"top1_agreement": 1.0}
 _CSS: Final = """
 :root{color-scheme:light dark}
 body{font:15px/1.5 system-ui,sans-serif;max-width:820px;margin:32px auto;padding:0 20px;
@@ -192,7 +195,7 @@ def _quality(page: _Page, manifest: Manifest) -> None:
         page.note("It was not measured. `deltafold eval` compares it with the fine-tune.")
     points = _frontier(manifest)
     if len(points) > 1:
-        unit = "KL, nats a token" if points[0].label == "kl" else "error"
+        unit = "KL, nats a token" if points[0].label == "kl" else _unit_of(manifest)
         shown = [Point("", p.ratio, p.value, p.chosen) for p in points]
         page.picture("frontier", scatter(shown, title="What other sizes would have given",
                      unit=unit), "The chosen size is the larger dot.")  # fmt: skip
@@ -200,11 +203,13 @@ def _quality(page: _Page, manifest: Manifest) -> None:
 
 def _frontier(manifest: Manifest) -> list[Point]:
     """Sizes that a budget's planner weighed up, where the manifest keeps them."""
-    for place in (manifest.quality, manifest.quality.get("plan"), manifest.recipe.get("plan")):
-        rows = place.get("frontier") if isinstance(place, dict) else None
-        if isinstance(rows, list):
-            return _points(rows, manifest)
-    return []
+    plan = manifest.quality.get("plan")
+    rows = plan.get("frontier") if isinstance(plan, dict) else None
+    return _points(rows, manifest) if isinstance(rows, list) else []
+
+
+def _unit_of(manifest: Manifest) -> str:
+    return f"error: {manifest.quality['plan'].get('error_unit', 'of the plan')}"
 
 
 def _points(rows: list[Any], manifest: Manifest) -> list[Point]:
@@ -286,7 +291,8 @@ def _zoo_quality(page: _Page, manifests: Mapping[str, Manifest]) -> None:
         ]
         if points:
             page.head(f"Size against {'KL divergence' if figure == 'kl_mean' else 'agreement'}")
-            drawn = scatter(points, title="One dot a variant", unit=unit)
+            most = _MOST.get(figure, math.inf)
+            drawn = scatter(points, title="One dot a variant", unit=unit, ceiling=most)
             page.picture(figure.replace("_", "-"), drawn, "As each delta's manifest has it; "
                          "figures of different data do not compare.")  # fmt: skip
 

@@ -1,20 +1,42 @@
 """Specs: `name:key=value,key=value`, what users write for a codec, an edit or a merge.
 
 The name is looked up in a registry, values are converted to the types of the dataclass's fields, and
-`spec_of` writes back what rebuilds an object.
+`spec_of` writes back what rebuilds an object. A value in parentheses may hold commas and plus signs: a
+spec within a spec, `shift-scale:vector=(svd:bits=0.5),rest=(int:bits=2)`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Final
 
 from deltafold.compress.errors import DeltafoldError
+
+#: Metadata of a field that is no option: it holds what a survey of the model found.
+SURVEYED: Final = {"surveyed": True}
+
+
+def options_of(cls: Any) -> tuple[dataclasses.Field[Any], ...]:
+    """The fields of a method or edit that users set."""
+    return tuple(f for f in dataclasses.fields(cls) if not f.metadata.get("surveyed"))
+
+
+def split_outside(text: str, separator: str) -> list[str]:
+    """A text cut at every match of a pattern that no parentheses enclose."""
+    depth, pieces, start = 0, [], 0
+    for match in re.finditer(rf"[()]|{separator}", text):
+        if match[0] in "()":
+            depth += 1 if match[0] == "(" else -1
+        elif not depth:
+            pieces.append(text[start : match.start()])
+            start = match.end()
+    return [*pieces, text[start:]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +74,7 @@ class Kind:
         cls = self.registry.get(name)
         if cls is None:
             return "deltafold codecs"
-        options = ",".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls))
+        options = ",".join(f"{f.name}={written(f.default)}" for f in options_of(cls))
         return f"{self.flag} {name}:{options}" if options else f"{self.flag} {name}"
 
     def parse(self, spec: str) -> Any:
@@ -63,7 +85,7 @@ class Kind:
         """
         name, _, rest = spec.strip().partition(":")
         options: dict[str, Any] = {}
-        for item in filter(None, (part.strip() for part in rest.split(","))):
+        for item in filter(None, (part.strip() for part in split_outside(rest, ","))):
             key, equals, value = item.partition("=")
             if not equals:
                 raise DeltafoldError(
@@ -71,14 +93,14 @@ class Kind:
                     f"{spec!r}: {item!r} is not of the form key=value.",
                     fix=self.usage(name),
                 )
-            options[key.strip()] = value.strip()
+            options[key.strip()] = _bare(value.strip())
         return self.build(name, options, where=spec)
 
     def build(self, name: str, options: Mapping[str, Any], *, where: str) -> Any:
         """An object from its name and options, values converted to the fields' types."""
         cls = self.find(name)
         hints = typing.get_type_hints(cls)
-        fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+        fields = {f.name: hints[f.name] for f in options_of(cls)}
         values: dict[str, Any] = {}
         for key, value in options.items():
             if key not in fields:
@@ -109,11 +131,21 @@ def spec_of(chosen: Any) -> str:
     if hasattr(chosen, "spec"):
         return str(chosen.spec())
     options = []
-    for f in dataclasses.fields(chosen):
+    for f in options_of(chosen):
         value = getattr(chosen, f.name)
         if value != f.default:
-            options.append(f"{f.name}={value}")
+            options.append(f"{f.name}={written(value)}")
     return str(chosen.id) + (":" + ",".join(options) if options else "")
+
+
+def written(value: Any) -> str:
+    """A value as specs have it: a spec within one stands in parentheses."""
+    text = str(value)
+    return f"({text})" if isinstance(value, str) and re.search(r"[,:+=]", text) else text
+
+
+def _bare(text: str) -> str:
+    return text[1:-1].strip() if text.startswith("(") and text.endswith(")") else text
 
 
 def _convert(value: Any, hint: Any, where: str, key: str, usage: str) -> Any:

@@ -1,12 +1,14 @@
-"""Edits that must see the whole model before they change the first tensor, run before packing.
+"""Edits and codecs that must see the whole model before the first tensor is coded, run before packing.
 
 Deltas are streamed: one tensor is in memory at a time, and the model is read as often as an edit asks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import EllipsisType
+from typing import cast
 
 import torch
 
@@ -14,9 +16,12 @@ from deltafold.compress import dtypes
 from deltafold.compress.checkpoint import TensorSource
 from deltafold.compress.edits import Edit, SurveyedEdit
 from deltafold.compress.encode import context_of
-from deltafold.compress.evidence import EvidenceSource
-from deltafold.compress.methods import Chain, Method
+from deltafold.compress.evidence import Evidence, EvidenceSource
+from deltafold.compress.methods import Chain, Method, SurveyedMethod
+from deltafold.compress.methods.chain import codec_of, looks_around, steps_of
 from deltafold.compress.recipe import Recipe
+from deltafold.compress.references import ReferenceSource, tensors_of
+from deltafold.compress.terms import Context
 
 #: The float32 delta of a tensor to the base's, rows beyond the base's included.
 ReadDelta = Callable[[str], torch.Tensor]
@@ -31,9 +36,10 @@ def surveyed(
     evidence: EvidenceSource | None = None,
     given: Callable[[str], object | None] = lambda name: None,
 ) -> Recipe:
-    """The recipe with every surveyed edit told of the whole model.
+    """The recipe with every surveyed edit and codec told of the whole model.
 
-    An edit sees the deltas of the tensors that it will change, as the edits before it leave them.
+    An edit sees the deltas of the tensors that it will change, as the edits before it leave them; a
+    codec those that it will store, as all edits leave them.
 
     Args:
         recipe: how the tensors will be packed.
@@ -43,46 +49,99 @@ def surveyed(
         evidence: of a calibration run, for edits before a surveyed one.
         given: is not None for tensors that the recipe has no say in.
     """
-    if not any(isinstance(edit, SurveyedEdit) for edit in _all_edits(recipe)):
+    if not (edits_look_around(recipe) or any(map(looks_around, _methods(recipe)))):
         return recipe
     names = [n for n in _edited(source, target) if given(n) is None]
+    model = _Model(names, source, target, read, evidence)
     for edit in _all_edits(recipe):
         if isinstance(edit, SurveyedEdit):
-            found = edit.survey(_Seen(recipe, edit, names, source, target, read, evidence))
+            found = edit.survey(_SeenByEdit(model, recipe, edit))
             recipe = _with(recipe, edit, found)
+    for codec in {id(c): c for c in map(codec_of, _methods(recipe))}.values():
+        if isinstance(codec, SurveyedMethod):
+            recipe = _with(recipe, codec, codec.survey(_SeenByCodec(model, recipe, codec)))
     return recipe
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What one edit sees of the model; goes through it anew each time it is iterated."""
+def edits_look_around(recipe: Recipe) -> bool:
+    """Whether one of a recipe's own edits must see the whole model first."""
+    return any(isinstance(edit, SurveyedEdit) for _, edit in recipe.edits)
 
-    recipe: Recipe
-    edit: Edit
+
+@dataclass(frozen=True)
+class _Model:
+    """Both models, and how they are read."""
+
     names: list[str]
     source: TensorSource
     target: TensorSource
     read: ReadDelta
     evidence: EvidenceSource | None
 
+    def method(self, recipe: Recipe, name: str) -> Method:
+        """What will store a tensor."""
+        return recipe.method_for(name, self.target.spec(name).shape, floating=True)
+
+    def edited(self, name: str, method: Method, steps: Sequence[Edit]) -> torch.Tensor:
+        """A tensor's delta after some of its method's edits."""
+        delta = self.read(name)[self._shared(name)]
+        if steps:
+            plain = self.context(name)
+            assert plain.variant is not None
+            assert plain.base is not None
+            context = context_of(name, plain.variant, plain.base, method, self.evidence)
+            for step in steps:
+                delta = step.apply(delta, context)
+        return delta
+
+    def context(self, name: str) -> Context:
+        """A tensor's own, with evidence where there are reference checkpoints."""
+        shared = self._shared(name)
+        base, value = self.source.tensor(name)[shared], self.target.tensor(name)[shared]
+        known, found = self.evidence, None
+        if isinstance(known, ReferenceSource) and "reference" in known.provides:
+            # Its moments would take passes over the data.
+            found = Evidence(references=tensors_of(known.references, name))
+        return Context(name, base, value, found)
+
+    def _shared(self, name: str) -> slice | EllipsisType:
+        """The rows that both models have: others are stored as values."""
+        shape = self.target.spec(name).shape
+        rows = min(shape[:1] + self.source.spec(name).shape[:1], default=0)
+        return slice(rows) if shape else ...
+
+
+@dataclass(frozen=True)
+class _SeenByEdit:
+    """What one edit sees of the model; goes through it anew each time it is iterated."""
+
+    model: _Model
+    recipe: Recipe
+    edit: Edit
+
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in self.names:
-            spec = self.target.spec(name)
-            method = self.recipe.method_for(name, spec.shape, floating=True)
-            steps = _steps(method)
+        for name in self.model.names:
+            method = self.model.method(self.recipe, name)
+            steps = steps_of(method)
             place = next((i for i, step in enumerate(steps) if step is self.edit), None)
-            if place is None:
-                continue
-            # Rows that the base lacks are stored as values.
-            rows = min(spec.shape[:1] + self.source.spec(name).shape[:1], default=0)
-            shared = slice(rows) if spec.shape else ...
-            delta = self.read(name)[shared]
-            if place:
-                base, value = self.source.tensor(name)[shared], self.target.tensor(name)[shared]
-                context = context_of(name, value, base, method, self.evidence)
-                for step in steps[:place]:
-                    delta = step.apply(delta, context)
-            yield name, delta
+            if place is not None:
+                yield name, self.model.edited(name, method, steps[:place])
+
+
+@dataclass(frozen=True)
+class _SeenByCodec:
+    """The same for a codec; tensors without dimensions have a codec of their own."""
+
+    model: _Model
+    recipe: Recipe
+    codec: Method
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, Context]]:
+        for name in self.model.names:
+            method = self.model.method(self.recipe, name)
+            if codec_of(method) is self.codec and self.model.target.spec(name).shape:
+                delta = self.model.edited(name, method, steps_of(method))
+                yield delta, self.model.context(name)
 
 
 def _edited(source: TensorSource, target: TensorSource) -> list[str]:
@@ -91,27 +150,25 @@ def _edited(source: TensorSource, target: TensorSource) -> list[str]:
     return [n for n in sorted(both) if target.spec(n).dtype in dtypes.FLOATS]
 
 
-def _steps(method: Method) -> list[Edit]:
-    """The edits of a method, those of a chain within a chain included, in order."""
-    return [*method.edits, *_steps(method.codec)] if isinstance(method, Chain) else []
+def _methods(recipe: Recipe) -> list[Method]:
+    return [recipe.default, recipe.vectors, *(m for _, m in recipe.overrides)]
 
 
 def _all_edits(recipe: Recipe) -> list[Edit]:
     """Every edit object of a recipe once, in an order in which each follows those before it."""
-    methods = [recipe.default, recipe.vectors, *(m for _, m in recipe.overrides)]
-    found = [e for _, e in recipe.edits] + [e for m in methods for e in _steps(m)]
+    found = [e for _, e in recipe.edits] + [e for m in _methods(recipe) for e in steps_of(m)]
     return list({id(e): e for e in found}.values())
 
 
-def _with(recipe: Recipe, old: Edit, new: Edit) -> Recipe:
-    """The recipe with one edit object in place of another."""
+def _with(recipe: Recipe, old: Edit | Method, new: Edit | Method) -> Recipe:
+    """The recipe with one edit or codec object in place of another."""
 
     def edit(given: Edit) -> Edit:
-        return new if given is old else given
+        return cast(Edit, new) if given is old else given
 
     def method(given: Method) -> Method:
         if not isinstance(given, Chain):
-            return given
+            return cast(Method, new) if given is old else given
         return Chain(tuple(map(edit, given.edits)), method(given.codec))
 
     return replace(

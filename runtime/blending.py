@@ -42,6 +42,11 @@ def blend(digest: str, folder: Path, parts: Sequence[Weighted]) -> LoadedVariant
                 known = mixed.vectors.setdefault(module, {})
                 scaled = delta * weight
                 known[path] = known[path] + scaled if path in known else scaled
+        for module, stacks in variant.stacks.items():
+            for path, stack in stacks.items():
+                mine = mixed.stacks.setdefault(module, {})
+                part = stack.scaled(weight)
+                mine[path] = mine[path].plus(part) if path in mine else part
     return mixed
 
 

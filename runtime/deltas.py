@@ -34,6 +34,7 @@ from deltafold.runtime.quantizing import check_readers, with_others
 from deltafold.runtime.rebuilding import Blueprint, rebuild_variant
 from deltafold.runtime.residency import Residency, Resident
 from deltafold.runtime.room import within_memory
+from deltafold.runtime.siblings import siblings_of
 from deltafold.runtime.slots import SlotMap
 from deltafold.runtime.warm_up import warm_up_inputs
 from deltafold.runtime.zoo import Zoo, ZooEntry
@@ -108,6 +109,9 @@ class Deltas:
             raise DeltafoldError("bad-argument", f"rebuild is 'auto' or 'never', not {rebuild!r}.")
         given = warm_up_inputs(model) if inputs is None else inputs
         self._slots.observe(model, given, find_idle=inputs is not None)
+        # One launch for several layers is what the GPU kernels are for.
+        together = self._slots.siblings(model, given) if self._state.packed else []
+        self._siblings = siblings_of(together, self._state)
         self._beside = beside
         self._quantization = quantization_in(model)
         if self._quantization is not None and beside is not None:
@@ -188,8 +192,10 @@ class Deltas:
         What a mixture shares with its components is counted once, with these. What variants of a
         family share is there once, under `.families`, a name that no variant can have.
         """
-        loaded = {v.folder.name: v.nbytes for v in self._residency.resident().values()}
-        common = {FOLDER: size} if (size := shared_bytes()) else {}
+        held = self._residency.resident().values()
+        loaded = {v.folder.name: v.nbytes for v in held}
+        families = {f for v in held if isinstance(v, LoadedVariant) for f in v.families}
+        common = {FOLDER: size} if (size := shared_bytes(families)) else {}
         return self._blends.resident() | loaded | common
 
     def close(self) -> None:
@@ -313,7 +319,8 @@ class Deltas:
         with self._wrapping:
             for name, home in loaded.homes.items():
                 if name not in self._wrapped:
-                    wrap(name, home.module, self._state, home.layout)
+                    siblings = self._siblings.get(name)
+                    wrap(name, home.module, self._state, home.layout, siblings)
                     self._wrapped.add(name)
 
     def _describe_base(self) -> VariantInfo:

@@ -23,7 +23,7 @@ from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
 from deltafold.compress.errors import name_some
 from deltafold.compress.memory import ran_out
 from deltafold.compress.naming import renamed
-from deltafold.compress.restore import restored_tensor
+from deltafold.compress.rebuild import restored_tensor
 from deltafold.runtime.gate import GATE
 from deltafold.runtime.kernels.forms import Target
 from deltafold.runtime.layers import is_linear, is_transposed_linear
@@ -147,7 +147,7 @@ def _value(
     plain = slot is not None and not is_quantized(slots.slots[slot].module)
     held = slots.slots[slot].tensor.detach() if slot is not None and plain else None
     dtype = held.dtype if held is not None and held.is_floating_point() else target.dtype
-    value, _ = restored_tensor(repo, base, name, dtype)
+    value = restored_tensor(repo, base, name, dtype)
     unchanged = name not in repo.manifest.tensors
     if unchanged and held is not None and held.shape == value.shape and held.device.type == "cpu":
         # The base's own memory from the start, where it can be used as it is.

@@ -17,18 +17,18 @@ from __future__ import annotations
 import glob
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from deltafold.compress import dtypes
 from deltafold.compress.budget.allocate import Option
 from deltafold.compress.budget.goal import Budget
-from deltafold.compress.checkpoint import TensorSource
-from deltafold.compress.encode import encode_tensor
+from deltafold.compress.checkpoint import Spec, TensorSource
+from deltafold.compress.encode import encode_tensor, settled_value
 from deltafold.compress.errors import DeltafoldError
-from deltafold.compress.evidence import Evidence, EvidenceSource, check_needs
+from deltafold.compress.evidence import Evidence, EvidenceSource, check_needs, follower
 from deltafold.compress.methods import Method, spec_of
 from deltafold.compress.payload import payload_key
 from deltafold.compress.progress import OnProgress, Progress, ignore
@@ -80,7 +80,13 @@ class TensorTrial:
 
 @dataclass(frozen=True)
 class Trial:
-    """What is tried: base, fine-tune, the user's recipe, and the budget (None: the recipe alone)."""
+    """What is tried: base, fine-tune, the user's recipe, and the budget (None: the recipe alone).
+
+    Attributes:
+        told: candidates that must see the whole model first, as they are once they have, by spec.
+        settled: where evidence is sequential, what the tensors tried before are coded with; None
+            leaves them the fine-tune's.
+    """
 
     source: TensorSource
     target: TensorSource
@@ -88,16 +94,23 @@ class Trial:
     budget: Budget | None
     evidence: EvidenceSource | None = None
     progress: OnProgress = ignore
+    told: Mapping[str, Method] = field(default_factory=dict)
+    settled: Recipe | None = None
 
     def run(self) -> Iterator[TensorTrial]:
         """Tensor by tensor, those that equal the base's left out."""
         names = self.target.names()
         in_base = set(self.source.names())
-        for done, name in enumerate(names, 1):
+        follows = follower(self.evidence)
+        for done, name in enumerate(follows.order(names) if follows else names, 1):
             value = self.target.tensor(name)
             base = self.source.tensor(name) if name in in_base else None
             if not same(value, base):
-                yield self._tensor(name, value, base)
+                trial = self._tensor(name, value, base)
+                if follows and self.settled:
+                    encoded, _ = encode_tensor(name, value, base, self.settled, self.evidence)
+                    follows.settle(name, settled_value(name, encoded, value, base))
+                yield trial
             size = value.numel() * value.element_size()
             self.progress(Progress("plan", name, done, len(names), size))
 
@@ -112,7 +125,8 @@ class Trial:
         tried: list[Tried] = []
         refused: DeltafoldError | None = None
         for method in methods or (None,):
-            recipe = self.recipe if method is None else with_codec(self.recipe, name, method)
+            used = None if method is None else self.told.get(spec_of(method), method)
+            recipe = self.recipe if used is None else with_codec(self.recipe, name, used)
             try:
                 encoded, _ = encode_tensor(name, value, base, recipe, self.evidence)
             except DeltafoldError as error:
@@ -134,20 +148,19 @@ class Trial:
         self, name: str, value: torch.Tensor, base: torch.Tensor | None
     ) -> tuple[Method, ...]:
         """The candidates; none where the recipe decides."""
-        planned = (
-            self.budget is not None
-            and base is not None
-            and value.dim() >= 2
-            and dtypes.NAMES[value.dtype] in dtypes.FLOATS
-            and not self.recipe.overrides_for(name)
-        )
-        if not planned:
+        spec = Spec(dtypes.NAMES[value.dtype], tuple(value.shape))
+        if self.budget is None or base is None or not is_free(self.recipe, name, spec):
             return ()
-        assert self.budget is not None
         methods = self.budget.codecs(tuple(value.shape))
         for method in methods:
             check_needs(method.needs, self.evidence, spec_of(method))
         return methods
+
+
+def is_free(recipe: Recipe, name: str, spec: Spec) -> bool:
+    """Whether a budget chooses the codec of a tensor that the base has too."""
+    floating = spec.dtype in dtypes.FLOATS
+    return len(spec.shape) >= 2 and floating and not recipe.overrides_for(name)
 
 
 def with_codec(recipe: Recipe, name: str, method: Method) -> Recipe:

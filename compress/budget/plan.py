@@ -12,14 +12,15 @@ from typing import Any
 
 from deltafold.compress.budget.allocate import Choice, Frontier, total
 from deltafold.compress.budget.goal import Budget
-from deltafold.compress.budget.options import TensorTrial, Trial, Tried
+from deltafold.compress.budget.options import TensorTrial, Trial, Tried, is_free
 from deltafold.compress.budget.size import companion_bytes, payload_bytes
-from deltafold.compress.budget.survey import prepared
+from deltafold.compress.budget.survey import prepared, told_of_all, told_of_chosen
 from deltafold.compress.checkpoint import Spec, TensorSource
 from deltafold.compress.dtypes import TORCH
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import EvidenceSource
 from deltafold.compress.methods import LosslessMethod, Method, parse_spec
+from deltafold.compress.methods.chain import looks_around
 from deltafold.compress.progress import OnProgress, ignore
 from deltafold.compress.recipe import Recipe
 
@@ -68,12 +69,12 @@ class Plan:
         """Delta size over the fine-tune's."""
         return self.nbytes / max(self.variant_bytes, 1)
 
+    def evidence(self) -> dict[str, Any]:
+        """What a manifest keeps of it under `quality.plan`: what other sizes would have given."""
+        return {"error": self.error, "error_unit": self.unit, "frontier": self._points()}
+
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""
-        points = [
-            {"bytes": p.nbytes, "error": p.error} | ({} if p.kl is None else {"kl": p.kl})
-            for p in self.frontier
-        ]
         return {
             "bytes": self.nbytes,
             "variant_bytes": self.variant_bytes,
@@ -82,9 +83,15 @@ class Plan:
             "error_unit": self.unit,
             "kl": self.kl,
             "codecs": dict(self.codecs),
-            "frontier": points,
+            "frontier": self._points(),
             "recipe": self.recipe.to_json(),
         }
+
+    def _points(self) -> list[dict[str, Any]]:
+        return [
+            {"bytes": p.nbytes, "error": p.error} | ({} if p.kl is None else {"kl": p.kl})
+            for p in self.frontier
+        ]
 
 
 @dataclass(frozen=True)
@@ -118,15 +125,36 @@ class Planner:
         budget: Budget | None,
         *,
         evidence: EvidenceSource | None = None,
+        settled: Recipe | None = None,
         progress: OnProgress = ignore,
     ) -> Planner:
         """Try every candidate on every tensor, one tensor at a time.
+
+        Args:
+            source: the base.
+            target: the fine-tune.
+            companions: the small files of the delta.
+            recipe: the user's.
+            budget: None where the recipe says it all.
+            evidence: of a calibration run.
+            settled: what every tensor is taken to be coded with while another one is tried, for
+                codecs that go by it. None is the fine-tune itself, and all tensors alike.
+            progress: called after every tensor.
 
         Raises:
             DeltafoldError: `needs-calibration` for a candidate that needs what is not there, and
                 whatever the codecs of tensors outside the budget raise.
         """
-        trial = Trial(source, target, prepared(recipe, source, target), budget, evidence, progress)
+        ready = prepared(recipe, source, target, evidence)
+        behind = None if settled is None else prepared(settled, source, target, evidence)
+        told: dict[str, Method] = {}
+        if budget is not None and any(map(looks_around, budget.candidates)):
+            base = set(source.names())
+            free = [n for n in target.names() if n in base and is_free(recipe, n, target.spec(n))]
+            told = told_of_all(budget.candidates, ready, free, source, target, evidence)
+            if settled is not None and behind is not None:
+                told |= told_of_chosen(settled, behind)
+        trial = Trial(source, target, ready, budget, evidence, progress, told, behind)
         weighted = evidence is not None and "gradients" in evidence.provides
         return cls(
             recipe,
@@ -168,6 +196,21 @@ class Planner:
             if over <= 0:
                 return choice
             room -= over
+
+    @property
+    def by_itself(self) -> bool:
+        """Whether what a codec makes of a tensor does not depend on the codecs of others."""
+        candidates = self.budget.candidates if self.budget else ()
+        return "sequential" not in self.recipe.needs() and not any(map(looks_around, candidates))
+
+    def again(self, choice: Choice) -> Choice | None:
+        """The same codecs with what they take and lose here; None where one cannot be had."""
+        found = {
+            name: next((t.option for t in trial.tried if t.option.spec == choice[name].spec), None)
+            for name, trial in self.trials.items()
+        }
+        kept = {name: option for name, option in found.items() if option is not None}
+        return kept if len(kept) == len(found) else None
 
     def plan(
         self,

@@ -12,11 +12,10 @@ from deltafold.compress.budget.allocate import Choice
 from deltafold.compress.budget.options import same
 from deltafold.compress.budget.survey import prepared
 from deltafold.compress.checkpoint import TensorSource
-from deltafold.compress.encode import encode_tensor
-from deltafold.compress.evidence import EvidenceSource
+from deltafold.compress.encode import encode_tensor, settled_value
+from deltafold.compress.evidence import EvidenceSource, follower
 from deltafold.compress.recipe import Recipe
-from deltafold.compress.repo import pad_rows
-from deltafold.compress.terms import Context, is_exact
+from deltafold.compress.terms import is_exact
 
 
 class Measured(Protocol):
@@ -76,35 +75,18 @@ def rebuilt(
 ) -> dict[str, torch.Tensor]:
     """Every tensor as a delta packed by `recipe` would give it: float32, others as they are."""
     in_base = set(source.names())
-    recipe = prepared(recipe, source, target)
-    return {
-        name: _tensor(
-            name,
-            target.tensor(name),
-            source.tensor(name) if name in in_base else None,
-            recipe,
-            evidence,
-        )
-        for name in target.names()
-    }
-
-
-def _tensor(
-    name: str,
-    value: torch.Tensor,
-    base: torch.Tensor | None,
-    recipe: Recipe,
-    evidence: EvidenceSource | None,
-) -> torch.Tensor:
-    if same(value, base):
-        return value
-    encoded, _ = encode_tensor(name, value, base, recipe, evidence)
-    if len(encoded) == 1 and is_exact(encoded[0].term):
-        return value
-    shape = tuple(value.shape)
-    padded = pad_rows(base, shape)
-    context = Context(name, padded)
-    total = torch.zeros(shape)
-    for term, parts in encoded:
-        total += term.decode(parts, shape, context)
-    return total if padded is None else total + padded.to(torch.float32)
+    recipe = prepared(recipe, source, target, evidence)
+    follows, names = follower(evidence), target.names()
+    found = {}
+    for name in follows.order(names) if follows else names:
+        value = target.tensor(name)
+        base = source.tensor(name) if name in in_base else None
+        if same(value, base):
+            found[name] = value
+            continue
+        encoded, _ = encode_tensor(name, value, base, recipe, evidence)
+        exact = len(encoded) == 1 and is_exact(encoded[0].term)
+        found[name] = value if exact else settled_value(name, encoded, value, base)
+        if follows:
+            follows.settle(name, found[name])
+    return found

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, TypeAlias
 from deltafold.compress.budget.probe import rebuilt
 from deltafold.compress.calibration import riemann
 from deltafold.compress.calibration.data import CalibrationSet
+from deltafold.compress.calibration.evidence import CalibratedEvidence
 from deltafold.compress.calibration.model import load_source, load_tensors
 from deltafold.compress.calibration.quality import (
     Quality,
@@ -25,7 +26,6 @@ from deltafold.compress.checkpoint import Checkpoint, TensorSource
 from deltafold.compress.companions import vocabulary
 from deltafold.compress.edits import parse_edit
 from deltafold.compress.errors import DeltafoldError
-from deltafold.compress.evidence import EvidenceSource
 from deltafold.compress.methods import LosslessMethod, parse_spec
 from deltafold.compress.recipe import Recipe
 
@@ -128,7 +128,7 @@ class Diagnose:
         base: the base.
         target: the fine-tune.
         data: what the losses are measured on.
-        evidence: for codecs and edits that need some.
+        evidence: of the fine-tune as it is, for codecs and edits that need some.
         steps: of the Riemann sum.
         group_bytes: most memory for gradients.
         device: where models run.
@@ -138,7 +138,7 @@ class Diagnose:
     base: Checkpoint
     target: TensorSource
     data: CalibrationSet
-    evidence: EvidenceSource | None = None
+    evidence: CalibratedEvidence | None = None
     steps: int = riemann.STEPS
     group_bytes: int = riemann.GROUP_BYTES
     device: str = "cpu"
@@ -163,6 +163,20 @@ class Diagnose:
         loss = verdicts[0].found.reference_loss if verdicts else math.nan
         return Diagnosis(base_loss, loss, self.data.record(), tuple(verdicts))
 
+    def _evidence(self, recipe: Recipe) -> CalibratedEvidence | None:
+        needs = recipe.needs()
+        if self.evidence is None or "sequential" not in needs:
+            return self.evidence
+        # Its layers see those before them as this codec leaves them, others the fine-tune's.
+        return CalibratedEvidence(
+            self.target,
+            self.data,
+            wanted=needs,
+            references=self.evidence.references,
+            device=self.device,
+            group_bytes=self.group_bytes,
+        )
+
     def _base_loss(self) -> float | None:
         highest = max(int(row.ids.max()) for row in self.data.rows)
         words, _ = vocabulary(self.base.folder)
@@ -175,7 +189,7 @@ class Diagnose:
     ) -> Verdict:
         # Loaded afresh for each: the sum moves it along the change.
         model = load_source(self.target, device=self.device)
-        tensors = rebuilt(self.base, self.target, recipe, self.evidence)
+        tensors = rebuilt(self.base, self.target, recipe, self._evidence(recipe))
         edited = load_tensors(self.target.reference.folder, tensors, device=self.device)
         del tensors
         found, error = compared_by_row(model, edited, self.data)

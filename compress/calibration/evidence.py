@@ -19,9 +19,9 @@ from deltafold.compress.calibration.data import CalibrationSet
 from deltafold.compress.calibration.model import ParameterMap, load_source
 from deltafold.compress.calibration.quality import batch_logits, predictions
 from deltafold.compress.calibration.sequence import first_tensor, stages
-from deltafold.compress.checkpoint import Checkpoint, TensorSource
+from deltafold.compress.checkpoint import TensorSource
 from deltafold.compress.evidence import NEEDS, Evidence, Need
-from deltafold.compress.naming import NamedBase
+from deltafold.compress.references import Reference, names_of, tensors_of
 
 #: Bytes that one group's moments or gradients may take.
 _GROUP_BYTES: Final = 2 * 2**30
@@ -87,7 +87,7 @@ class CalibratedEvidence:
         data: CalibrationSet,
         *,
         wanted: Iterable[Need] = AT_THE_FINE_TUNE,
-        references: Mapping[str, Checkpoint | NamedBase] | None = None,
+        references: Mapping[str, Reference] | None = None,
         device: str = "cpu",
         group_bytes: int = _GROUP_BYTES,
         model: Any = None,
@@ -111,11 +111,7 @@ class CalibratedEvidence:
             inputs=moment.inputs if moment and not moment.turned else None,
             gradient=gradient.mean if gradient else None,
             fisher=gradient.fisher if gradient else None,
-            references={
-                role: checkpoint.tensor(name).to(torch.float32)
-                for role, checkpoint in self.references.items()
-                if name in checkpoint
-            },
+            references=tensors_of(self.references, name),
         )
 
     def order(self, names: Sequence[str]) -> list[str]:
@@ -127,11 +123,15 @@ class CalibratedEvidence:
         assert "sequential" in self.provides
         self._moments.settle(name, value)
 
+    def restart(self) -> None:
+        """Forget what was settled; the fine-tune is loaded again when it is next asked for."""
+        self._following = None
+
     def record(self) -> dict[str, Any]:
         """What a manifest says about the run."""
         used: dict[str, Any] = {"data": self.data.record(), "provides": list(self.provides)}
         if self.references:
-            used["references"] = {r: c.reference.name for r, c in sorted(self.references.items())}
+            used["references"] = names_of(self.references)
         return used
 
     @property

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -23,7 +23,7 @@ from deltafold.compress.calibration.batches import Batch, in_batches
 from deltafold.compress.calibration.data import CalibrationSet
 from deltafold.compress.calibration.model import ParameterMap, load_delta, load_source
 from deltafold.compress.calibration.quality import batch_logits, compare, predictions
-from deltafold.compress.calibration.trainable import TrainableTensor
+from deltafold.compress.calibration.trainable import FactoredTensor, TrainableTensor
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
 from deltafold.compress.companions import named
 from deltafold.compress.errors import DeltafoldError
@@ -44,25 +44,40 @@ class LogitFit:
 
     Attributes:
         steps: optimizer steps.
-        lr: Adam's rate at the start, in units of the weights; a cosine takes it to zero.
+        lr: Adam's rate at the start; a cosine takes it to zero. For scales in units of the weights;
+            0 takes 1e-4, and 0.01 for factors.
         batch: rows of a step.
         length: most tokens of a row; longer ones are cut into several.
+        what: all `scales`, or for the whole model one factor for each of a tensor's `terms`: two for
+            `shift-scale`, after arXiv 2505.11344.
     """
 
     steps: int = 200
-    lr: float = 1e-4
+    lr: float = 0.0
     batch: int = 4
     length: int = 128
+    what: Literal["scales", "terms"] = "scales"
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not self.lr > 0 or self.batch < 1 or self.length < 2:
+        if self.steps < 1 or not self.lr >= 0 or self.batch < 1 or self.length < 2:
             raise DeltafoldError(
                 "bad-argument", "scales are fitted in at least one step, with a rate above 0."
             )
 
     def record(self) -> dict[str, Any]:
         """What a manifest says about it."""
-        return {"steps": self.steps, "lr": self.lr, "batch": self.batch, "length": self.length}
+        return {
+            "what": self.what,
+            "steps": self.steps,
+            "lr": self.rate,
+            "batch": self.batch,
+            "length": self.length,
+        }
+
+    @property
+    def rate(self) -> float:
+        """The rate that is used."""
+        return self.lr or {"scales": 1e-4, "terms": 1e-2}[self.what]
 
 
 def compress_and_fit(
@@ -154,13 +169,13 @@ def fit_scales(
     checkpoint, repo = Checkpoint.open(base), DeltaRepo.open(delta)
     source, target = repo.named(checkpoint), open_variant(variant, checkpoint)
     _check_variant(repo, target)
-    student = _Student.open(source, repo, target, device)
+    student = _Student.open(source, repo, target, options, device)
     teacher = load_source(target, device=device)
     rows = data.windows(options.length)
     before = logit_error(teacher, student.logits, rows, options.batch, device)
     kl_before = compare(teacher, student.model, rows, batch=options.batch).kl
     _train(student, teacher, rows, options, device, progress)
-    fitted = student.stored()
+    fitted, factors = student.stored(), student.factors()
     student.take(fitted)
     after = logit_error(teacher, student.logits, rows, options.batch, device)
     better = after < before
@@ -171,6 +186,7 @@ def fit_scales(
         "data": rows.record(),
         "kept": "fitted" if better else "initial",
         "tensors": len(fitted),
+        **({"factors": factors} if factors else {}),
         "logit_mse": [before, after],
         "kl": [kl_before, kl_after],
     }
@@ -202,20 +218,23 @@ class _Student:
     """The model of a delta, some of whose weights are computed from scales at every step."""
 
     model: Any
-    tensors: dict[str, TrainableTensor]
+    tensors: dict[str, TrainableTensor | FactoredTensor]
     parameters: dict[str, str]
     device: str
 
     @classmethod
     def open(
-        cls, source: NamedBase, repo: DeltaRepo, target: TensorSource, device: str
+        cls, source: NamedBase, repo: DeltaRepo, target: TensorSource, fit: LogitFit, device: str
     ) -> _Student:
         model = load_delta(source.checkpoint, repo, device=device).requires_grad_(False)
-        found, tensors, parameters = ParameterMap(model, target), {}, {}
+        found, parameters = ParameterMap(model, target), {}
+        tensors: dict[str, TrainableTensor | FactoredTensor] = {}
+        factors: list[torch.Tensor] = []
         for name in sorted(repo.manifest.tensors):
             shape = tuple(repo.entry(name).shape)
             base = pad_rows(source.tensor(name), shape) if name in source else None
-            trainable = TrainableTensor.of(repo.parts(name), shape, Context(name, base))
+            shared = factors if fit.what == "terms" else None
+            trainable = _trainable(repo.parts(name), shape, Context(name, base), shared)
             if trainable is None or base is None:
                 continue
             parameter = found.find(name)
@@ -229,7 +248,7 @@ class _Student:
         if not tensors:
             raise DeltafoldError(
                 "bad-argument",
-                "this delta has no scales to fit.",
+                f"this delta has no {fit.what} to fit.",
                 facts=[("codec", repo.manifest.codec_summary())],
                 fix="fit codecs that have some: bitdelta, int",
             )
@@ -251,6 +270,14 @@ class _Student:
 
         return batch_logits(call, batch)
 
+    def factors(self) -> list[float]:
+        """What each of a tensor's terms is multiplied by; empty where scales are trained."""
+        found: list[float] = []
+        for tensor in self.tensors.values():
+            if isinstance(tensor, FactoredTensor) and len(tensor.encoded) > len(found):
+                found = [factor.item() for factor in tensor.factors[: len(tensor.encoded)]]
+        return found
+
     def stored(self) -> dict[str, list[Encoded]]:
         """All terms with their scales as they now are."""
         return {name: tensor.stored() for name, tensor in self.tensors.items()}
@@ -259,7 +286,10 @@ class _Student:
         """Go on with terms as they were stored."""
         for name, encoded in terms.items():
             tensor = self.tensors[name]
-            fresh = TrainableTensor.of(encoded, tensor.shape, tensor.context)
+            factors: list[torch.Tensor] | None = None
+            if isinstance(tensor, FactoredTensor):
+                factors = []
+            fresh = _trainable(encoded, tensor.shape, tensor.context, factors)
             assert fresh is not None
             self.tensors[name] = fresh
 
@@ -269,9 +299,21 @@ class _Student:
         for parameter, value in self.weights().items():
             self.model.get_parameter(parameter).copy_(value)
 
-    def _weight(self, tensor: TrainableTensor) -> torch.Tensor:
+    def _weight(self, tensor: TrainableTensor | FactoredTensor) -> torch.Tensor:
         assert tensor.context.base is not None
         return (tensor.context.base.to(torch.float32) + tensor.decode()).to(self.device)
+
+
+def _trainable(
+    encoded: list[Encoded],
+    shape: tuple[int, ...],
+    context: Context,
+    factors: list[torch.Tensor] | None,
+) -> TrainableTensor | FactoredTensor | None:
+    """A tensor with its scales as leaves, or with factors that tensors share."""
+    if factors is None:
+        return TrainableTensor.open(encoded, shape, context)
+    return FactoredTensor.open(encoded, shape, context, factors)
 
 
 def _train(
@@ -282,8 +324,8 @@ def _train(
     device: str,
     progress: OnProgress,
 ) -> None:
-    values = [v for tensor in student.tensors.values() for v in tensor.values.values()]
-    optimizer = torch.optim.Adam(values, lr=options.lr, betas=(0.9, 0.999))
+    values = {id(v): v for tensor in student.tensors.values() for v in tensor.values.values()}
+    optimizer = torch.optim.Adam(list(values.values()), lr=options.rate, betas=(0.9, 0.999))
     cosine = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / options.steps))
     )

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import get_args
 
 from deltafold.compress.calibration.data import read_calibration
 from deltafold.compress.calibration.evidence import AT_THE_FINE_TUNE, CalibratedEvidence
 from deltafold.compress.checkpoint import Checkpoint
-from deltafold.compress.errors import DeltafoldError
-from deltafold.compress.evidence import Need, Role
-from deltafold.compress.naming import NamedBase
+from deltafold.compress.evidence import Need
+from deltafold.compress.references import open_references
 from deltafold.compress.source import open_variant
 
 
@@ -34,25 +32,15 @@ def calibrate(
         file: the calibration file, see `read_calibration`.
         rows: most rows taken.
         length: most tokens of a row.
-        references: folders or hub ids of other checkpoints, by role: `aligned`, `unaligned`.
+        references: other checkpoints by role, see `open_references`.
         wanted: the needs to meet, `Recipe.needs()`.
         device: where the model runs.
 
     Raises:
-        DeltafoldError: as `read_calibration` and `open_variant`; `bad-argument` for an unknown role.
+        DeltafoldError: as `read_calibration` and `open_variant`; whatever is wrong with references.
     """
-    for role in references or {}:
-        if role not in get_args(Role):
-            raise DeltafoldError(
-                "bad-argument",
-                f"{role!r} is no role of a reference checkpoint.",
-                facts=[("roles", ", ".join(get_args(Role)))],
-                fix="--reference aligned=FOLDER",
-            )
-    source = open_variant(variant, Checkpoint.open(base))
+    checkpoint = Checkpoint.open(base)
+    source = open_variant(variant, checkpoint)
+    others = open_references(references or {}, checkpoint, source)
     data = read_calibration(file, source.reference.folder, rows=rows, length=length)
-    others = {
-        role: NamedBase.of(Checkpoint.open(folder), source)
-        for role, folder in (references or {}).items()
-    }
     return CalibratedEvidence(source, data, wanted=wanted, references=others, device=device)

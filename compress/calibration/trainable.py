@@ -1,7 +1,8 @@
 """A coded tensor whose scales can be trained: everything else in its terms stays as it is.
 
 Decoding is linear in the scales of a term, and plain torch, so gradients flow through `decode` itself
-once the scales are float32 tensors. What is written back has the term's own format.
+once the scales are float32 tensors. What is written back has the term's own format. Instead of all
+scales, one factor for each term can be trained that all tensors of a model have in common.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from deltafold.compress.terms import Context, Encoded, Rows, Term
+from deltafold.compress.terms import Context, Encoded, Rows, Term, is_exact, scaled
 
 _KEY = "scales"
 
@@ -34,7 +35,7 @@ class TrainableTensor:
     values: dict[tuple[int, str], torch.Tensor]
 
     @classmethod
-    def of(
+    def open(
         cls, encoded: Sequence[Encoded], shape: tuple[int, ...], context: Context
     ) -> TrainableTensor | None:
         """None where no term has scales."""
@@ -69,6 +70,56 @@ class TrainableTensor:
                     changed |= _written(term, parts, key, value.detach())
             found.append(Encoded(term, changed))
         return found
+
+
+@dataclass
+class FactoredTensor:
+    """The terms of one tensor, each times a factor that other tensors share.
+
+    Attributes:
+        encoded: as stored.
+        shape: the fine-tune's.
+        context: as decoding needs it.
+        factors: float32 leaves without dimensions, one a term; tensors of fewer terms take the first.
+        decoded: float32 of `shape`, one a term.
+    """
+
+    encoded: Sequence[Encoded]
+    shape: tuple[int, ...]
+    context: Context
+    factors: list[torch.Tensor]
+    decoded: list[torch.Tensor]
+
+    @classmethod
+    def open(
+        cls,
+        encoded: Sequence[Encoded],
+        shape: tuple[int, ...],
+        context: Context,
+        factors: list[torch.Tensor],
+    ) -> FactoredTensor | None:
+        """None where a term is exact or has rows that are values; adds factors that are missing."""
+        if any(is_exact(t) or (isinstance(t, Rows) and t.added) for t, _ in encoded):
+            return None
+        while len(factors) < len(encoded):
+            factors.append(torch.ones((), requires_grad=True))
+        decoded = [term.decode(parts, shape, context) for term, parts in encoded]
+        return cls(encoded, shape, context, factors, decoded)
+
+    @property
+    def values(self) -> dict[tuple[int, str], torch.Tensor]:
+        """The leaves that this tensor depends on."""
+        return {(i, "factor"): f for i, f in enumerate(self.factors[: len(self.encoded)])}
+
+    def decode(self) -> torch.Tensor:
+        """The difference that the factors now give, float32 of `shape`."""
+        pairs = zip(self.decoded, self.factors, strict=False)
+        return sum((part * factor for part, factor in pairs), torch.zeros(self.shape))
+
+    def stored(self) -> list[Encoded]:
+        """The terms, the factors multiplied on."""
+        pairs = zip(self.encoded, self.factors, strict=False)
+        return [scaled(encoded, factor.item()) for encoded, factor in pairs]
 
 
 def _scale_keys(term: Term, parts: dict[str, torch.Tensor]) -> list[str]:

@@ -8,6 +8,7 @@ from deltafold.compress.edits.darex_q import DarexQ
 from deltafold.compress.edits.della import Della
 from deltafold.compress.edits.irr import Irr
 from deltafold.compress.edits.safe_delta import SafeDelta
+from deltafold.compress.edits.sampled_magnitudes import SampledMagnitudes
 from deltafold.compress.edits.scale import Scale
 from deltafold.compress.edits.stratified import Stratified
 from deltafold.compress.edits.trim import Trim
@@ -22,6 +23,7 @@ __all__ = [
     "Edit",
     "Irr",
     "SafeDelta",
+    "SampledMagnitudes",
     "Scale",
     "Stratified",
     "SurveyedEdit",

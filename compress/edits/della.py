@@ -20,7 +20,7 @@ from deltafold.compress.edits.base import edit
 from deltafold.compress.edits.dare import check_seed
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import Need
-from deltafold.compress.philox import words
+from deltafold.compress.philox import words_of
 from deltafold.compress.terms import Context, rows_and_columns
 
 
@@ -67,7 +67,7 @@ class Della:
             return delta.clone()
         matrix = delta.reshape(rows_and_columns(tuple(delta.shape)))
         odds = self.probabilities(matrix)
-        drawn = torch.from_numpy(words(delta.numel(), seed=self.seed, name=context.name))
+        drawn = torch.from_numpy(words_of(delta.numel(), seed=self.seed, name=context.name))
         # In float64, where all 2^32 words and the bounds between them are exact.
         keep = drawn.to(torch.float64).reshape(matrix.shape) < odds.to(torch.float64) * 2**32
         kept = torch.where(keep, matrix / odds if self.rescale else matrix, 0.0)

@@ -18,7 +18,7 @@ from deltafold.compress.edits.base import edit
 from deltafold.compress.edits.dare import check_seed
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import Need
-from deltafold.compress.philox import words
+from deltafold.compress.philox import words_of
 from deltafold.compress.terms import Context, rows_and_columns
 
 
@@ -54,7 +54,7 @@ class Stratified:
         groups = -(-columns // self.group)
         starts = np.arange(groups, dtype=np.uint64) * np.uint64(self.group)
         sizes = np.minimum(np.uint64(self.group), np.uint64(columns) - starts)
-        drawn = words(rows * groups, seed=self.seed, name=context.name).reshape(rows, groups)
+        drawn = words_of(rows * groups, seed=self.seed, name=context.name).reshape(rows, groups)
         # A word below 2^32 times the size, divided by 2^32: evenly spread, and no division.
         place = starts + ((drawn.astype(np.uint64) * sizes) >> np.uint64(32))
         index = torch.from_numpy(place.astype(np.int64))

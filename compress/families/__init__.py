@@ -3,5 +3,6 @@
 from deltafold.compress.families.base import FAMILIES, FamilyMethod, parse_family
 from deltafold.compress.families.emr import Emr
 from deltafold.compress.families.row_groups import RowGroups
+from deltafold.compress.families.shift_scale import ShiftScaleFamily
 
-__all__ = ["FAMILIES", "Emr", "FamilyMethod", "RowGroups", "parse_family"]
+__all__ = ["FAMILIES", "Emr", "FamilyMethod", "RowGroups", "ShiftScaleFamily", "parse_family"]

@@ -13,24 +13,18 @@ import torch
 
 from deltafold.compress.evidence import Need
 from deltafold.compress.spec import build_from_spec
-from deltafold.compress.terms import Shared
+from deltafold.compress.terms import Context, Encoded, Shared
 
 
 @runtime_checkable
 class FamilyMethod(Protocol):
-    """A way to store deltas together.
-
-    Attributes:
-        rescaled: whether each delta's scale is the ratio of its mean magnitude to that of what it
-            takes of the shared tensors, summed over all of them; else it is 1.
-    """
+    """A way to store deltas together."""
 
     id: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str]
     applied: ClassVar[str]
     needs: ClassVar[tuple[Need, ...]]
-    rescaled: ClassVar[bool]
 
     def share(self, deltas: Sequence[torch.Tensor]) -> torch.Tensor:
         """The shared tensor, float32 `[groups * N, M]`, of float32 deltas `[N, M]`."""
@@ -38,6 +32,17 @@ class FamilyMethod(Protocol):
 
     def term(self, members: int) -> Shared:
         """The term of each delta, its family and key not filled in, for so many members."""
+        ...
+
+    def weigh(self, delta: torch.Tensor, stored: torch.Tensor) -> tuple[float, float]:
+        """Two numbers of one tensor of a delta and its shared tensor as it is stored, `[N, M]`.
+
+        Summed over all tensors, the first over the second is the delta's scale; 1 if that is 0.
+        """
+        ...
+
+    def remainder(self, left: torch.Tensor, context: Context) -> list[Encoded]:
+        """Terms for what a delta's `shared` term leaves of a tensor; none leaves it lost."""
         ...
 
 

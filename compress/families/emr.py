@@ -21,7 +21,7 @@ import torch
 
 from deltafold.compress.evidence import Need
 from deltafold.compress.families.base import family
-from deltafold.compress.terms import Shared
+from deltafold.compress.terms import Context, Encoded, Shared
 
 
 @family
@@ -34,7 +34,6 @@ class Emr:
     paper: ClassVar[str] = "2405.17461"
     applied: ClassVar[str] = "mask on the shared delta on the fly"
     needs: ClassVar[tuple[Need, ...]] = ()
-    rescaled: ClassVar[bool] = True
 
     def share(self, deltas: Sequence[torch.Tensor]) -> torch.Tensor:
         """`E`, float32 `[N, M]`."""
@@ -51,3 +50,13 @@ class Emr:
     def term(self, members: int) -> Shared:
         """Masked, one group."""
         return Shared()
+
+    def weigh(self, delta: torch.Tensor, stored: torch.Tensor) -> tuple[float, float]:
+        """Mean magnitudes: of the delta, and of what its mask takes."""
+        took = torch.where(delta * stored > 0, stored, 0.0)
+        own = float(delta.abs().mean(dtype=torch.float64))
+        return own, float(took.abs().mean(dtype=torch.float64))
+
+    def remainder(self, left: torch.Tensor, context: Context) -> list[Encoded]:
+        """None."""
+        return []

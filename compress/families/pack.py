@@ -141,7 +141,7 @@ class _Run:
     recipe: Recipe
     progress: OnProgress
     entries: dict[str, SharedEntry] = field(default_factory=dict)
-    #: Sums over tensors of mean magnitudes, one a member: of its deltas, and of what it takes.
+    #: Sums over tensors of the two numbers whose ratio is a member's scale.
     own: list[float] = field(default_factory=list)
     taken: list[float] = field(default_factory=list)
 
@@ -202,9 +202,12 @@ class _Run:
                 key=name,
                 groups=term.groups,
                 masked=term.masked,
-                scale=scale if self.method.rescaled else 1.0,
+                scale=scale,
             )
-            return [own.encode(delta, Context(name, shared=shared))], delta
+            context = Context(name, shared=shared)
+            encoded = own.encode(delta, context)
+            left = delta - encoded.term.decode(encoded.parts, tuple(delta.shape), context)
+            return [encoded, *self.method.remainder(left, context)], delta
 
         # Coding and measuring ask for the same tensor one after the other.
         @lru_cache(maxsize=1)
@@ -281,8 +284,7 @@ class _Run:
             payload_sha256=payload_digest(parts for _, parts in encoded),
             bytes=sum(p.numel() * p.element_size() for _, ps in encoded for p in ps.values()),
         )
-        if self.method.rescaled:
-            self._measure(name, encoded, shape, deltas)
+        self._measure(name, encoded, shape, deltas)
 
     def _coded(self, name: str, table: torch.Tensor) -> list[Encoded]:
         context = Context(name, variant=table)
@@ -301,9 +303,9 @@ class _Run:
         for term, parts in encoded:
             stored += term.decode(parts, shape, Context(name))
         for i, delta in enumerate(deltas):
-            self.own[i] += float(delta.abs().mean(dtype=torch.float64))
-            took = torch.where(delta * stored > 0, stored, 0.0)
-            self.taken[i] += float(took.abs().mean(dtype=torch.float64))
+            own, taken = self.method.weigh(delta, stored[: delta.shape[0]])
+            self.own[i] += own
+            self.taken[i] += taken
 
 
 def _names(given: Sequence[str], targets: Sequence[TensorSource]) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import Need
 from deltafold.compress.families.base import family
-from deltafold.compress.terms import Shared
+from deltafold.compress.terms import Context, Encoded, Shared
 
 _MOST_STEPS = 20
 
@@ -37,7 +37,6 @@ class RowGroups:
     paper: ClassVar[str] = "after 2412.15283"
     applied: ClassVar[str] = "rows of the shared delta on the fly"
     needs: ClassVar[tuple[Need, ...]] = ()
-    rescaled: ClassVar[bool] = False
 
     groups: int = 2
 
@@ -60,6 +59,14 @@ class RowGroups:
     def term(self, members: int) -> Shared:
         """Whole rows, so many groups."""
         return Shared(groups=min(self.groups, members), masked=False)
+
+    def weigh(self, delta: torch.Tensor, stored: torch.Tensor) -> tuple[float, float]:
+        """Rows are taken as they are."""
+        return 1.0, 1.0
+
+    def remainder(self, left: torch.Tensor, context: Context) -> list[Encoded]:
+        """None."""
+        return []
 
 
 def clusters(deltas: Sequence[torch.Tensor], groups: int) -> torch.Tensor:

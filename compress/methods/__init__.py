@@ -4,6 +4,8 @@ from deltafold.compress.methods.axis_signs import AxisSigns
 from deltafold.compress.methods.base import (
     METHODS,
     Method,
+    PairMethod,
+    SurveyedMethod,
     bits_per_weight,
     build,
     method_class,
@@ -24,10 +26,12 @@ from deltafold.compress.methods.int_hessian import IntegerHessian
 from deltafold.compress.methods.integer import Integer
 from deltafold.compress.methods.nm import NMMethod, Stratified
 from deltafold.compress.methods.quantize_and_drop import QuantizeAndDrop
+from deltafold.compress.methods.shift_scale import ShiftScale
 from deltafold.compress.methods.sparse import SparseMethod, TopK
 from deltafold.compress.methods.svd import Svd
 from deltafold.compress.methods.svd_act import SvdAct
 from deltafold.compress.methods.svd_widths import SvdWidths
+from deltafold.compress.methods.ultradelta import UltraDelta
 
 __all__ = [
     "METHODS",
@@ -48,13 +52,17 @@ __all__ = [
     "LosslessMethod",
     "Method",
     "NMMethod",
+    "PairMethod",
     "QuantizeAndDrop",
+    "ShiftScale",
     "SparseMethod",
     "Stratified",
+    "SurveyedMethod",
     "Svd",
     "SvdAct",
     "SvdWidths",
     "TopK",
+    "UltraDelta",
     "bits_per_weight",
     "build",
     "method_class",

@@ -8,19 +8,21 @@ are applied, so that `deltafold codecs` can print one honest table.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
-from typing import Any, ClassVar, Final, Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Final, Protocol, Self, runtime_checkable
 
 import torch
 
 from deltafold.compress.evidence import Need
-from deltafold.compress.spec import Kind, spec_of
+from deltafold.compress.fast import Pair
+from deltafold.compress.spec import Kind, spec_of, split_outside
 from deltafold.compress.terms import Context, Encoded, Term
 
 __all__ = [
     "METHODS",
     "Method",
+    "PairMethod",
+    "SurveyedMethod",
     "bits_per_weight",
     "build",
     "method",
@@ -57,10 +59,33 @@ class Method(Protocol):
         ...
 
 
+@runtime_checkable
+class SurveyedMethod(Method, Protocol):
+    """A method that looks at every tensor that it will store before it stores the first."""
+
+    def survey(self, tensors: Iterable[tuple[torch.Tensor, Context]]) -> Self:
+        """The method with what it needs to know of the whole model filled in.
+
+        `tensors` has float32 deltas as edits leave them, each with its context, whose evidence is
+        there where the run has reference checkpoints. It can be gone through several times; each time
+        the model is read anew. What is filled in is no part of the spec.
+        """
+        ...
+
+
+@runtime_checkable
+class PairMethod(Method, Protocol):
+    """A method that is quicker where it sees both models than where it is given their difference."""
+
+    def encode_pair(self, pair: Pair, context: Context) -> list[Encoded]:
+        """What `encode` gives for `pair.delta()`, bit for bit, where the method is `blockwise`."""
+        ...
+
+
 METHODS: Final[dict[str, type[Any]]] = {}
 _CODECS: Final = Kind("codec", METHODS, "deltafold.methods", "--codec")
 #: Between the edits and the codec of a chain; a plus in a number (1e+5) is followed by a digit.
-_LINK: Final = re.compile(r"\+(?=\s*[a-z])")
+_LINK: Final = r"\+(?=\s*[a-z])"
 
 
 def method(cls: type[Any]) -> type[Any]:
@@ -81,7 +106,7 @@ def parse_spec(spec: str) -> Method:
     Raises:
         DeltafoldError: `unknown-codec`, or `bad-recipe` naming the option that is wrong.
     """
-    *edits, codec = _LINK.split(spec)
+    *edits, codec = split_outside(spec, _LINK)
     built: Method = _CODECS.parse(codec)
     if edits:
         from deltafold.compress.edits import parse_edit

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from deltafold.compress.edits.base import Edit
+from deltafold.compress.edits.base import Edit, SurveyedEdit
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import NEEDS, Need
-from deltafold.compress.methods.base import Method
+from deltafold.compress.methods.base import Method, SurveyedMethod
 from deltafold.compress.methods.exact import ExactMethod
 from deltafold.compress.spec import spec_of
 from deltafold.compress.terms import Context, Dense, Encoded, Term, is_exact
@@ -76,3 +76,20 @@ class Chain:
 
     def _keeps_values(self, shape: tuple[int, ...]) -> bool:
         return any(is_exact(term) for term in self.codec.plan(shape, "F32"))
+
+
+def steps_of(method: Method) -> list[Edit]:
+    """The edits of a method, those of a chain within a chain included, in order."""
+    return [*method.edits, *steps_of(method.codec)] if isinstance(method, Chain) else []
+
+
+def codec_of(method: Method) -> Method:
+    """What stores the result of a method's edits."""
+    return codec_of(method.codec) if isinstance(method, Chain) else method
+
+
+def looks_around(method: Method) -> bool:
+    """Whether a method or an edit before it must see the whole model first."""
+    return isinstance(codec_of(method), SurveyedMethod) or any(
+        isinstance(step, SurveyedEdit) for step in steps_of(method)
+    )

@@ -17,7 +17,7 @@ import torch
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import Need
 from deltafold.compress.methods.base import method
-from deltafold.compress.terms import Context, Encoded, Patches, Term
+from deltafold.compress.terms import Context, Encoded, Patches, Term, scaled
 
 
 @method
@@ -58,7 +58,7 @@ class Dct:
             found = encoded.term.decode(encoded.parts, tuple(delta.shape), context)
             before, after = (t.abs().sum(dtype=torch.float64).item() for t in (delta, found))
             if after > 0:
-                encoded = term.scaled(encoded, before / after)
+                encoded = scaled(encoded, before / after)
         return [encoded]
 
     def plan(self, shape: tuple[int, ...], dtype: str) -> list[Term]:

@@ -4,7 +4,8 @@
 section 4), whose quality comes from error feedback by activations; without it two sign planes lose
 less at the size of 2 bits. `stratified`: one random entry of every group of G, times G. Its expected
 delta is the delta and its variance that of dropping a share 1 - 1/G at random, but every group has
-its one: no row is longer than another, and a place takes log2 G bits.
+its one: no row is longer than another, and a place takes log2 G bits. It is DARE's drop (arXiv
+2311.03099) within groups.
 """
 
 from __future__ import annotations

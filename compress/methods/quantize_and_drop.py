@@ -1,18 +1,17 @@
 """`quantize-and-drop`: codes first, then a random drop within each group of equal codes.
 
-After UltraDelta (arXiv 2505.13563) and its released code for vision models: an even grid from the
-least to the largest entry; of the entries of each level the same share dropped; the rest divided by
-the share kept. Dropping within levels keeps each level's share, which a drop over the whole tensor
-does only on average. Two of its steps are left out, hence the name: drop rates that differ between
-layers by their deviation (they take a look at the whole model; give `--set` instead), and a factor
-that its code derives from other tasks (`gamma` is that factor, to be chosen).
+The step within a tensor of UltraDelta (arXiv 2505.13563): an even grid from the least to the largest
+entry; of the entries of each level the same share dropped; the rest divided by the share kept. Dropping
+within levels keeps each level's share, which a drop over the whole tensor does only on average. The
+steps that look at the whole model, and at other fine-tunes, are in the codec `ultradelta`; here every
+tensor is by itself.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -57,18 +56,8 @@ class QuantizeAndDrop:
 
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
         """One `sparse-codes` term."""
-        flat = delta.reshape(-1)
-        table = even_table(flat, self.bits)
-        codes = nearest(flat, table)
-        gone = table[codes.to(torch.int64)] == 0
-        # Zeros that are there already count towards the share that must be zero.
-        present = int((~gone).sum())
-        rate = max(1 - (1 - self.drop) * flat.numel() / max(present, 1), 0.0)
-        words = words_of(flat.numel(), seed=self.seed, name=context.name)
-        keep = torch.from_numpy(_kept_of_each(codes.numpy(), words, rate)) & ~gone
-        term = self._term()
-        parts = term.coded(codes[keep], table * (self.gamma / (1 - self.drop)))
-        return [term.assemble(keep, parts)]
+        found = dropped_codes(delta, self.bits, self.drop, seed=self.seed, name=context.name)
+        return [found.stored(self._term(), self.gamma / (1 - self.drop))]
 
     def plan(self, shape: tuple[int, ...], dtype: str) -> list[Term]:
         """One `sparse-codes` term, its size as the drop rate promises."""
@@ -76,6 +65,45 @@ class QuantizeAndDrop:
 
     def _term(self) -> SparseCodes:
         return SparseCodes(mask="runs", bits=self.bits, drop=self.drop)
+
+
+class Dropped(NamedTuple):
+    """The codes of a tensor of which some are dropped.
+
+    Attributes:
+        codes: uint8 `[numel]`.
+        table: float32 levels.
+        keep: bool `[numel]`.
+    """
+
+    codes: torch.Tensor
+    table: torch.Tensor
+    keep: torch.Tensor
+
+    def stored(self, term: SparseCodes, factor: float) -> Encoded:
+        """What is kept, times a factor."""
+        return term.assemble(self.keep, term.coded(self.codes[self.keep], self.table * factor))
+
+
+def dropped_codes(delta: torch.Tensor, bits: int, drop: float, *, seed: int, name: str) -> Dropped:
+    """Codes of a float32 delta on an even grid, the same share of each level dropped.
+
+    Args:
+        delta: of any shape.
+        bits: of a code.
+        drop: share of zeros in the end; levels that are zero count towards it.
+        seed: of the drop.
+        name: the tensor's, which the drop depends on too.
+    """
+    flat = delta.reshape(-1)
+    table = even_table(flat, bits)
+    codes = nearest(flat, table)
+    gone = table[codes.to(torch.int64)] == 0
+    present = int((~gone).sum())
+    rate = max(1 - (1 - drop) * flat.numel() / max(present, 1), 0.0)
+    words = words_of(flat.numel(), seed=seed, name=name)
+    keep = torch.from_numpy(_kept_of_each(codes.numpy(), words, rate)) & ~gone
+    return Dropped(codes, table, keep)
 
 
 def _kept_of_each(

@@ -6,6 +6,7 @@ from deltafold.compress.terms.base import (
     Context,
     Encoded,
     ExactTerm,
+    MeasuredTerm,
     Parts,
     PartSpec,
     SharedSource,
@@ -29,6 +30,7 @@ from deltafold.compress.terms.nm import NM
 from deltafold.compress.terms.patches import Patches
 from deltafold.compress.terms.planes import Planes
 from deltafold.compress.terms.rows import Rows
+from deltafold.compress.terms.scaling import scaled
 from deltafold.compress.terms.shared import Shared
 from deltafold.compress.terms.sparse import Sparse
 from deltafold.compress.terms.sparse_codes import SparseCodes
@@ -50,6 +52,7 @@ __all__ = [
     "Lossless",
     "LosslessStreams",
     "LowRank",
+    "MeasuredTerm",
     "PartSpec",
     "Parts",
     "Patches",
@@ -63,5 +66,6 @@ __all__ = [
     "config_of",
     "is_exact",
     "rows_and_columns",
+    "scaled",
     "term_from_config",
 ]

@@ -127,13 +127,6 @@ class Patches(Checked):
                 specs |= scales.specs((count,), "float16", f"{i}.means")
         return specs
 
-    def scaled(self, encoded: Encoded, factor: float) -> Encoded:
-        """The same patches, all of them times a factor."""
-        return Encoded(
-            encoded.term,
-            {k: p * factor if k.endswith("_unit") else p for k, p in encoded.parts.items()},
-        )
-
     def layout(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Height and width of a patch, and P."""
         rows, columns = rows_and_columns(shape)

@@ -15,6 +15,7 @@ import torch
 from deltafold.compress import Checkpoint, DeltafoldError
 from deltafold.compress.fingerprint import digest_source
 from deltafold.runtime.deltas import Deltas, Rebuild
+from deltafold.runtime.embedded.products import quicken
 from deltafold.runtime.gate import GATE
 from deltafold.runtime.quantizing import check_quantization, quantize_base
 from deltafold.runtime.quiet import quiet
@@ -78,6 +79,7 @@ def open_model(
     if base_quantization is not None:
         quantize_base(model, checkpoint, base_quantization)
     model = model.to(where).eval()
+    quicken(model)
     deltas = Deltas(
         model,
         checkpoint,
@@ -134,7 +136,9 @@ def load_bare(
         )
     if base_quantization is not None:
         quantize_base(model, checkpoint, base_quantization)
-    return model.to(where).eval(), sorted(info["missing_keys"])
+    model = model.to(where).eval()
+    quicken(model)
+    return model, sorted(info["missing_keys"])
 
 
 def _generating_class(folder: Path) -> Any:

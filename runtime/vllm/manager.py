@@ -19,13 +19,14 @@ import torch
 from torch import nn
 
 from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
-from deltafold.runtime.vllm.checks import check_config, probe
+from deltafold.runtime.vllm.checks import check_config, check_copy, probe
 from deltafold.runtime.vllm.routes import find_routes
 from deltafold.runtime.vllm.rows import StepRows
 from deltafold.runtime.vllm.settings import Settings
-from deltafold.runtime.vllm.sites import install
+from deltafold.runtime.vllm.sites import find_sites, install
+from deltafold.runtime.vllm.slots import SlotMaker, layout_of, zoo_repos
 from deltafold.runtime.vllm.source import Source
-from deltafold.runtime.vllm.variant import LoadedVariant, Loader
+from deltafold.runtime.vllm.variant import FORMS, PACKED, LoadedVariant, Loader
 
 _log = logging.getLogger(__name__)
 
@@ -61,18 +62,20 @@ class DeltaManager:
         self._runner, self._model = runner, model
         slots = vllm_config.lora_config.max_loras
         self._capacity = max(vllm_config.lora_config.max_cpu_loras or slots, slots)
-        self.dense = settings.slots == "dense" or (
-            settings.slots == "auto" and device.type != "cpu"
-        )
+        layout = layout_of(settings.slots, device, zoo=bool(settings.zoo))
         tokens = _most_tokens(vllm_config)
         self.rows = StepRows.make(tokens, tokens, device)
-        self._source = Source(Checkpoint.open(vllm_config.model_config.model))
+        served = Checkpoint.open(vllm_config.model_config.model)
+        self._source = Source(Checkpoint.open(settings.base) if settings.base else served)
+        check_copy(served, self._source.base)
         routes = find_routes(vllm_config, self._source.base)
-        sites = install(model, routes, self.rows, slots, dense=self.dense)
+        sites = find_sites(model, routes, self.rows, slots, fixed=layout != FORMS)
+        install(model, sites)
         self._sites = sites
-        self._loader = Loader(
-            self._source.base, routes, sites, vllm_config.model_config.dtype, self.dense
-        )
+        base, dtype = self._source.base, vllm_config.model_config.dtype
+        self.slots = SlotMaker(base, routes, sites, slots, layout, dtype, device)
+        self.slots.allocate(zoo_repos(self._source, settings) if layout == PACKED else [])
+        self._loader = Loader(base, routes, sites, dtype, layout)
         self._repos: dict[int, DeltaRepo] = {}
         self._host: OrderedDict[int, LoadedVariant] = OrderedDict()
         self._pinned: set[int] = set()
@@ -116,10 +119,11 @@ class DeltaManager:
         return {*self._repos, *self._dummies}
 
     def pin_adapter(self, number: int) -> bool:
-        """Keep a variant in host memory."""
+        """Keep a variant in host memory, and in its slot as long as another one's can be taken."""
         if number not in self._repos:
             return False
         self._pinned.add(number)
+        self._host_copy(number)
         return True
 
     def set_active_adapters(self, requests: Iterable[Any], mapping: Any) -> None:
@@ -187,7 +191,9 @@ class DeltaManager:
 
     def _load(self, path: str) -> tuple[DeltaRepo, LoadedVariant]:
         repo = self._source.open(path)
-        return repo, self._loader.load(repo)
+        loaded = self._loader.load(repo)
+        self.slots.check(loaded, str(repo.folder))
+        return repo, loaded
 
     def _probe(self) -> None:
         """See once which hooks the model calls; vLLM's own warm-up may have shown it already."""
@@ -215,8 +221,8 @@ class DeltaManager:
             self._used.move_to_end(number)
             return
         if None not in self._slots:
-            old = next(n for n in self._used if n not in wanted)
-            self._vacate(old)
+            free = [n for n in self._used if n not in wanted]
+            self._vacate(next((n for n in free if n not in self._pinned), free[0]))
         loaded = None if number in self._dummies else self._host_copy(number)
         slot = self._slots.index(None)
         for name, hook in self._sites.hooks.items():

@@ -13,6 +13,7 @@ from deltafold.server.cli.options import F, add_options
 if TYPE_CHECKING:
     from deltafold.compress.calibration import CalibratedEvidence, CalibratedJudge
     from deltafold.compress.evidence import Need
+    from deltafold.compress.references import ReferenceEvidence
 
 _ROWS, _LENGTH = 64, 512
 
@@ -50,7 +51,8 @@ def calibration_options(command: F) -> F:
             "references",
             metavar="ROLE=MODEL",
             multiple=True,
-            help="Another checkpoint for edits that ask for one; ROLE is aligned or unaligned.",
+            help="Another checkpoint for codecs and edits that look at one; ROLE is aligned, "
+            "unaligned, or task: another fine-tune, of which there may be several.",
         ),
         click.option(
             "--device", default="cpu", show_default=True, help="Where calibration runs the model."
@@ -79,23 +81,25 @@ class CalibrationOptions:
 
     def evidence(
         self, base: str, variant: str, wanted: Iterable[Need]
-    ) -> CalibratedEvidence | None:
-        """Evidence for packing `variant`; None where no file was given.
+    ) -> CalibratedEvidence | ReferenceEvidence | None:
+        """Evidence for packing `variant`; None where neither file nor other fine-tunes were given.
 
         Raises:
             DeltafoldError: whatever is wrong with the file, the references or the device.
         """
         from deltafold.compress import DeltafoldError
+        from deltafold.compress.evidence import is_task
+        from deltafold.compress.references import compare_with
 
-        references = dict(map(_reference, self.references))
+        references = read_references(self.references)
         if self.file is None:
-            if references:
+            if not all(map(is_task, references)):
                 raise DeltafoldError(
                     "bad-argument",
-                    "--reference goes with calibration data.",
-                    fix="--calibrate prompts.jsonl",
+                    "--reference goes with calibration data, but for other fine-tunes.",
+                    fix="--calibrate prompts.jsonl, or --reference task=MODEL",
                 )
-            return None
+            return compare_with(base, variant, references) if references else None
         from deltafold.compress.calibration import calibrate
 
         return calibrate(
@@ -105,26 +109,50 @@ class CalibrationOptions:
             rows=self.rows,
             length=self.length,
             references=references,
-            wanted=wanted,
+            wanted=(*wanted, "reference") if any(map(is_task, references)) else wanted,
             device=self.device,
         )
 
 
-def judge_of(evidence: CalibratedEvidence | None, device: str) -> CalibratedJudge | None:
+def calibrated(
+    evidence: CalibratedEvidence | ReferenceEvidence | None,
+) -> CalibratedEvidence | None:
+    """Evidence of a model that ran on data; None without data."""
+    from deltafold.compress.references import ReferenceEvidence
+
+    return None if isinstance(evidence, ReferenceEvidence) else evidence
+
+
+def judge_of(
+    evidence: CalibratedEvidence | ReferenceEvidence | None, device: str
+) -> CalibratedJudge | None:
     """What measures packed deltas on the calibration data; None without any."""
+    ran = calibrated(evidence)
+    if ran is None:
+        return None
     from deltafold.compress.calibration import CalibratedJudge
 
-    return None if evidence is None else CalibratedJudge(evidence, device)
+    return CalibratedJudge(ran, device)
 
 
-def _reference(text: str) -> tuple[str, str]:
+def read_references(given: Iterable[str]) -> dict[str, str]:
+    """`ROLE=MODEL` as models by role; other fine-tunes are numbered.
+
+    Raises:
+        DeltafoldError: `bad-argument` for text of another form, or a role given twice.
+    """
     from deltafold.compress import DeltafoldError
 
-    role, equals, model = text.partition("=")
-    if not (role and equals and model):
-        raise DeltafoldError(
-            "bad-argument",
-            f"--reference {text!r} is not of the form ROLE=MODEL.",
-            fix="--reference aligned=FOLDER",
-        )
-    return role, model
+    found: dict[str, str] = {}
+    for text in given:
+        role, equals, model = text.partition("=")
+        if role == "task":
+            role = f"task:{1 + sum(r.startswith('task:') for r in found)}"
+        if not (role and equals and model) or role in found:
+            raise DeltafoldError(
+                "bad-argument",
+                f"--reference {text!r} is not of the form ROLE=MODEL, or its role is taken.",
+                fix="--reference aligned=FOLDER",
+            )
+        found[role] = model
+    return found

@@ -58,6 +58,7 @@ def codecs(output: Output) -> None:
 
 def _describe(kind: str, method: type[Any]) -> dict[str, Any]:
     from deltafold.compress.classes import CLASSES
+    from deltafold.compress.spec import options_of
 
     hints = typing.get_type_hints(method)
     described = {
@@ -65,8 +66,8 @@ def _describe(kind: str, method: type[Any]) -> dict[str, Any]:
         "kind": kind,
         "class": CLASSES[kind].get(method.id),
         "summary": method.summary,
-        "options": [_option(f, hints[f.name]) for f in dataclasses.fields(method)],
-        "needs": list(method.needs),
+        "options": [_option(f, hints[f.name]) for f in options_of(method)],
+        "needs": list(method().needs),
         "paper": method.paper,
     }
     if hasattr(method, "applied"):
@@ -91,14 +92,18 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
 
 
 def _text(word: str, listed: list[dict[str, Any]]) -> str:
+    from deltafold.compress.spec import written
+
     rows = []
     for item in listed:
-        options = ",".join(f"{o['name']}={o['default']}" for o in item["options"]) or "-"
+        options = ",".join(f"{o['name']}={written(o['default'])}" for o in item["options"])
         needs = ", ".join(item["needs"]) or "nothing"
         served = [f"{item['bits']:.2f}"] if "bits" in item else []
         served += [item["applied"]] if "applied" in item else []
         known = item["class"] or "-"
-        rows.append([item["id"], options, needs, *served, known, item["paper"], item["summary"]])
+        rows.append(
+            [item["id"], options or "-", needs, *served, known, item["paper"], item["summary"]]
+        )
     first = listed[0] if listed else {}
     served = [name for key, name in (("bits", "bits"), ("applied", "when served")) if key in first]
     head = [word, "options", "needs", *served, "class", "source", "what it does"]

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from deltafold.server.cli.budget import BudgetOptions, budget_options, dry_text, wanted_evidence
-from deltafold.server.cli.calibration import CalibrationOptions, calibration_options, judge_of
+from deltafold.server.cli.calibration import (
+    CalibrationOptions,
+    calibrated,
+    calibration_options,
+    judge_of,
+)
 from deltafold.server.cli.command import command_line
 from deltafold.server.cli.machine import (
     MachineOptions,
@@ -24,7 +30,7 @@ from deltafold.server.cli.recipes import read_recipe, recipe_options
 
 if TYPE_CHECKING:
     from deltafold.compress import PackReport
-    from deltafold.compress.calibration import CalibratedEvidence
+    from deltafold.compress.calibration import CalibratedEvidence, LogitFit
 
 
 @click.command("compress")
@@ -59,15 +65,20 @@ if TYPE_CHECKING:
     help="Then train the scales until the logits are the fine-tune's; goes with --calibrate.",
 )
 @click.option(
+    "--fit-terms",
+    is_flag=True,
+    help="Train instead one factor for each of a tensor's terms, the same for all tensors: two for "
+    "shift-scale.",
+)
+@click.option(
     "--fit-steps", metavar="N", type=int, default=200, show_default=True, help="Steps of that."
 )
 @click.option(
     "--fit-lr",
     metavar="RATE",
     type=float,
-    default=1e-4,
-    show_default=True,
-    help="Its first rate, in units of the weights.",
+    default=0.0,
+    help="Its first rate: of scales in units of the weights, 1e-4 if left out; of factors 0.01.",
 )
 @machine_options
 @click.option("--overwrite", is_flag=True, help="Replace an existing delta.")
@@ -88,6 +99,7 @@ def compress(
     against: str,
     base_quantization: str | None,
     fit_scales: bool,
+    fit_terms: bool,
     fit_steps: int,
     fit_lr: float,
     overwrite: bool,
@@ -139,17 +151,23 @@ def compress(
         max_memory=machine.max_memory,
         fresh=machine.fresh,
     )
-    if fit_scales:
-        pack = _fitting(evidence, fit_steps, fit_lr, base_quantization)
+    fit = _fit_of(fit_scales, fit_terms, fit_steps, fit_lr)
+    if fit:
+        pack = _fitting(calibrated(evidence), fit, base_quantization)
         # It packs into a folder of its own, which is always fresh.
         pack = partial(pack, jobs=machine.threads, max_memory=machine.max_memory)
     began = time.monotonic()
     with output.progress() as progress:
         settings: dict[str, Any] = {"accept": accept, "evidence": evidence, "progress": progress}
-        if dry_run or (fit_scales and chosen.budget):
+        quality: dict[str, Any] = {}
+        if evidence is not None:
+            record = evidence.record()
+            quality |= record if calibrated(evidence) is None else {"calibration": record}
+        plan = None
+        if dry_run or (fit and chosen.budget):
             plan = plan_checkpoint(base, variant, recipe=chosen, judge=judge, **settings)
             # Scales are fitted to the codecs that were chosen.
-            chosen = plan.recipe
+            chosen, quality["plan"] = plan.recipe, plan.evidence()
         if not dry_run:
             report = pack(
                 base,
@@ -158,39 +176,57 @@ def compress(
                 recipe=chosen,
                 overwrite=overwrite,
                 command=command_line("compress"),
-                quality={"calibration": evidence.record()} if evidence else None,
+                quality=quality,
                 **settings,
             )
     if dry_run:
+        assert plan is not None
         output.result(plan.to_json(), dry_text(plan))
         return
     seconds = time.monotonic() - began
+    if plan is not None:
+        report = replace(report, plan=plan)
     output.result(pack_data(report, seconds), pack_text(report, seconds))
 
 
+def _fit_of(scales: bool, terms: bool, steps: int, lr: float) -> LogitFit | None:
+    """How to fit, if that is asked for."""
+    from deltafold.compress import DeltafoldError
+
+    if scales and terms:
+        raise DeltafoldError(
+            "bad-argument", "--fit-scales and --fit-terms train different things: one of the two."
+        )
+    if not (scales or terms):
+        return None
+    from deltafold.compress.calibration import LogitFit
+
+    return LogitFit(steps=steps, lr=lr, what="scales" if scales else "terms")
+
+
 def _fitting(
-    evidence: CalibratedEvidence | None, steps: int, lr: float, base_quantization: str | None
+    evidence: CalibratedEvidence | None, fit: LogitFit, base_quantization: str | None
 ) -> Callable[..., PackReport]:
     from deltafold.compress import DeltafoldError
 
     if base_quantization is not None:
         raise DeltafoldError(
             "bad-argument",
-            "--fit-scales runs the base as it is, not a quantised one.",
-            fix="leave --against dequantized out, or --fit-scales",
+            f"--fit-{fit.what} runs the base as it is, not a quantised one.",
+            fix=f"leave --against dequantized out, or --fit-{fit.what}",
         )
     if evidence is None:
         raise DeltafoldError(
             "needs-calibration",
-            "--fit-scales compares models on calibration data, and this run has none.",
+            f"--fit-{fit.what} compares models on calibration data, and this run has none.",
             fix="give a calibration set: --calibrate prompts.jsonl",
         )
-    from deltafold.compress.calibration import LogitFit, compress_and_fit
+    from deltafold.compress.calibration import compress_and_fit
 
     return partial(
         compress_and_fit,
         data=evidence.data,
-        fit=LogitFit(steps=steps, lr=lr),
+        fit=fit,
         device=evidence.device,
     )
 

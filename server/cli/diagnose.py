@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from deltafold.server.cli.calibration import read_references
 from deltafold.server.cli.output import Output, output_options, quiet_option, table
 
 if TYPE_CHECKING:
@@ -64,6 +65,13 @@ _STEPS = 5
     show_default=True,
     help="Most memory for gradients; smaller groups take more passes over the data.",
 )
+@click.option(
+    "--reference",
+    "references",
+    metavar="ROLE=MODEL",
+    multiple=True,
+    help="Another checkpoint for codecs and edits that look at one, as for `deltafold compress`.",
+)
 @click.option("--device", default="cpu", show_default=True, help="Where the models run.")
 @click.option("-o", "--out", metavar="FILE", help="Also write a report with heat maps, as HTML.")
 @quiet_option
@@ -80,6 +88,7 @@ def diagnose(
     edits: tuple[str, ...],
     steps: int,
     group_size: str,
+    references: tuple[str, ...],
     device: str,
     out: str | None,
 ) -> None:
@@ -98,7 +107,15 @@ def diagnose(
     from deltafold.compress.sizes import parse_size
 
     began = time.monotonic()
-    evidence = calibrated(base, variant, calibrate, rows=calibrate_rows, length=calibrate_length)
+    evidence = calibrated(
+        base,
+        variant,
+        calibrate,
+        rows=calibrate_rows,
+        length=calibrate_length,
+        references=read_references(references),
+        device=device,
+    )
     asked = (codecs, edits) if codecs or edits else (_CODECS, _EDITS)
     found = Diagnose(
         Checkpoint.open(base),

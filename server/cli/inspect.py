@@ -243,6 +243,8 @@ def _figure(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, dict):
         shown = [f"{key} {value[key]}" for key in ("name", "rows", "tokens") if key in value]
+        if isinstance(value.get("frontier"), list):
+            shown.append(f"{len(value['frontier'])} sizes weighed up, see `deltafold report`")
         return ", ".join(shown) or ", ".join(map(str, value))
     return str(value)
 

@@ -32,6 +32,7 @@ class VllmServer:
         served_model_name: one more name for the base, or None.
         options: vLLM's own options by name, those left out are None.
         flags: further words for vLLM, as they are.
+        pin: names that are loaded at the start and stay.
     """
 
     base: str
@@ -42,13 +43,15 @@ class VllmServer:
     served_model_name: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     flags: Sequence[str] = ()
+    pin: Sequence[str] = ()
 
     def words(self) -> list[str]:
         """The command, python first."""
-        folder = Path(self.base).expanduser()
-        base = str(folder.resolve()) if folder.is_dir() else self.base
+        base = _whole(self.base)
         named = self.served_model_name or Path(self.base.rstrip("/")).name
-        words = [sys.executable, "-m", _MODULE, "--model", base, "--enable-lora"]
+        words = [sys.executable, "-m", _MODULE, "--enable-lora"]
+        copied = _given(self.flags, "--model")
+        words += [] if copied else ["--model", base]
         words += ["--served-model-name", *dict.fromkeys([named, "base"])]
         words += ["--host", self.host, "--port", str(self.port)]
         for name, value in self.options.items():
@@ -66,7 +69,11 @@ class VllmServer:
                 fix="start vLLM yourself to give more of it; docs/vllm.md has the whole command",
             )
         settings = Settings(zoo=str(Path(self.zoo).expanduser().resolve()), any_path=False)
-        own = {"zoo": settings.zoo, "any_path": settings.any_path}
+        own: dict[str, Any] = {"zoo": settings.zoo, "any_path": settings.any_path}
+        if copied:
+            own["base"] = base
+        if self.pin:
+            own["pin"] = list(self.pin)
         return [*words, "--additional-config", json.dumps({KEY: own}), *self.flags]
 
     def environment(self) -> dict[str, str]:
@@ -82,6 +89,12 @@ class VllmServer:
             ours = ["deltafold", "deltafold_names"]
             own["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins.split(","), *ours]))
         return {**os.environ, **own}
+
+
+def _whole(base: str) -> str:
+    """A folder's whole path, or a hub id as it is."""
+    folder = Path(base).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else base
 
 
 def _given(flags: Sequence[str], option: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
@@ -128,3 +129,65 @@ def test_codecs_are_classed_where_a_paper_did():
     assert {item["class"] for item in listed} <= known
     assert {(i["kind"], i["id"]): i["class"] for i in listed}["codec", "bitdelta"] == "decreased"
     assert re.search(r"^dare .* competitive ", run("codecs").stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("fit", [False, True])
+def test_the_report_shows_what_a_budget_weighed_up(words, tmp_path, fit):
+    base, tuned, delta = DEMO / "base", DEMO / "zoo" / "title", tmp_path / "title"
+    asked = ["--target-size", "12%", "--candidates", "bitdelta", "--candidates", "int:bits=4"]
+    if fit:
+        asked += ["--calibrate", words, "--fit-scales", "--fit-steps", "1"]
+    packed = as_json("compress", base, tuned, "-o", delta, *asked)
+    weighed = packed["quality"]["plan"]
+    assert weighed["frontier"] == packed["plan"]["frontier"]
+    run("report", delta, "-o", tmp_path / "r.html", "--svg-dir", tmp_path / "svg")
+    drawn = (tmp_path / "svg" / "frontier.svg").read_text("utf-8")
+    shown = [p for p in weighed["frontier"] if "kl" in p] or weighed["frontier"]
+    assert drawn.count("<circle") == len(shown) > 5
+    for point in shown:
+        assert f"{point['bytes'] / packed['variant_bytes']:.2%}" in drawn
+    assert ("KL, nats a token" if fit else weighed["error_unit"]) in html.unescape(drawn)
+    assert f"{len(weighed['frontier'])} sizes weighed up" in run("inspect", delta).stdout
+
+
+def test_the_report_shows_the_measured_frontier_of_a_kl(words, tmp_path):
+    base, tuned, delta = DEMO / "base", DEMO / "zoo" / "title", tmp_path / "title"
+    asked = ("--max-kl", "0.05", "--candidates", "bitdelta", "--candidates", "int:bits=4")
+    packed = as_json("compress", base, tuned, "-o", delta, *asked, "--calibrate", words)
+    measured = [p for p in packed["quality"]["plan"]["frontier"] if "kl" in p]
+    assert len(measured) > 1
+    run("report", delta, "-o", tmp_path / "r.html", "--svg-dir", tmp_path / "svg")
+    drawn = (tmp_path / "svg" / "frontier.svg").read_text("utf-8")
+    assert drawn.count("<circle") == len(measured)
+    assert "KL, nats a token" in drawn
+
+
+def test_sequential_codecs_are_candidates(words, tmp_path):
+    folders = (DEMO / "base", DEMO / "zoo" / "title")
+    asked = ["--target-size", "11%", "--candidates", "deltazip:bits=2", "--candidates", "bitdelta"]
+    asked += ["--calibrate", words, "--calibrate-rows", "4"]
+    packed = as_json("compress", *folders, "-o", tmp_path / "title", *asked)
+    assert packed["plan"]["codecs"]["deltazip:bits=2"] > 0
+    assert packed["bytes"] == packed["plan"]["bytes"] <= 0.11 * packed["variant_bytes"]
+    assert packed["quality"]["calibration"]["provides"][-1] == "sequential"
+    run("verify", tmp_path / "title", "--base", DEMO / "base")
+
+
+def test_diagnose_takes_whatever_can_be_packed(words, tmp_path):
+    """Codecs that follow the layers before them, and those that look at other checkpoints."""
+    shout = DEMO / "zoo" / "shout"
+    found = as_json(
+        *("diagnose", DEMO / "base", DEMO / "zoo" / "title", "--calibrate", words),
+        *("--codec", "deltazip:bits=4", "--codec", "ultradelta:drop=0.5", "--edit", "irr"),
+        *("--edit", "trim:keep=0.3", "--steps", 1, "--calibrate-rows", 2),
+        *("--reference", f"unaligned={shout}", "--reference", f"task={shout}"),
+    )
+    labels = {v["spec"]: v["class"] for v in found["verdicts"]}
+    assert set(labels) == {"deltazip:bits=4", "ultradelta:drop=0.5", "irr", "trim:keep=0.3"}
+    # It judges what packing makes.
+    rows = ("--calibrate", words, "--calibrate-rows", 2)
+    folders = (DEMO / "base", DEMO / "zoo" / "title", "-o", tmp_path / "packed")
+    packed = as_json("compress", *folders, "--codec", "deltazip:bits=4", *rows)
+    assert found["verdicts"][0]["kl"] == pytest.approx(packed["quality"]["kl_mean"], rel=1e-3)
+    missing = ("diagnose", DEMO / "base", shout, "--calibrate", words, "--edit", "irr")
+    assert "--reference" in as_json(*missing, status=2)["error"]["fix"]

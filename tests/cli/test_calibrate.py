@@ -69,6 +69,9 @@ def test_jobs_do_not_change_the_bytes(tmp_path, words):
     [
         (["--codec", "svd-act"], "needs-calibration"),
         (["--fit-scales"], "needs-calibration"),
+        (["--fit-terms"], "needs-calibration"),
+        (["--calibrate", "WORDS", "--fit-scales", "--fit-terms"], "bad-argument"),
+        (["--calibrate", "WORDS", "--codec", "lossless", "--fit-terms"], "bad-argument"),
         (["--reference", f"aligned={BASE}"], "bad-argument"),
         (["--calibrate", "WORDS", "--reference", "aligned"], "bad-argument"),
         (["--calibrate", "WORDS", "--reference", f"friend={BASE}"], "bad-argument"),

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from deltafold.compress import METHODS, schema, version
+from deltafold.compress.spec import written
 from deltafold.server.cli.main import cli
 
 BASIC = ("--codec", "bitdelta:bits=2", "--set", "lm_head*=int:bits=8", "--set", "*norm*=lossless")
@@ -264,7 +265,7 @@ def test_codecs():
         assert codec["summary"] in text
         assert f"{codec['bits']:.2f}" in text
         for option in codec["options"]:
-            assert f"{option['name']}={option['default']}" in text
+            assert f"{option['name']}={written(option['default'])}" in text
 
 
 def test_schema_describes_real_manifests(packed):

@@ -168,6 +168,34 @@ def test_one_of_a_group_errs_as_a_random_drop_of_the_same_share():
     assert error_of("stratified:bits=16", delta) == pytest.approx(math.sqrt(15), rel=0.02)
 
 
+def test_a_shift_and_a_rest_are_what_they_say():
+    """Both terms by hand: `shift * B`, then `scale` times the codec of what that leaves."""
+    delta = gaussian((64, 256))
+    spec = "shift-scale:vector=(svd:rank=4),rest=(bitdelta:scale=tensor),shift=0.5,scale=1.5"
+    first, second = parse_spec(spec).encode(delta, Context("w"))
+    ((term, parts),) = parse_spec("svd:rank=4").encode(delta, Context("w"))
+    vector = term.decode(parts, (64, 256), Context("w"))
+    found = first.term.decode(first.parts, (64, 256), Context("w"))
+    torch.testing.assert_close(found, 0.5 * vector, rtol=1e-5, atol=1e-8)
+    left = delta - 0.5 * vector
+    expected = 1.5 * left.abs().mean() * left.sign()
+    found = second.term.decode(second.parts, (64, 256), Context("w"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
+
+
+def test_a_shift_by_signs_and_a_low_rank_of_the_rest_are_d_qrelo():
+    delta = gaussian((64, 256))
+    ours = parse_spec("shift-scale:vector=(bitdelta:scale=tensor),rest=(svd:rank=4)")
+    theirs = parse_spec("d-qrelo:rho=0.0625").encode(delta, Context("w"))
+    (signs, low), rank = ours.encode(delta, Context("w")), theirs[1].term.rank
+    assert torch.equal(signs.parts["signs"], theirs[0].parts["signs"])
+    torch.testing.assert_close(signs.parts["scales"], theirs[0].parts["scales"])
+    same = parse_spec(f"shift-scale:vector=(bitdelta:scale=tensor),rest=(svd:rank={rank})")
+    again = same.encode(delta, Context("w"))[1]
+    assert all(torch.equal(again.parts[k], theirs[1].parts[k]) for k in again.parts)
+    assert low.term.rank == 4
+
+
 @pytest.mark.parametrize(("drop", "bits"), [(0.95, 4), (0.97, 4), (0.99, 4)])
 def test_runs_of_zeros_take_little_more_than_their_entropy(drop, bits):
     delta = gaussian((1024, 1024))

@@ -16,6 +16,7 @@ from deltafold.compress.edits import (
     Della,
     Irr,
     SafeDelta,
+    SampledMagnitudes,
     Stratified,
     Trim,
 )
@@ -54,6 +55,31 @@ def test_k_zero_is_dare_and_k_one_is_nothing():
     plain = DareEdit(drop=0.7, seed=5).apply(delta, W)
     torch.testing.assert_close(DareK(k=0.0, p=0.7, seed=5).apply(delta, W), plain)
     assert torch.equal(DareK(k=0.0, p=0.7, seed=5).apply(delta, W) == 0, plain == 0)
+
+
+@pytest.mark.parametrize("draw", ["normal", "uniform"])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 0.9])
+def test_drawn_magnitudes_have_the_mean_of_the_deltas_and_the_spread_asked_for(draw, spread):
+    delta = gaussian(*SHAPE)
+    found = SampledMagnitudes(draw, spread, seed=3).apply(delta, W)
+    magnitudes = (found * delta.sign()).double()
+    mean = delta.abs().double().mean().item()
+    assert magnitudes.mean().item() == pytest.approx(mean, rel=6e-3)
+    assert magnitudes.std().item() == pytest.approx(spread * mean, rel=1e-2, abs=1e-6)
+    # Draws that know nothing of the delta: their variance comes on top of BitDelta's error.
+    expected = math.sqrt(spread**2 * 2 / math.pi + 1 - 2 / math.pi)
+    assert ((found - delta).norm() / delta.norm()).item() == pytest.approx(expected, rel=5e-3)
+    if draw == "uniform":
+        width = math.sqrt(3) * spread * mean
+        assert magnitudes.min() >= (mean - width) - 1e-6
+        assert magnitudes.max() <= (mean + width) + 1e-6
+
+
+def test_magnitudes_without_spread_are_bitdeltas():
+    delta = gaussian(33, 70)
+    ((term, parts),) = parse_spec("bitdelta:scale=tensor").encode(delta, W)
+    found = SampledMagnitudes(spread=0).apply(delta, W)
+    torch.testing.assert_close(found, term.decode(parts, (33, 70), W), rtol=1e-6, atol=0)
 
 
 def test_the_edit_drops_what_the_codec_drops():

@@ -16,7 +16,6 @@ from deltafold.compress.budget.allocate import Frontier, Option, hull, total
 from deltafold.compress.budget.goal import Budget
 from deltafold.compress.budget.probe import rebuilt
 from deltafold.compress.budget.search import smallest_within
-from deltafold.compress.evidence import NEEDS
 from deltafold.compress.pipeline import plan_checkpoint
 from deltafold.compress.shards import ShardWriter, planned_bytes
 
@@ -233,19 +232,3 @@ def test_edits_that_survey_the_model_do_so_before_anything_is_tried(pair):
     name = "model.layers.0.mlp.up_proj.weight"
     expected = source.tensor(name).float() + deltas[name].clamp(-limit, limit)
     assert torch.equal(found[name], expected)
-
-
-class Everything:
-    """Evidence that is never looked at."""
-
-    provides = NEEDS
-
-    def of(self, name):
-        raise AssertionError(name)
-
-
-def test_codecs_that_follow_the_tensors_before_them_cannot_be_tried(pair):
-    recipe = budgeted("40%", candidates=(parse_spec("deltazip"),))
-    with pytest.raises(DeltafoldError, match="follows") as caught:
-        plan_checkpoint(pair.base, pair.variant, recipe=recipe, evidence=Everything())
-    assert caught.value.code == "bad-argument"

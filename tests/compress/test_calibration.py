@@ -33,6 +33,7 @@ from deltafold.compress.calibration import (
 )
 from deltafold.compress.calibration.batches import IGNORED
 from deltafold.compress.calibration.evidence import grouped
+from deltafold.compress.references import open_references
 
 SMALL = {
     "hidden_size": 32,
@@ -258,10 +259,9 @@ def test_groups_are_filled_up_to_their_size():
 
 
 def test_other_checkpoints_come_by_role(made, variant):
-    other = Checkpoint.open(made.base)
-    evidence = CalibratedEvidence(
-        Checkpoint.open(variant), words(), wanted=("reference",), references={"aligned": other}
-    )
+    other, source = Checkpoint.open(made.base), Checkpoint.open(variant)
+    references = open_references({"aligned": made.base}, other, source)
+    evidence = CalibratedEvidence(source, words(), wanted=("reference",), references=references)
     assert evidence.provides == ("reference",)
     assert torch.equal(evidence.of(Q).references["aligned"], other.tensor(Q).float())
     assert evidence.record()["references"] == {"aligned": "base"}

@@ -26,6 +26,7 @@ from deltafold.compress.families import parse_family
 from deltafold.compress.families.pack import FamilyReport, compress_family
 from deltafold.compress.families.row_groups import clusters
 from deltafold.compress.family import FamilyManifest, families_in
+from deltafold.compress.spec import spec_of
 from deltafold.compress.terms import Context, Shared
 
 MATRIX = "model.layers.0.mlp.up_proj.weight"
@@ -143,6 +144,43 @@ def test_fewer_groups_are_closer_than_one(models, tmp_path):
         errors.append(sum(p.manifest.tensors[MATRIX].rel_error for p in report.packs.values()))
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-3
+
+
+def test_a_shared_shift_and_a_rest_for_each(models, tmp_path):
+    """Fine-tunes that go one way from the base: the factors are least squares, the rest is small."""
+    draw = torch.Generator().manual_seed(1)
+    base = {f"w{i}": torch.randn(64, 96, generator=draw) for i in range(2)}
+    way = {n: torch.randn(v.shape, generator=draw) * 0.01 for n, v in base.items()}
+    factors, full, deltas = (0.5, 1.0, 2.0), [], []
+    for number, factor in enumerate(factors):
+        own = {n: torch.randn(v.shape, generator=draw) * 0.002 for n, v in base.items()}
+        deltas.append({n: factor * way[n] + own[n] for n in base})
+        moved = {n: base[n] + deltas[-1][n] for n in base}
+        full.append(write_checkpoint(tmp_path / f"full{number}", moved))
+    folder = write_checkpoint(tmp_path / "base", base)
+    report = compress_family(
+        folder,
+        full,
+        tmp_path / "zoo",
+        method=parse_family("shift-scale:rest=(bitdelta:scale=tensor)"),
+        codec=parse_spec("int:bits=8"),
+    )
+    mean = {n: sum(d[n] for d in deltas) / 3 for n in base}
+    for name, own in zip(report.packs, deltas, strict=True):
+        repo = DeltaRepo.open(tmp_path / "zoo" / name)
+        product = sum(float((own[n] * mean[n]).sum()) for n in base)
+        scale = product / sum(float(mean[n].square().sum()) for n in base)
+        for n in base:
+            shared, rest = repo.terms(n)
+            assert shared.scale == pytest.approx(scale, rel=1e-3)
+            assert rest.id == "planes"
+            left = own[n] - scale * mean[n]
+            expected = float((left.abs() - left.abs().mean()).norm() / own[n].norm())
+            assert repo.manifest.tensors[n].rel_error == pytest.approx(expected, rel=0.02)
+        again = tmp_path / "again" / name
+        restore_checkpoint(tmp_path / "zoo" / name, folder, again)
+        found = read_checkpoint(again)
+        assert all((found[n] - base[n] - own[n]).norm() < 0.3 * own[n].norm() for n in base)
 
 
 def test_bytes_are_told_apart(models, packed):
@@ -333,3 +371,8 @@ def test_family_methods_are_looked_up():
     assert parse_family("row-groups:groups=5").groups == 5
     assert code_of(parse_family, "row-groups:groups=0") == "bad-recipe"
     assert code_of(parse_family, "magic") == "unknown-codec"
+    assert code_of(parse_family, "shift-scale:rest=lossless") == "bad-recipe"
+    assert code_of(parse_family, "shift-scale:rest=svd-act") == "bad-recipe"
+    assert code_of(parse_family, "shift-scale:scale=0") == "bad-recipe"
+    chosen = parse_family("shift-scale:rest=(int:bits=2,group=8)")
+    assert parse_family(spec_of(chosen)) == chosen

@@ -105,6 +105,32 @@ def test_scales_that_would_get_worse_stay_as_they_were(tmp_path, data):
     assert report.manifest.delta_id == first.digest
 
 
+def test_two_factors_of_the_whole_model_are_found(tmp_path, data):
+    """What was scaled down by too much is scaled up again, by the same factor in every tensor."""
+    first = pack(tmp_path / "first", "shift-scale:vector=(svd:bits=0.5),shift=1.4,scale=0.5")
+    fit = LogitFit(steps=25, lr=0.1, batch=16, what="terms")
+    report = fit_scales(first.folder, BASE, VARIANT, tmp_path / "out", data, fit=fit)
+    found, fitted = report.manifest.quality["fit"], DeltaRepo.open(tmp_path / "out")
+    assert found["what"] == "terms"
+    assert found["logit_mse"][1] < 0.5 * found["logit_mse"][0]
+    shift, scale = found["factors"]
+    assert scale > 1.5 > shift
+    assert report.manifest.totals.payload_bytes == first.manifest.totals.payload_bytes
+    assert verify_delta(tmp_path / "out", base=BASE, full=True).coded == len(first.manifest.tensors)
+    for name in first.manifest.tensors:
+        before, after = first.parts(name), fitted.parts(name)
+        if len(before) < 2:
+            assert first.exact(name)
+            continue
+        shape = tuple(first.entry(name).shape)
+        context = Context(name, torch.zeros(shape))
+        for old, new, factor in zip(before, after, (shift, scale), strict=True):
+            expected = factor * old.term.decode(old.parts, shape, context)
+            torch.testing.assert_close(
+                new.term.decode(new.parts, shape, context), expected, rtol=1e-4, atol=1e-7
+            )
+
+
 def test_what_cannot_be_fitted_is_refused(tmp_path, data):
     lossless = pack(tmp_path / "lossless", "lossless")
     with pytest.raises(DeltafoldError, match="no scales to fit"):
@@ -147,7 +173,7 @@ def test_trained_scales_are_written_in_their_own_format(term):
     context = Context("w", torch.zeros_like(delta), delta)
     encoded = term.encode(delta, context)
     shape = tuple(delta.shape)
-    tensor = TrainableTensor.of([encoded], shape, context)
+    tensor = TrainableTensor.open([encoded], shape, context)
     plain = encoded.term.decode(encoded.parts, shape, context)
     torch.testing.assert_close(tensor.decode().detach(), plain, rtol=1e-6, atol=0)
     tensor.decode().square().sum().backward()

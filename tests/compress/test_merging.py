@@ -213,3 +213,18 @@ def test_twin_keeps_a_share_of_the_ranks_and_refuses_one_name_for_two(family):
     assert term.rank == 10
     with pytest.raises(DeltafoldError, match="'sql'"):
         twin_deltas(pair.base, [folders[0], folders[0]], pair.root / "x")
+
+
+@pytest.mark.parametrize("method", ["task", "ties", "dare-task", "dare-ties", "della-ties"])
+def test_what_is_not_finite_does_not_spread(family, method):
+    """A lossless parent may hold NaN; a merge of it is refused, and leaves nothing."""
+    pair, folders = family
+    broken = {n: t.clone() for n, t in pair.variant_tensors.items()}
+    broken[MATRIX][0, 0] = float("nan")
+    folder = write_checkpoint(pair.root / "broken", broken)
+    compress_checkpoint(pair.base, folder, pair.root / "deltas" / "nan", recipe=LOSSLESS)
+    several = [pair.root / "deltas" / "nan", folders[1]]
+    with pytest.raises(DeltafoldError) as caught:
+        merge_deltas(pair.base, several, pair.out, method=parse_merge(method))
+    assert caught.value.code == "not-finite"
+    assert not pair.out.exists()

@@ -54,6 +54,8 @@ SPECS = [
     "nm:keep=1,of=8,bits=2,group=4",
     "quantize-and-drop",
     "quantize-and-drop:bits=2,drop=0.5,gamma=0.7,seed=4",
+    "shift-scale",
+    "shift-scale:vector=(bitdelta:bits=2,group=16),rest=(int:bits=2,group=8),shift=0.5,scale=0.9",
     "sparse",
     "sparse:bits=4,mask=bitmap",
     "stratified",
@@ -67,6 +69,8 @@ SPECS = [
     "svd-widths:bits=2,group=16",
     "topk",
     "topk:keep=0.01,bits=8",
+    "ultradelta",
+    "ultradelta:bits=3,drop=0.5,step=0.02,gamma=0.8,seed=4",
 ]
 every_spec = pytest.mark.parametrize("spec", SPECS)
 
@@ -157,6 +161,13 @@ def test_methods_describe_themselves(spec):
         ("bitdelta:scale=diagonal", "bad-recipe", "--codec bitdelta:"),
         ("bitdelta:factor=0", "bad-recipe", "--codec bitdelta:"),
         ("codebook:bits=0", "bad-recipe", "--codec codebook:"),
+        ("shift-scale:scale=0", "bad-recipe", "--codec shift-scale:"),
+        ("shift-scale:rest=lossless", "bad-recipe", "--codec shift-scale:"),
+        ("shift-scale:rest=(trim:keep=0.2+sparse)", "bad-recipe", "--codec shift-scale:"),
+        ("shift-scale:vector=ultradelta", "bad-recipe", "--codec shift-scale:"),
+        ("shift-scale:vector=magic", "unknown-codec", "--codec shift-scale:"),
+        ("ultradelta:drop=0.99,step=0.01", "bad-recipe", "--codec ultradelta:"),
+        ("ultradelta:gamma=-1", "bad-recipe", "--codec ultradelta:"),
         ("d-qrelo:rho=0", "bad-recipe", "--codec d-qrelo:"),
         ("dct:share=0", "bad-recipe", "--codec dct:"),
         ("dct:bits=1", "bad-recipe", "--codec dct:"),

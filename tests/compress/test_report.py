@@ -70,7 +70,7 @@ def test_every_byte_is_told(pair):
 def test_the_page_of_a_delta(pair):
     pack(pair, Recipe(default=parse_spec("bitdelta:bits=1")))
     frontier = [{"bytes": b, "error": 1 / b} for b in (1000, 2000, 4000)]
-    measured(pair.out, kl_mean=0.25, plan={"frontier": frontier})
+    measured(pair.out, kl_mean=0.25, plan={"frontier": frontier, "error_unit": "u"})
     rows = [f"{t},{t * 1000}" for t in range(5)]
     (pair.out / "report" / "memory.csv").write_text("\n".join(["seconds,bytes", *rows]))
     page, pictures = write_report(pair.out, pair.root / "r.html", svg_dir=pair.root / "svg")
@@ -134,6 +134,17 @@ def test_axes():
     assert ticks(3, 3) == [3]
     same = [Point("a", 0.1, 5.0), Point("b", 0.1, 5.0, chosen=True)]
     assert "NaN" not in scatter(same, title="t", unit="u").replace("nan", "NaN")
+
+
+@pytest.mark.parametrize("values", [(0.99,), (1.0,), (0.2, 1.0)])
+def test_shares_have_an_axis_that_ends_at_one(values):
+    points = [Point(f"v{i}", 0.1 + i, value) for i, value in enumerate(values)]
+    drawn = scatter(points, title="t", unit="u", ceiling=1.0)
+    ends = [w for w in words(ElementTree.fromstring(drawn)) if re.fullmatch(r"[0-9.]+", w)]
+    assert ends
+    assert max(map(float, ends)) <= 1.0
+    heights = [float(y) for y in re.findall(r'cy="([0-9.]+)"', drawn)]
+    assert all(54 <= y <= 320 - 46 for y in heights)
 
 
 def test_memory_that_was_not_recorded(tmp_path):

@@ -32,6 +32,7 @@ from deltafold.compress.terms import (
     config_of,
     is_exact,
     rows_and_columns,
+    scaled,
     term_from_config,
 )
 from deltafold.compress.terms.base import register
@@ -132,6 +133,27 @@ def test_shapes(case, check):
         check(case, shape)
     if case.scalars:
         check(case, ())
+
+
+@every_case
+@pytest.mark.parametrize("factor", [0.3, -2.0, 0.0])
+def test_a_stored_term_can_be_scaled(case, factor):
+    for shape in ((16, 64), (33, 130), (3, 5, 33), (37,)):
+        delta, context = checks.make_context(shape)
+        encoded = case.term.encode(delta, context)
+        if is_exact(encoded.term):
+            with pytest.raises(AssertionError, match="exact"):
+                scaled(encoded, factor)
+            return
+        before = {key: part.clone() for key, part in encoded.parts.items()}
+        again = scaled(encoded, factor)
+        expected = factor * checks.decode(encoded, shape, context)
+        found = checks.decode(again, shape, context)
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-8)
+        assert {k: p.dtype for k, p in again.parts.items()} == {
+            k: p.dtype for k, p in encoded.parts.items()
+        }
+        assert all(torch.equal(before[key], part) for key, part in encoded.parts.items())
 
 
 def _patterns(dtype: torch.dtype) -> torch.Tensor:

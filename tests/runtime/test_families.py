@@ -33,6 +33,7 @@ def models(tmp_path: Path) -> zoo_models.Models:
     made = zoo_models.make(tmp_path, "Qwen2", codecs={"sign1": "bitdelta"}, dtype=torch.float32)
     family(made, "emr", ["red", "green", "blue"])
     family(made, "row-groups:groups=2", ["one", "two", "three"])
+    family(made, "shift-scale:rest=(bitdelta:bits=2)", ["ann", "bob"])
     gc.collect()  # models of earlier tests, and with them their shared tensors
     return made
 
@@ -40,7 +41,7 @@ def models(tmp_path: Path) -> zoo_models.Models:
 def test_a_mixed_batch_equals_dense_models(models: zoo_models.Models) -> None:
     model = models.plain()
     deltas = Deltas(model, Checkpoint.open(models.base), models.zoo)
-    names = ["red", "base", "two", "sign1", "green", "one", "red"]
+    names = ["red", "base", "two", "sign1", "green", "one", "ann", "red", "bob"]
     rows = [Row(deltas.acquire(name)) for name in names]
     ids = torch.randint(0, 128, (len(names), 7), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(), deltas.batch(rows):
@@ -93,5 +94,5 @@ def test_a_family_that_is_missing_and_comes_back(models: zoo_models.Models, tmp_
     for path, away in gone.items():
         shutil.move(away, path)
     deltas.release(deltas.acquire("red"))
-    assert len(deltas.variants()) == 8
+    assert len(deltas.variants()) == 10
     deltas.close()
