@@ -104,6 +104,9 @@ class _Tensors(Mapping[str, torch.Tensor]):
     def __getitem__(self, role: str) -> torch.Tensor:
         return self._having[role].source.tensor(self._name).to(torch.float32)
 
+    def __contains__(self, role: object) -> bool:
+        return role in self._having
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._having)
 
