@@ -305,7 +305,8 @@ def test_a_dry_run_counts_the_model_that_calibration_runs(models):
     assert found.memory >= plain.memory
     assert not found.timed
     assert predict_checkpoint(*models, recipe=recipe, device="cuda").model == 0
-    assert predict_checkpoint(*models, recipe=recipe, fit=True).model == 6 * 4 * weights
+    fitting = predict_checkpoint(*models, fit=True)
+    assert (fitting.model, fitting.timed) == (6 * 4 * weights, True)
 
 
 def hollow(folder: Path, layers: int) -> Path:
