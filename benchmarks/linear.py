@@ -27,7 +27,9 @@ from deltafold.compress import parse_spec
 from deltafold.compress.terms import Context, Encoded
 from deltafold.runtime.embedded.products import quicken
 from deltafold.runtime.kernels.forms import Target, product_form
+from deltafold.runtime.kernels.merged import merged_product
 from deltafold.runtime.kernels.native import signs_library
+from deltafold.runtime.kernels.onednn import product
 from deltafold.runtime.kernels.reference import dense_delta
 from deltafold.runtime.kernels.signs import SignWords
 
@@ -179,21 +181,30 @@ def _coded(delta: torch.Tensor) -> dict[str, list[Encoded]]:
 
 
 def _crossings(stored: dict[str, list[Encoded]], size: int) -> list[dict[str, object]]:
-    """Tokens from which a product by the rebuilt matrix takes less time, for sign words."""
-    print("\nrebuilt matrix over applied words, by tokens")
+    """Tokens from which a product by the rebuilt matrix takes less time than one by sign words, and
+    one by base and delta added up less than two.
+    """
+    print(
+        "\nby tokens: time of the rebuilt matrix over that of words; of the sum over that of two products"
+    )
     target, found = Target(torch.device("cpu"), torch.float32), []
     for spec, encoded in stored.items():
         form = product_form(encoded, (size, size), CONTEXT, target)
         if not isinstance(form, SignWords):
             continue
-        ratios = {}
+        ratios, sums = {}, {}
+        weight = torch.randn(size, size)
         for tokens in (1, 4, 8, 12, 16, 24, 32, 48, 64, 128, 256):
             x = torch.randn(tokens, size)
             calls = {"a applied": lambda f=form, x=x: f.applied(x)}
             calls["a rebuilt"] = lambda f=form, x=x: f.rebuilt(x)
+            calls["two"] = lambda f=form, x=x: product(x, weight, None) + f.matmul(x)
+            calls["sum"] = lambda f=form, x=x: merged_product(x, weight, None, f)
             times = _round_robin(calls, 5, "cpu")
             ratios[tokens] = min(times["a rebuilt"]) / min(times["a applied"])
-        print(f"{spec:<28}" + "".join(f"{k:>5}:{r:4.2f}" for k, r in ratios.items()))
+            sums[tokens] = min(times["sum"]) / min(times["two"])
+        for found_ratios in (ratios, sums):
+            print(f"{spec:<28}" + "".join(f"{k:>5}:{r:4.2f}" for k, r in found_ratios.items()))
         planes = form.levels.shape[0]
         found.append(
             {"case": spec, "planes": planes, "used_above": form.rebuilt_above, "ratios": ratios}

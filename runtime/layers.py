@@ -18,6 +18,7 @@ from deltafold.runtime.batch import BatchState
 from deltafold.runtime.kernels.base import DeltaMatrix
 from deltafold.runtime.layout import Layout
 from deltafold.runtime.packed import PackedLayers, PackedRows
+from deltafold.runtime.prefill import merged_output
 from deltafold.runtime.quantized import QuantizedLinear
 from deltafold.runtime.siblings import Siblings
 
@@ -35,6 +36,7 @@ class LinearHook:
         self, name: str, module: nn.Module, state: BatchState, siblings: Siblings | None = None
     ) -> None:
         self._name, self._state, self._siblings = name, state, siblings
+        self._module = module
         self.base: Forward = module.forward
         self._packed = PackedLayers([name], state)
         if siblings is not None:
@@ -46,8 +48,10 @@ class LinearHook:
         Variants with a larger vocabulary widen the output of the head: rows of others get minus
         infinity there, and rows of variants with a smaller one where theirs ends.
         """
-        if self._siblings is not None and self._state.groups and self._state.packed:
-            ready = self._siblings.output(self._name, x)
+        if self._state.groups:
+            ready = merged_output(self._name, self._module, self._state, x)
+            if ready is None and self._siblings is not None and self._state.packed:
+                ready = self._siblings.output(self._name, x)
             if ready is not None:
                 self._state.report(self._name)
                 return ready

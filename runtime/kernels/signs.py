@@ -18,8 +18,10 @@ from deltafold.compress import bits as packing
 from deltafold.compress.terms import Codebook, Codes, ColumnPlanes, Planes, scales
 from deltafold.compress.terms.base import Parts
 from deltafold.runtime.kernels.native import lookup_columns, signs_library
+from deltafold.runtime.kernels.onednn import product
 
-_ROWS: Final = 32
+#: Rows that lie together.
+BLOCK_ROWS: Final = 32
 _WORD_BITS: Final = 32
 #: Tokens above which rebuilding costs less, by columns of a lookup and planes, as
 #: `benchmarks/linear.py --crossings` measured it; one plane is always applied.
@@ -105,8 +107,8 @@ class SignWords:
     def dense(self, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Blocks `[first, last)` of 32 rows of D (all by default), float32."""
         planes, groups, rows = self.levels.shape
-        last = rows // _ROWS if last is None else last
-        out = torch.empty((last - first) * _ROWS, self.columns)
+        last = rows // BLOCK_ROWS if last is None else last
+        out = torch.empty((last - first) * BLOCK_ROWS, self.columns)
         self.library.signs_dense(
             self.words.data_ptr(),
             self.levels.data_ptr(),
@@ -122,16 +124,16 @@ class SignWords:
             self.columns,
             out.data_ptr(),
         )
-        return out[: max(self.rows - first * _ROWS, 0)]
+        return out[: max(self.rows - first * BLOCK_ROWS, 0)]
 
     def rebuilt(self, x: torch.Tensor) -> torch.Tensor:
         """`x @ D^T` by the matrix, for many tokens; x float32. It is rebuilt piece by piece and never
         lies in memory as a whole.
         """
-        blocks = self.levels.shape[2] // _ROWS
-        step = max(1, _PIECE // max(_ROWS * self.columns, 1))
+        blocks = self.levels.shape[2] // BLOCK_ROWS
+        step = max(1, _PIECE // max(BLOCK_ROWS * self.columns, 1))
         pieces = [
-            torch.nn.functional.linear(x, self.dense(start, min(start + step, blocks)))
+            product(x, self.dense(start, min(start + step, blocks)), None)
             for start in range(0, blocks, step)
         ]
         return torch.cat(pieces, 1) if pieces else x.new_zeros(len(x), 0)
@@ -259,11 +261,11 @@ def _packed(
     """
     planes, groups, _ = levels.shape
     rows, columns = fields.shape
-    padding = -rows % _ROWS
+    padding = -rows % BLOCK_ROWS
     each = lookup_columns(library)
     words = -(-width // (_WORD_BITS // each * each))
-    blocks = (rows + padding) // _ROWS
-    packed = torch.zeros(planes, blocks, groups * words, _ROWS, dtype=torch.int32)
+    blocks = (rows + padding) // BLOCK_ROWS
+    packed = torch.zeros(planes, blocks, groups * words, BLOCK_ROWS, dtype=torch.int32)
     fields = fields.contiguous()
     library.signs_lay(
         fields.data_ptr(),

@@ -10,14 +10,21 @@ import zoo_models
 from torch import nn
 
 from deltafold.runtime import EmbeddedEngine, Request, Sampling
-from deltafold.runtime.embedded import opening, products
+from deltafold.runtime.embedded import opening
 from deltafold.runtime.embedded.products import Product, quicken
+from deltafold.runtime.kernels import onednn
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
 )
 
 
+@pytest.fixture
+def all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "LEAST", 0)
+
+
+@pytest.mark.usefixtures("all_sizes")
 @pytest.mark.parametrize(
     "shape", [(2, 7), (1, 3, 7), (4, 1, 7), (1, 7), (0, 7), (1, 1, 7)], ids=str
 )
@@ -27,7 +34,7 @@ def test_a_product_equals_the_layers_own(shape: tuple[int, ...], bias: bool) -> 
     layer = nn.Linear(7, 5, bias=bias).requires_grad_(False)
     x = torch.randn(shape)
     expected = layer(x)
-    assert quicken(layer, 0) == [""]
+    assert quicken(layer) == [""]
     assert isinstance(layer.forward, Product)
     assert torch.allclose(layer(x), expected, atol=1e-6)
     other = {"weight": torch.randn(5, 7)}
@@ -35,11 +42,12 @@ def test_a_product_equals_the_layers_own(shape: tuple[int, ...], bias: bool) -> 
     assert torch.allclose(lent, nn.functional.linear(x, other["weight"], layer.bias), atol=1e-6)
 
 
-def test_what_it_is_not_for_is_left_alone() -> None:
+def test_what_it_is_not_for_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Linear(7, 5)
     assert quicken(layer) == []
-    assert quicken(nn.Linear(7, 5, dtype=torch.bfloat16), 0) == []
-    quicken(layer, 0)
+    monkeypatch.setattr(onednn, "LEAST", 0)
+    assert quicken(nn.Linear(7, 5, dtype=torch.bfloat16)) == []
+    quicken(layer)
     layer(torch.randn(3, 7)).sum().backward()
     assert layer.weight.grad is not None
     assert layer(torch.randn(3, 7, dtype=torch.float64).float()).dtype == torch.float32
@@ -48,9 +56,8 @@ def test_what_it_is_not_for_is_left_alone() -> None:
 def test_variants_are_served_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = zoo_models.make(tmp_path, "Qwen2", codecs={"sign": "bitdelta", "exact": "lossless"})
     quickened: list[str] = []
-    monkeypatch.setattr(
-        opening, "quicken", lambda model: quickened.extend(products.quicken(model, 0))
-    )
+    monkeypatch.setattr(opening, "quicken", lambda model: quickened.extend(quicken(model)))
+    monkeypatch.setattr(onednn, "LEAST", 0)
     asked = Sampling(max_tokens=3, logprobs=0, ignore_eos=True)
     names = ["base", "sign", "exact", "sign*0.5"]
 
