@@ -53,13 +53,16 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def weights(count: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Blocks of a base's numbers and of its fine-tune's."""
+def weights(
+    count: int, seed: int, steps: int | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Blocks of a base's numbers and of its fine-tune's, whose steps may have a seed of their own."""
     draw = torch.Generator().manual_seed(seed)
+    moves = draw if steps is None else torch.Generator().manual_seed(steps)
     for start in range(0, count, BLOCK):
         size = min(BLOCK, count - start)
         base = (torch.randn(size, generator=draw) * SIGMA).to(torch.bfloat16)
-        step = torch.randn(size, generator=draw) * (SIGMA * STEP)
+        step = torch.randn(size, generator=moves) * (SIGMA * STEP)
         yield base, (base.float() + step).to(torch.bfloat16)
 
 

@@ -7,8 +7,9 @@ three layers, trained here to do one thing each. Figures are means over the task
 training has seen. What such a toy shows is the order of things, not how a large model would fare.
 
 Codecs that need data get 64 words of the training split. Each codec packs the whole model: matrices,
-embedding and head by its spec, vectors exactly. A second table has seconds and peak memory of every
-codec on a set of random tensors; a third one tries what papers report.
+embedding and head by its spec, vectors exactly. A second table tries what papers report, over all
+fine-tunes, several rates and seeds. What `method_cost.py` measured on a GiB of tensors is put beside
+the codecs where `--cost` names its file.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_cost import Cost, costs, factor
+from quality_claims import claims
 from quality_models import Bench, Measured
-from quality_shapes import Shape, Shapes, edited, mean
-from quality_specs import QUICK_CANDIDATES, codec_specs, cost_specs, edit_specs
+from quality_shapes import shapes
+from quality_specs import FAMILY_SPECS, QUICK_CANDIDATES, codec_specs, edit_specs
+from quality_tally import Shape, Tried, edited, mean
+from tables import put_between
 
 from deltafold.compress import Budget, DeltafoldError, Recipe, parse_spec
 
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-TASKS = ("shout", "reverse", "no-vowels")
+MARKS = "<!-- measured: begin -->", "<!-- measured: end -->"
+TASKS = ("shout", "reverse", "no-vowels", "title", "rot13")
 
 
 def main() -> None:
@@ -43,25 +46,23 @@ def main() -> None:
     names = options.tasks.split(",")[: 1 if options.quick else None]
     bench = Bench(names, 16 if options.quick else options.words)
     rows = _rows(bench, quick=options.quick)
-    size, count = (128, 1) if options.quick else (1024, 2)
-    cost = costs(cost_specs(options.quick), size=size, count=count)
-    shapes = Shapes(bench, quick=options.quick).run()
+    tried = Tried(bench, (0,) if options.quick else (0, 1, 2))
+    found = [*claims(tried, quick=options.quick), *shapes(tried, quick=options.quick)]
     result = {
         "machine": machine(),
         "tasks": names,
         "words": len(bench.tasks[0].held_out.rows),
         "rows": rows,
-        "cost": [dataclasses.asdict(c) for c in cost],
-        "cost_set": {"shape": [size, size], "count": count, "factor": factor(size, count)},
-        "shapes": [dataclasses.asdict(s) for s in shapes],
+        "shapes": [dataclasses.asdict(s) for s in found],
         "seconds": round(time.perf_counter() - began, 1),
     }
-    text = markdown(result)
+    cost = json.loads(Path(options.cost).read_text("utf-8")) if options.cost else None
+    text = markdown(result, cost)
     print(text)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     if options.docs:
-        _into(Path(options.docs), text)
+        put_between(Path(options.docs), MARKS, text)
 
 
 def _options() -> argparse.Namespace:
@@ -71,6 +72,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--words", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json")
+    parser.add_argument("--cost", help="what benchmarks/method_cost.py wrote, to stand beside")
     parser.add_argument("--docs", help="put the tables into this page, between its marks")
     return parser.parse_args()
 
@@ -82,6 +84,9 @@ def _rows(bench: Bench, *, quick: bool) -> list[dict[str, Any]]:
         rows.append(_measured(bench, "codec", spec, bits, lambda s: Recipe(default=parse_spec(s))))
     for bits in ("1",) if quick else ("1", "2", "4"):
         rows.append(_planned(bench, bits, QUICK_CANDIDATES if quick else ()))
+    for spec, codec in () if quick or len(bench.tasks) < 2 else FAMILY_SPECS:
+        named = f"{spec} --codec {codec}" if codec else spec
+        rows.append(_row("family", named, "-", bench.family(spec, codec)))
     for spec in edit_specs(quick):
         rows.append(_measured(bench, "edit", spec, "-", edited))
     return rows
@@ -116,14 +121,6 @@ def _row(kind: str, spec: str, bits: str, found: list[Measured]) -> dict[str, An
     return {"kind": kind, "spec": spec, "bits_wanted": bits, **figures}
 
 
-def _into(page: Path, text: str) -> None:
-    head, _, rest = page.read_text("utf-8").partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not end:
-        sys.exit(f"{page} has no {BEGIN} and {END}")
-    page.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}", "utf-8")
-
-
 def machine() -> dict[str, str]:
     """What the figures depend on besides this code."""
     return {
@@ -136,29 +133,22 @@ def machine() -> dict[str, str]:
     }
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The three tables."""
+def markdown(result: dict[str, Any], cost: dict[str, Any] | None = None) -> str:
+    """Both tables."""
     machine_ = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
+    costs = {row["spec"]: row for row in cost["rows"]} if cost else {}
     lines = [
         f"`python benchmarks/quality.py`; {machine_}; {result['words']} unseen words of "
         f"{', '.join(result['tasks'])}; the run took {result['seconds']:.0f} s.",
         "",
-        "| codec, budget or edit | bits a weight | error | KL | top-1 | accuracy | seconds |",
-        "|---|---|---|---|---|---|---|",
-        *map(_quality_line, result["rows"]),
+        "| codec, budget, family or edit | bits a weight | error | KL | top-1 | accuracy | seconds | "
+        "a GiB: CPU s | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(_quality_line(row, costs) for row in result["rows"]),
     ]
     noted = [f"* `{r['spec']}`: {r['note']}" for r in result["rows"] if "note" in r]
     lines += ["", "Not measured:", "", *noted] if noted else []
-    unit = result["cost_set"]
     lines += [
-        "",
-        f"{unit['count']} random bfloat16 tensors {unit['shape'][0]} x {unit['shape'][1]}, "
-        f"1/{unit['factor']:.0f} of a GiB. Seconds are times {unit['factor']:.0f}, memory is as "
-        "it was.",
-        "",
-        "| codec | seconds a GiB | peak memory, MiB |",
-        "|---|---|---|",
-        *(_cost_line(Cost(**c), unit["factor"]) for c in result["cost"]),
         "",
         "| what papers report | source | expected | found here | holds |",
         "|---|---|---|---|---|",
@@ -167,26 +157,28 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _quality_line(row: dict[str, Any]) -> str:
+def _quality_line(row: dict[str, Any], costs: dict[str, Any]) -> str:
     if "note" in row:
-        return f"| {row['kind']} `{row['spec']}` | - | - | - | - | - | - |"
+        return f"| {row['kind']} `{row['spec']}` | - | - | - | - | - | - | - | - |"
     bits = "-" if row["kind"] == "edit" else f"{row['bits']:.2f}"
+    cost = costs.get(row["spec"]) if row["kind"] == "codec" else None
+    paid = "- | -" if cost is None or cost["note"] else cost_cells(cost)
     return (
         f"| {row['kind']} `{row['spec']}` | {bits} | {row['rel_error']:.3f} | {row['kl']:.2g} | "
-        f"{row['agreement']:.1%} | {row['accuracy']:.0%} | {row['seconds']:.2f} |"
+        f"{row['agreement']:.1%} | {row['accuracy']:.0%} | {row['seconds']:.2f} | {paid} |"
     )
 
 
-def _cost_line(cost: Cost, times: float) -> str:
-    if cost.note:
-        return f"| `{cost.spec}` | {cost.note} | - |"
-    peak = "-" if cost.peak is None else f"{cost.peak / 2**20:.0f}"
-    return f"| `{cost.spec}` | {cost.seconds * times:.0f} | {peak} |"
+def cost_cells(cost: dict[str, Any]) -> str:
+    """CPU seconds a GiB, marked where a share was measured, and the peak of the process."""
+    seconds = cost["cpu_seconds"] / cost["share"]
+    mark = "" if cost["share"] == 1 else f" (from {cost['share']:.1%})"
+    return f"{seconds:.0f}{mark} | {cost['peak_bytes'] / 2**20:.0f}"
 
 
 def _shape_line(shape: Shape) -> str:
-    holds = "not tried" if shape.holds is None else "yes" if shape.holds else "**no**"
-    return f"| {shape.name} | {shape.source} | {shape.expected} | {shape.found} | {holds} |"
+    cells = (shape.name, shape.source, shape.expected, shape.found, shape.verdict)
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from deltafold.compress import Checkpoint, DeltaRepo, Recipe, compress_checkpoint
+from deltafold.compress import Checkpoint, DeltaRepo, Recipe, compress_checkpoint, parse_spec
 from deltafold.compress.calibration import (
     CalibratedEvidence,
     CalibrationSet,
@@ -24,6 +24,11 @@ from deltafold.compress.calibration.batches import make_row
 from deltafold.compress.calibration.evidence import AT_THE_FINE_TUNE
 from deltafold.compress.calibration.quality import Predictions
 from deltafold.compress.checkpoint import TensorSource
+from deltafold.compress.families import parse_family
+from deltafold.compress.families.pack import compress_family
+from deltafold.compress.methods import SurveyedMethod
+from deltafold.compress.methods.chain import codec_of
+from deltafold.compress.references import ReferenceEvidence, open_references
 from deltafold.compress.source import open_variant
 from deltafold.server.demo import tasks, train
 from deltafold.server.demo.tokenizer import prompt_of
@@ -58,13 +63,27 @@ class Task:
     source: TensorSource
     calibration: CalibrationSet
     held_out: CalibrationSet
+    others: tuple[Path, ...] = ()
     known: dict[tuple[str, ...], CalibratedEvidence] = field(default_factory=dict)
 
-    def evidence(self, recipe: Recipe) -> CalibratedEvidence | None:
-        """What the recipe needs; evidence of one kind is gathered once."""
+    def evidence(self, recipe: Recipe) -> CalibratedEvidence | ReferenceEvidence | None:
+        """What the recipe needs; evidence of one kind is gathered once.
+
+        Codecs that go by all fine-tunes of a base are told of the others. An unaligned model is one of
+        the others too: what it stands for cannot be had here.
+        """
         needs = recipe.needs()
+        if isinstance(codec_of(recipe.default), SurveyedMethod):
+            roles = {f"task:{path.name}": path for path in self.others}
+            return ReferenceEvidence(open_references(roles, self.base, self.source))
         if not needs:
             return None
+        if "reference" in needs:
+            roles = {"unaligned": self.others[0]} if self.others else {}
+            references = open_references(roles, self.base, self.source)
+            return CalibratedEvidence(
+                self.source, self.calibration, wanted=needs, references=references
+            )
         if "sequential" in needs:
             return CalibratedEvidence(self.source, self.calibration, wanted=needs)
         if AT_THE_FINE_TUNE not in self.known:
@@ -83,7 +102,8 @@ class Bench:
         folder = data_folder()
         self.base = Checkpoint.open(folder / "base")
         self.model, self.tokenizer = train.load(folder / "base")
-        self.tasks = [self._task(name, folder / "zoo" / name, words) for name in names]
+        folders = [folder / "zoo" / name for name in names]
+        self.tasks = [self._task(f.name, f, folders, words) for f in folders]
         self.references = {task.name: self._reference(task) for task in self.tasks}
 
     def pack(self, task: Task, recipe: Recipe, **more: Any) -> tuple[Measured, DeltaRepo]:
@@ -140,7 +160,31 @@ class Bench:
         self._become(self.tensors_of(task.source))
         return list(logits_of(self.model, task.held_out, batch=_BATCH))
 
-    def _task(self, name: str, folder: Path, words: int) -> Task:
+    def family(self, spec: str, codec: str) -> list[Measured]:
+        """Pack all fine-tunes together; the shared tensors' bytes are split evenly."""
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            report = compress_family(
+                self.base.folder,
+                [task.folder for task in self.tasks],
+                Path(folder) / "zoo",
+                method=parse_family(spec),
+                codec=parse_spec(codec) if codec else None,
+            )
+            seconds = (time.perf_counter() - began) / len(self.tasks)
+            found = []
+            for task, (name, packed) in zip(self.tasks, report.packs.items(), strict=True):
+                tensors = decoded_tensors(self.base, DeltaRepo.open(Path(folder) / "zoo" / name))
+                totals, shared = packed.manifest.totals, report.family.bytes / len(self.tasks)
+                weights = sum(task.source.tensor(n).numel() for n in task.source.names())
+                sizes = {
+                    "bits": (totals.payload_bytes + shared) * 8 / weights,
+                    "ratio": (totals.delta_bytes + shared) / totals.variant_bytes,
+                }
+                found.append(self.measure(task, tensors, **sizes, seconds=seconds))
+        return found
+
+    def _task(self, name: str, folder: Path, folders: Sequence[Path], words: int) -> Task:
         seen = list(dict.fromkeys(islice(tasks.words("train", _SEED), 2 * _CALIBRATION_WORDS)))
         held_out = tasks.held_out_words(words)
         return Task(
@@ -150,6 +194,7 @@ class Bench:
             open_variant(folder, self.base),
             self._rows(name, seen[:_CALIBRATION_WORDS]),
             self._rows(name, held_out),
+            tuple(path for path in folders if path != folder),
         )
 
     def _rows(self, task: str, words: Sequence[str]) -> CalibrationSet:

@@ -18,14 +18,18 @@ CODECS: dict[str, dict[str, str]] = {
         "4": "bitdelta:bits=4",
     },
     "codebook": {"1": "codebook:bits=1", "2": "codebook:bits=2", "4": "codebook:bits=4"},
-    "d-qrelo": {"2": "d-qrelo:rho=0.0625", "4": "d-qrelo:rho=0.1875"},
+    "d-qrelo": {"1": "d-qrelo:rho=0.0156", "2": "d-qrelo:rho=0.0625", "4": "d-qrelo:rho=0.1875"},
     "dare": {
         "1": "dare:drop=0.9375",
         "2": "dare:drop=0.875",
         "4": "dare:drop=0.75",
     },
     "dct": {"1": "dct:share=0.5", "2": "dct:share=1.0", "4": "dct:bits=4,share=1.0"},
-    "delta-come": {"1": "delta-come:bits=1.0"},
+    "delta-come": {
+        "1": "delta-come:bits=1.0",
+        "2": "delta-come:bits=2.0",
+        "4": "delta-come:bits=4.0",
+    },
     "deltazip": {"2": "deltazip:bits=2", "4": "deltazip:bits=4"},
     "exact": {"16": "exact"},
     "impart": {"1": "impart:ratio=16.0", "2": "impart:ratio=8.0", "4": "impart:ratio=4.0"},
@@ -39,6 +43,11 @@ CODECS: dict[str, dict[str, str]] = {
         "2": "quantize-and-drop:drop=0.75",
         "4": "quantize-and-drop:drop=0.3",
     },
+    "shift-scale": {
+        "1": "shift-scale:vector=(svd:bits=0.1)",
+        "2": "shift-scale:vector=(svd:bits=0.5),rest=(bitdelta:bits=2)",
+        "4": "shift-scale:vector=(svd:bits=0.5),rest=(int:bits=4)",
+    },
     # By itself it stores what an edit leaves.
     "sparse": {
         "1": "trim:keep=0.1,scope=tensor+sparse:bits=4",
@@ -47,13 +56,31 @@ CODECS: dict[str, dict[str, str]] = {
     "stratified": {"1": "stratified:of=8", "2": "stratified:of=4", "4": "stratified:of=2"},
     "svd": {"1": "svd:bits=1", "2": "svd:bits=2", "4": "svd:bits=4"},
     "svd-act": {"1": "svd-act:bits=1", "2": "svd-act:bits=2", "4": "svd-act:bits=4"},
-    "svd-widths": {"1": "svd-widths:bits=1.0"},
+    "svd-widths": {
+        "1": "svd-widths:bits=1.0",
+        "2": "svd-widths:bits=2.0",
+        "4": "svd-widths:bits=4.0",
+    },
     "topk": {
         "1": "topk:keep=0.1,bits=4",
         "2": "topk:keep=0.2,bits=4",
         "4": "topk:keep=0.5,bits=4",
     },
+    "ultradelta": {
+        "1": "ultradelta:drop=0.9",
+        "2": "ultradelta:drop=0.75",
+        "4": "ultradelta:drop=0.3",
+    },
 }
+#: Families, and the codec of what they share.
+FAMILY_SPECS = (
+    ("emr", ""),
+    ("emr", "int:bits=4"),
+    ("row-groups:groups=2", "int:bits=4"),
+    ("row-groups:groups=4", "int:bits=4"),
+    ("shift-scale", "int:bits=4"),
+    ("shift-scale:rest=(bitdelta:bits=2)", "int:bits=4"),
+)
 #: Edits by themselves, their result kept in float32.
 EDIT_SPECS: dict[str, tuple[str, ...]] = {
     "dare": ("dare:drop=0.5", "dare:drop=0.9"),
@@ -61,6 +88,11 @@ EDIT_SPECS: dict[str, tuple[str, ...]] = {
     "dare-k-gradient": ("dare-k-gradient:k=0.5",),
     "darex-q": ("darex-q:drop=0.5", "darex-q:drop=0.9"),
     "della": ("della:drop=0.5", "della:drop=0.85"),
+    "sampled-magnitudes": (
+        "sampled-magnitudes:spread=0",
+        "sampled-magnitudes",
+        "sampled-magnitudes:draw=uniform",
+    ),
     "scale": ("scale:by=0.8", "scale:by=1.2"),
     "stratified": ("stratified:group=2", "stratified:group=8"),
     "trim": ("trim:keep=0.5", "trim:keep=0.2"),
@@ -79,14 +111,6 @@ def codec_specs(quick: bool) -> list[tuple[str, str]]:
         for bits, spec in CODECS.get(name, {"default": name}).items()
         if not quick or bits in ("1", "4", "default")
     ]
-
-
-def cost_specs(quick: bool) -> list[str]:
-    """One spec of every registered codec: its first."""
-    firsts: dict[str, str] = {}
-    for _, spec in codec_specs(quick):
-        firsts.setdefault(spec.partition(":")[0], spec)
-    return list(firsts.values())
 
 
 def edit_specs(quick: bool) -> list[str]:

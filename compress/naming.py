@@ -175,13 +175,13 @@ def _bridging(longer: Shapes, shorter: Shapes, least: float) -> list[str]:
     counts = Counter(
         prefix
         for name, shape in longer.items()
-        for prefix in _prefixes(name)
+        for prefix in prefixes(name)
         if shorter.get(name[len(prefix) :]) == shape
     )
     return [prefix for prefix, count in counts.items() if count >= least]
 
 
-def _prefixes(name: str) -> Iterator[str]:
+def prefixes(name: str) -> Iterator[str]:
     """`a.`, `a.b.` and so on of `a.b.c`."""
     dot = name.find(".")
     while 0 <= dot < len(name) - 1:

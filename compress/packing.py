@@ -14,6 +14,7 @@ import torch
 from deltafold.compress import dtypes, fast, rooms
 from deltafold.compress.coded import Coded, TensorStats
 from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.evidence import RunningSource
 from deltafold.compress.journal import Journal, Record
 from deltafold.compress.manifest import TensorEntry
 from deltafold.compress.memory import MemoryBudget, resident
@@ -113,7 +114,9 @@ def _room(coder: Coder, names: list[str], limits: Limits) -> int | None:
     """Bytes for tensors beside what the process holds already."""
     if limits.memory is None:
         return None
-    room = limits.memory - resident() - _SPARE
+    source = coder.evidence
+    model = source.upcoming_bytes() if isinstance(source, RunningSource) else 0
+    room = limits.memory - resident() - _SPARE - model
     needed, name = max(((working_bytes(coder, n), n) for n in names), default=(0, ""))
     if needed > room:
         raise DeltafoldError(
@@ -122,6 +125,7 @@ def _room(coder: Coder, names: list[str], limits: Limits) -> int | None:
             facts=[
                 ("bound", human(limits.memory)),
                 ("needed", f"{human(limits.memory - room + needed)}, all of the process counted"),
+                *([("calibration", f"{human(model)} of it, and activations")] if model else []),
             ],
             fix="raise --max-memory, or choose a codec that codes rows by themselves "
             "(bitdelta with scale=row or groups, int, exact, lossless)",

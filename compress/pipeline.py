@@ -170,8 +170,12 @@ def predict_checkpoint(
     accept: Collection[str] = (),
     base_quantization: str | None = None,
     limits: Limits | None = None,
+    device: str = "cpu",
+    fit: bool = False,
 ) -> Prediction:
     """What `compress_checkpoint` would write and take, from the files' headers; in seconds.
+
+    `device` and `fit` are for the memory of models that calibration or fitting would run.
 
     Raises:
         DeltafoldError: what can be wrong with inputs, recipe and structure.
@@ -183,7 +187,7 @@ def predict_checkpoint(
     )
     compare(job.source, job.target, job.accept)
     Run(job).check_patterns()
-    return predict(job, limits or Limits())
+    return predict(job, limits or Limits(), device=device, fit=fit)
 
 
 def _opened(base: str | Path, variant: str | Path) -> Job:

@@ -18,13 +18,12 @@ typedef uint16_t w16 ANYWHERE;
 typedef uint32_t w32 ANYWHERE;
 typedef uint64_t w64 ANYWHERE;
 
-/* Each size gets loops of its own. */
-#define BY_SIZE(call)                \
-    switch (kind->size) {            \
-        case 1: return call(1);      \
-        case 2: return call(2);      \
-        case 4: return call(4);      \
-        default: return call(8);     \
+/* The common sizes get loops of their own; each takes a compiler seconds. */
+#define BY_SIZE(call)                   \
+    switch (kind->size) {               \
+        case 2: return call(2);         \
+        case 4: return call(4);         \
+        default: return call(kind->size); \
     }
 
 /* size: bytes of a word; leading: words without a base, whose first byte is the symbol. */

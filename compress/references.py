@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol, get_args, runtime_checkable
@@ -94,13 +94,29 @@ def open_references(
     return opened
 
 
-def tensors_of(references: Mapping[str, Reference], name: str) -> dict[str, torch.Tensor]:
-    """A tensor of all that have it, float32, by role."""
-    return {
-        role: reference.source.tensor(name).to(torch.float32)
-        for role, reference in references.items()
-        if name in reference.names
-    }
+class _Tensors(Mapping[str, torch.Tensor]):
+    """One tensor of several checkpoints, each read when it is asked for."""
+
+    def __init__(self, references: Mapping[str, Reference], name: str) -> None:
+        self._name = name
+        self._having = {r: found for r, found in references.items() if name in found.names}
+
+    def __getitem__(self, role: str) -> torch.Tensor:
+        return self._having[role].source.tensor(self._name).to(torch.float32)
+
+    def __contains__(self, role: object) -> bool:
+        return role in self._having
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._having)
+
+    def __len__(self) -> int:
+        return len(self._having)
+
+
+def tensors_of(references: Mapping[str, Reference], name: str) -> Mapping[str, torch.Tensor]:
+    """A tensor of all that have it, float32, by role; read when they are asked for."""
+    return _Tensors(references, name)
 
 
 def names_of(references: Mapping[str, Reference]) -> dict[str, str]:

@@ -30,7 +30,7 @@ from deltafold.runtime.loading import Handle, LoadedVariant, load_variant
 from deltafold.runtime.misfit import NotAppliableError, misfit
 from deltafold.runtime.mixtures import Mixture, is_mixture, parse_mixture
 from deltafold.runtime.quantized import quantization_in
-from deltafold.runtime.quantizing import check_readers
+from deltafold.runtime.quantizing import check_readers, with_others
 from deltafold.runtime.rebuilding import Blueprint, rebuild_variant
 from deltafold.runtime.residency import Residency, Resident
 from deltafold.runtime.room import within_memory
@@ -114,6 +114,8 @@ class Deltas:
         self._siblings = siblings_of(together, self._state)
         self._beside = beside
         self._quantization = quantization_in(model)
+        if self._quantization is not None and beside is not None:
+            self._quantization = with_others(self._quantization, base, self._slots)
         check_readers(self._slots)
         self._model, self._rebuild = model, rebuild == "auto"
         self._misfits: dict[str, NotAppliableError | None] = {}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from deltafold.compress import Checkpoint, DeltafoldError
+from deltafold.compress.manifest import Quantization
 from deltafold.compress.quantized import quantization_of, quantize
 from deltafold.runtime.layers import is_linear, is_transposed_linear
 from deltafold.runtime.quantized import QuantizedLinear, need_bitsandbytes
@@ -72,6 +73,16 @@ def quantize_base(model: nn.Module, base: Checkpoint, method: str) -> int:
             fix="leave --base-quantization out",
         )
     return replaced
+
+
+def with_others(found: Quantization, base: Checkpoint, slots: SlotMap) -> Quantization:
+    """A model's quantisation, and tensors of the base's that are none of the model's.
+
+    Whoever applies those takes a variant's own values, whatever they are stored as differences to.
+    """
+    wanted = quantization_of(base, found.method).tensors
+    others = [name for name in wanted if slots.find(name) is None]
+    return found.model_copy(update={"tensors": tuple(sorted({*found.tensors, *others}))})
 
 
 def _is_plain(slots: SlotMap, slot: Slot) -> bool:

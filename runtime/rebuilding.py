@@ -232,22 +232,22 @@ def _share_quantised(
     repo: DeltaRepo, model: Any, slots: SlotMap, state: Mapping[str, torch.Tensor]
 ) -> None:
     """Give the model the base's quantised layers where the fine-tune left the weights as they were."""
-    unchanged = set(repo.manifest.unchanged)
+    unchanged, modules = set(repo.manifest.unchanged), dict(model.named_modules())
+    prefix = str(getattr(model, "base_model_prefix", "") or "")
     for slot in slots.slots.values():
         layer = slot.module
         if not isinstance(layer, QuantizedLinear) or slot.attribute != "weight":
             continue
         name = renamed(repo.manifest.base_names, layer.tensor)
-        mine = _module(model, slot.module_name)
+        # The shared model may be the trunk of the variant's own class.
+        path = next(
+            (p for p in (slot.module_name, f"{prefix}.{slot.module_name}") if p in modules), ""
+        )
+        mine: Any = modules[path]
         if name not in unchanged or not (is_linear(mine) or is_transposed_linear(mine)):
             continue
         if mine.weight.shape == state[name].shape and _equal(mine.weight.detach(), state[name]):
-            model.set_submodule(slot.module_name, layer.beside(mine._parameters.get("bias")))
-
-
-def _module(model: nn.Module, name: str) -> Any:
-    """A module by its name; None where the model has none such."""
-    return dict(model.named_modules()).get(name)
+            model.set_submodule(path, layer.beside(mine._parameters.get("bias")))
 
 
 def _own_bytes(model: nn.Module, slots: SlotMap) -> int:

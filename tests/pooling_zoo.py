@@ -60,9 +60,19 @@ class Made:
         return cls.from_pretrained(folder, dtype=torch.float32).eval()
 
     def tune(
-        self, cls: Any, name: str, codec: str, files: Any = None, moved: Any = None, **config: Any
+        self,
+        cls: Any,
+        name: str,
+        codec: str,
+        files: Any = None,
+        moved: Any = None,
+        against: str | None = None,
+        **config: Any,
     ) -> None:
-        """Make, pack and restore a fine-tune of another class, every tensor (`moved`: these) moved."""
+        """Make, pack and restore a fine-tune of another class.
+
+        Every tensor is moved (`moved`: these are), and taken against the base, quantised or not.
+        """
         torch.manual_seed(len(name))
         model = cls.from_pretrained(self.base, **config)
         jitter(model, 0.05, moved)
@@ -71,7 +81,14 @@ class Made:
         if files is not None:
             files(full)
         recipe = Recipe(default=parse_spec(codec))
-        compress_checkpoint(self.base, full, self.zoo / name, recipe=recipe, accept=ACCEPT)
+        compress_checkpoint(
+            self.base,
+            full,
+            self.zoo / name,
+            recipe=recipe,
+            accept=ACCEPT,
+            base_quantization=against,
+        )
         restore_checkpoint(self.zoo / name, self.base, self.folder / name, dtype=torch.float32)
 
 

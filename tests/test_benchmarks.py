@@ -30,8 +30,7 @@ def test_the_quality_benchmark_runs(tmp_path):
     assert rows["bitdelta:bits=4"]["accuracy"] > 0.9
     assert rows["bitdelta:bits=4"]["kl"] < rows["bitdelta:bits=1"]["kl"] < rows["no delta"]["kl"]
     assert rows["bitdelta:bits=1"]["bits"] < rows["bitdelta:bits=4"]["bits"]
-    assert {cost["note"] for cost in found["cost"]} == {""}
-    assert all(shape["holds"] for shape in found["shapes"])
+    assert all(shape["held"] == shape["tried"] > 0 for shape in found["shapes"])
     assert "| codec `bitdelta:bits=4` |" in done.stdout
 
 
@@ -107,3 +106,25 @@ def test_layers_and_experts_of_a_cpu(tmp_path: Path) -> None:
     printed = interpreted("experts.py", *small, "--tokens", "1", "--json", str(out))
     cases = {row["case"] for row in json.loads(out.read_text("utf-8"))["rows"]}
     assert {"base", "packed, bitdelta", "dense delta added in every step"} <= cases
+
+
+def test_the_cost_of_a_method_is_that_of_a_real_run(tmp_path: Path) -> None:
+    out = tmp_path / "cost.json"
+    script = ROOT / "benchmarks" / "method_cost.py"
+    call = [sys.executable, str(script), "--tiny", "--kinds", "codec", "--only", "svd"]
+    done = subprocess.run(
+        [*call, "--folder", str(tmp_path), "--json", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text("utf-8"))
+    (row,) = found["rows"]
+    assert (row["spec"], row["needs"], row["note"]) == ("svd:bits=1", "", "")
+    # All three layers, as they took little time.
+    assert row["share"] == pytest.approx(found["set_bytes"] / 2**30)
+    assert 0 < row["cpu_seconds"] < 60
+    assert row["peak_bytes"] > row["idle_bytes"] > 2**26
+    assert "| codec `svd:bits=1` | 0.0% |" in done.stdout
+    assert not list(tmp_path.glob("tmp*"))

@@ -109,14 +109,24 @@ def generates(base: str | Path) -> bool:
 
 
 def load_bare(
-    checkpoint: Checkpoint, cls: Any, *, device: str, dtype: str | torch.dtype | None
+    checkpoint: Checkpoint,
+    cls: Any,
+    *,
+    device: str,
+    dtype: str | torch.dtype | None,
+    base_quantization: str | None = None,
 ) -> tuple[Any, list[str]]:
     """Load a checkpoint as a class that may leave its head out, or have more than it.
+
+    Raises:
+        DeltafoldError: as `open_model`.
 
     Returns:
         The model, in eval mode, and the names of its tensors that the checkpoint does not bring.
     """
     where = _device(device)
+    if base_quantization is not None:
+        check_quantization(checkpoint, base_quantization, where)
     with GATE.loading(), quiet(checkpoint.nbytes() < _WORTH_A_BAR), _no_report():
         model, info = cls.from_pretrained(
             checkpoint.folder,
@@ -124,6 +134,8 @@ def load_bare(
             local_files_only=True,
             output_loading_info=True,
         )
+    if base_quantization is not None:
+        quantize_base(model, checkpoint, base_quantization)
     model = model.to(where).eval()
     quicken(model)
     return model, sorted(info["missing_keys"])

@@ -79,6 +79,7 @@ class PoolingEngine:
         served_model_name: str | None = None,
         max_deltas: int | None = None,
         strict: bool = True,
+        base_quantization: str | None = None,
         rebuild: Rebuild = "auto",
         max_batch: int = 32,
         max_model_len: int | None = None,
@@ -94,6 +95,7 @@ class PoolingEngine:
             served_model_name: what the base answers to besides "base".
             max_deltas: most variants in memory; None keeps all that were used.
             strict: refuse to start while a delta of the zoo is broken or for another base.
+            base_quantization: `nf4` or `int8` keeps the base's linear layers in 4 or 8 bits.
             rebuild: "auto" serves a variant that cannot be run on the shared trunk by a dense model
                 of its own in memory; "never" refuses it.
             max_batch: most requests in one forward pass.
@@ -108,7 +110,11 @@ class PoolingEngine:
         check_folder(zoo)
         checkpoint = Checkpoint.open(base)
         model, missing = load_bare(
-            checkpoint, trunk_class(checkpoint.folder), device=device, dtype=dtype
+            checkpoint,
+            trunk_class(checkpoint.folder),
+            device=device,
+            dtype=dtype,
+            base_quantization=base_quantization,
         )
         lacking = zero_missing(model, missing)
         encoder = Encoder.of(model)

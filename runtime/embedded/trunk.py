@@ -118,7 +118,7 @@ class Encoder:
     @property
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
-        return next(self.model.parameters()).dtype
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     def sample(self) -> tuple[Inputs, Any]:
         """The warm-up batch's first request, and what the model returns for it."""

@@ -145,8 +145,18 @@ class LayerHook:
         if self._bias is not None:
             _copy(self._bias[slot], None if content is None else content.vectors.get("bias"))
 
+    def rests(self, x: torch.Tensor) -> bool:
+        """Whether no row of a product's input runs a variant; counts the call if so."""
+        idle = self._rows.rests_at_head if self.is_head else self._rows.rests
+        if idle:
+            self.calls.products += 1
+            self.calls.rows = x.shape[0]
+        return idle
+
     def add_products(self, y: torch.Tensor, x: torch.Tensor, biased: bool) -> None:
         """`y[rows] += x[rows] D^T (+ b)`; y `[tokens, N]`, x `[tokens, M]`."""
+        if self.rests(x):
+            return
         self.calls.products += 1
         self.calls.rows = x.shape[0]
         if self._fixed:
@@ -213,6 +223,8 @@ class LayerHook:
         """`y[rows] += D[ids[rows]]`; ids `[tokens]`, local to this rank."""
         self.calls.lookups += 1
         self.calls.rows = ids.shape[0]
+        if self._rows.rests:
+            return
         slots = self._rows.token_slots[: len(ids)]
         if self._packed is not None:
             assert self._tiles is not None
@@ -268,8 +280,18 @@ class NormHook:
         for name, held in self._dense.items():
             held[slot].copy_((moved or self._values())[name])
 
+    def rests(self, x: torch.Tensor) -> bool:
+        """Whether no row runs a variant; counts the call if so."""
+        idle = self._rows.rests
+        if idle:
+            self.calls.norms += 1
+            self.calls.rows = x.shape[0]
+        return idle
+
     def renorm(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Replace the variants' rows of y; x `[tokens, ...]` is what was normed."""
+        if self.rests(x):
+            return
         self.calls.norms += 1
         self.calls.rows = x.shape[0]
         if self._dense:

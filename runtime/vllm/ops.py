@@ -91,8 +91,8 @@ _LIBRARIES: Final[list[Any]] = []
 class DeltaMethod:
     """Stands in for a layer's `quant_method`: the base's result, plus the deltas."""
 
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
+    def __init__(self, inner: Any, hook: LayerHook) -> None:
+        self.inner, self._hook = inner, hook
         self._ops = operators()
 
     def __getattr__(self, name: str) -> Any:
@@ -101,6 +101,8 @@ class DeltaMethod:
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x W^T + b` with each row's own W and b."""
         y: torch.Tensor = self.inner.apply(layer, x, bias)
+        if not torch.compiler.is_compiling() and self._hook.rests(x):
+            return y  # an operator's call alone is felt where layers are small
         self._ops.add(y, x, layer.deltafold_handle, bias is not None)
         return y
 
@@ -136,7 +138,7 @@ def wrap_layer(layer: nn.Module, hook: LayerHook) -> None:
     """Put a hook behind a layer's `quant_method`."""
     layer.register_buffer(HANDLE, register(hook), persistent=False)
     wrapped = cast(Any, layer)
-    wrapped.quant_method = DeltaMethod(wrapped.quant_method)
+    wrapped.quant_method = DeltaMethod(wrapped.quant_method, hook)
     # No fusion may quantise what goes in: the delta needs it whole.
     wrapped.requires_unquantized_input = True
     # With several ranks on CUDA, the fused lookup would read the table itself.
@@ -156,10 +158,12 @@ def wrap_norm(norm: nn.Module, hook: NormHook) -> None:
     def forward(x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
         if residual is None:
             y = plain(x)
-            ops.renorm(y, x, norm.deltafold_handle)
+            if torch.compiler.is_compiling() or not hook.rests(x):
+                ops.renorm(y, x, norm.deltafold_handle)
             return y
         y, total = plain(x, residual)
-        ops.renorm(y, total, norm.deltafold_handle)
+        if torch.compiler.is_compiling() or not hook.rests(total):
+            ops.renorm(y, total, norm.deltafold_handle)
         return y, total
 
     norm.forward = forward

@@ -9,11 +9,12 @@ import inspect
 import logging
 import multiprocessing
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from deltafold.runtime.vllm.settings import settings_of
+from deltafold.runtime.vllm.settings import Settings, settings_of
 
 _log = logging.getLogger(__name__)
 _DONE = "_deltafold_installed"
@@ -47,13 +48,33 @@ def _patch_loading(mixin: Any) -> None:
         settings = settings_of(vllm_config.additional_config)
         if settings is None:
             return stock(self, model, vllm_config, device)
-        from deltafold.runtime.vllm.manager import DeltaManager
-
-        self.lora_manager = DeltaManager(self, model, vllm_config, settings, device)
-        _follow_logits(self, self.lora_manager)
-        return model
+        return load_deltas(self, model, vllm_config, device, settings)
 
     mixin.load_lora_model = load_lora_model
+
+
+def load_deltas(runner: Any, model: Any, vllm_config: Any, device: Any, settings: Settings) -> Any:
+    """Give a model runner our manager, in the place of vLLM's own."""
+    from deltafold.runtime.vllm.manager import DeltaManager
+
+    with _pool(vllm_config):
+        runner.lora_manager = DeltaManager(runner, model, vllm_config, settings, device)
+    _follow_logits(runner, runner.lora_manager)
+    return model
+
+
+def _pool(vllm_config: Any) -> AbstractContextManager[Any]:
+    """Where slots live: from 0.33 on, level-2 sleep discards what lies in the pool of the weights."""
+    from vllm import __version_tuple__
+    from vllm.platforms import current_platform
+
+    sleeps = vllm_config.model_config.enable_sleep_mode and current_platform.is_cuda_alike()
+    if not sleeps or __version_tuple__[:2] < (0, 33):
+        return nullcontext()
+    from vllm.device_allocator import get_mem_allocator_instance
+
+    pool: AbstractContextManager[Any] = get_mem_allocator_instance().use_memory_pool(tag="runtime")
+    return pool
 
 
 def _patch_experts() -> None:

@@ -139,6 +139,18 @@ class StepRows:
         return self.token_slots[start : start + x.shape[0]]
 
     @property
+    def rests(self) -> bool:
+        """Whether no token of the step runs a variant. Then there is nothing to launch, nor to capture:
+        vLLM keeps graphs of their own for steps without variants.
+        """
+        return not self.tokens
+
+    @property
+    def rests_at_head(self) -> bool:
+        """The same for rows of the head."""
+        return not self.tokens and not self.logits
+
+    @property
     def longest(self) -> int:
         """Tokens of the variant that has most of them, as the host knows it."""
         return max((segment.rows for segment in self.tokens), default=0)

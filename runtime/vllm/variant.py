@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -223,6 +225,28 @@ def row_window(move: Move, shape: tuple[int, ...], site: Site) -> tuple[Window, 
     if rows is not None and site.looks_up and (rows[1] or rows[0].columns != shape[1]):
         return None
     return rows
+
+
+def pinned(loaded: LoadedVariant) -> LoadedVariant:
+    """A variant in memory that a GPU copies from by itself, while the step goes on."""
+    contents = {
+        name: each_tensor(c, torch.Tensor.pin_memory) for name, c in loaded.contents.items()
+    }
+    return dataclasses.replace(loaded, contents=contents)
+
+
+def each_tensor(thing: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A copy of what a hook's content is made of, with every tensor changed."""
+    if isinstance(thing, torch.Tensor):
+        return change(thing)
+    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        own = {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing) if f.init}
+        return dataclasses.replace(thing, **{n: each_tensor(v, change) for n, v in own.items()})
+    if isinstance(thing, dict):
+        return {name: each_tensor(value, change) for name, value in thing.items()}
+    if isinstance(thing, list | tuple):
+        return type(thing)(each_tensor(value, change) for value in thing)
+    return thing
 
 
 class _Tensor:

@@ -155,12 +155,6 @@ def serve(
         from deltafold.runtime import EmbeddedEngine, PoolingEngine
 
         text = _generates(base) if runner == "auto" else runner == "generate"
-        if not text and "base_quantization" in given:
-            raise DeltafoldError(
-                "bad-argument",
-                "models that give labels and vectors are served on a base as it is.",
-                fix="leave --base-quantization out",
-            )
         kind: Any = EmbeddedEngine if text else PoolingEngine
         engine: Served = kind.open(base, zoo=zoo, served_model_name=served_model_name, **given)
         return engine

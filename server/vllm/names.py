@@ -139,8 +139,10 @@ def _patch_starting(models: Any) -> None:
 
     @wraps(stock)
     async def init_static_loras(self: Any) -> None:
-        await stock(self)
         front = _front(self)
+        if front is not None:
+            await front.ready()
+        await stock(self)
         for name in () if front is None else front.settings.pin:
             found = await self.resolve_lora(name)
             if not hasattr(found, "lora_int_id"):

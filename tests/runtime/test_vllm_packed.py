@@ -16,6 +16,7 @@ from deltafold.runtime.vllm.places import packed_form, places_of_forms, places_o
 from deltafold.runtime.vllm.routes import Window
 from deltafold.runtime.vllm.rows import StepRows
 from deltafold.runtime.vllm.tiles import Tiles
+from deltafold.runtime.vllm.variant import each_tensor
 from deltafold.runtime.vllm.windows import Piece
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -211,6 +212,23 @@ def test_sizes_are_the_same_without_memory():
         leaf.nbytes for spec in SPECS for f in forms_of(encoded(spec)) for leaf, _ in leaves(f)
     )
     assert real.nbytes < 3 * packed * 1.1 + 3 * 4096
+
+
+def test_every_tensor_of_a_variant_moves_to_other_memory():
+    mine, _ = content("int:bits=3", 3)
+    moved, seen = each_tensor(mine, lambda t: t.clone()), []
+    each_tensor(mine, lambda t: seen.append(t) or t)
+    assert len(seen) == 2 * 2 * 2 + 1, "words and levels of two slices of two tensors, and a bias"
+    x = torch.randn(2, M)
+    for before, after in zip(mine.pieces, moved.pieces, strict=True):
+        assert torch.equal(before.form.matmul(x), after.form.matmul(x))
+    assert not {t.data_ptr() for t in seen} & tensors_of(moved)
+
+
+def tensors_of(thing: Content) -> set[int]:
+    found: set[int] = set()
+    each_tensor(thing, lambda t: found.add(t.data_ptr()) or t)
+    return found
 
 
 def test_a_step_is_sorted_once_at_an_address_that_stays():
