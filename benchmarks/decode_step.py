@@ -32,8 +32,8 @@ from deltafold.runtime.kernels.triton.segments import Segments, block_for, make_
 #: Heads of queries and of keys, and the size of one.
 HEADS = {"llama-3.1-8b": (32, 8, 128), "qwen2.5-7b": (28, 4, 128), "tiny": (3, 1, 16)}
 TINY = (
-    Layer("qkv", (48, 16, 16), 48, 2), Layer("o", (48,), 48, 2), Layer("gate_up", (64, 64), 48, 2),
-    Layer("down", (48,), 64, 2), Layer("head", (96,), 48, 1),
+    Layer("qkv", (48, 16, 16), 48, 1), Layer("o", (48,), 48, 1), Layer("gate_up", (64, 64), 48, 1),
+    Layer("down", (48,), 64, 1), Layer("head", (96,), 48, 1),
 )  # fmt: skip
 #: What the project wants of an H200 at 1 bit: times of the base's step, by variants.
 GOALS = {8: 1.65, 16: 2.3, 32: 3.5}
