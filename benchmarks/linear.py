@@ -185,7 +185,7 @@ def _crossings(stored: dict[str, list[Encoded]], size: int) -> list[dict[str, ob
     one by base and delta added up less than two.
     """
     print(
-        "\nby tokens: time of the rebuilt matrix over that of words; of the sum over that of two products"
+        "\nby tokens: time of the rebuilt matrix over that of words; of the sum over two products"
     )
     target, found = Target(torch.device("cpu"), torch.float32), []
     for spec, encoded in stored.items():
@@ -198,8 +198,8 @@ def _crossings(stored: dict[str, list[Encoded]], size: int) -> list[dict[str, ob
             x = torch.randn(tokens, size)
             calls = {"a applied": lambda f=form, x=x: f.applied(x)}
             calls["a rebuilt"] = lambda f=form, x=x: f.rebuilt(x)
-            calls["two"] = lambda f=form, x=x: product(x, weight, None) + f.matmul(x)
-            calls["sum"] = lambda f=form, x=x: merged_product(x, weight, None, f)
+            calls["two"] = lambda f=form, x=x, w=weight: product(x, w, None) + f.matmul(x)
+            calls["sum"] = lambda f=form, x=x, w=weight: merged_product(x, w, None, f)
             times = _round_robin(calls, 5, "cpu")
             ratios[tokens] = min(times["a rebuilt"]) / min(times["a applied"])
             sums[tokens] = min(times["sum"]) / min(times["two"])
