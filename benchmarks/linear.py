@@ -184,22 +184,20 @@ def _crossings(stored: dict[str, list[Encoded]], size: int) -> list[dict[str, ob
     """Tokens from which a product by the rebuilt matrix takes less time than one by sign words, and
     one by base and delta added up less than two.
     """
-    print(
-        "\nby tokens: time of the rebuilt matrix over that of words; of the sum over two products"
-    )
+    print("\nby tokens: rebuilt matrix over words; below it one product by the sum over two")
+    weight = torch.randn(size, size)
     target, found = Target(torch.device("cpu"), torch.float32), []
     for spec, encoded in stored.items():
         form = product_form(encoded, (size, size), CONTEXT, target)
         if not isinstance(form, SignWords):
             continue
         ratios, sums = {}, {}
-        weight = torch.randn(size, size)
         for tokens in (1, 4, 8, 12, 16, 24, 32, 48, 64, 128, 256):
             x = torch.randn(tokens, size)
             calls = {"a applied": lambda f=form, x=x: f.applied(x)}
             calls["a rebuilt"] = lambda f=form, x=x: f.rebuilt(x)
-            calls["two"] = lambda f=form, x=x, w=weight: product(x, w, None) + f.matmul(x)
-            calls["sum"] = lambda f=form, x=x, w=weight: merged_product(x, w, None, f)
+            calls["two"] = lambda f=form, x=x: product(x, weight, None) + f.matmul(x)
+            calls["sum"] = lambda f=form, x=x: merged_product(x, weight, None, f)
             times = _round_robin(calls, 5, "cpu")
             ratios[tokens] = min(times["a rebuilt"]) / min(times["a applied"])
             sums[tokens] = min(times["sum"]) / min(times["two"])

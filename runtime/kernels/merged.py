@@ -19,8 +19,8 @@ from deltafold.runtime.kernels.signs import BLOCK_ROWS, SignWords
 
 #: Tokens from which adding up costs less than a second product, by planes of sign words on a CPU
 #: (`benchmarks/linear.py --crossings`).
-_SIGNS_FROM: Final = {1: 128, 2: 64, 3: 40}
-_SIGNS_FROM_ELSE: Final = 32
+_SIGNS_FROM: Final = {1: 128, 2: 48, 3: 32}
+_SIGNS_FROM_ELSE: Final = 24
 _DENSE_FROM: Final = 64
 #: Entries that are added up at a time on a CPU.
 _PIECE: Final = 2**20

@@ -20,7 +20,9 @@ from deltafold.runtime.kernels.reference import Dense, dense_delta
 from deltafold.runtime.kernels.turned import turned_form
 from deltafold.runtime.lent import Lent, lend
 
-CPU = Target(torch.device("cpu"), torch.float32)
+#: Kernels that are not interpreted need a GPU's tensors.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HERE = Target(DEVICE, torch.float32)
 E, A, B = 5, 24, 40
 CODECS = [
     "bitdelta:bits=2",
@@ -47,7 +49,16 @@ def coded(spec: str, shape: tuple[int, ...]) -> tuple[list[Any], Context, torch.
 
 def stacked(spec: str, *, turned: bool) -> tuple[Stack, torch.Tensor]:
     encoded, context, exact = coded(spec, (E, A, B))
-    return stack_of(encoded, (E, A, B), context, CPU, turned=turned), exact
+    return stack_of(encoded, (E, A, B), context, HERE, turned=turned), exact
+
+
+def by_expert(
+    stack: Stack, y: torch.Tensor, x: torch.Tensor, experts: torch.Tensor, turned: bool
+) -> torch.Tensor:
+    """What a stack makes of y, at half its scale."""
+    out = y.to(DEVICE)
+    stack.add_by_expert(out, x.to(DEVICE), experts.to(DEVICE), turned=turned, scale=0.5)
+    return out.cpu()
 
 
 @pytest.fixture
@@ -65,11 +76,11 @@ def never_dense(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("spec", CODECS)
 def test_each_expert_adds_its_own_delta(spec: str, turned: bool) -> None:
     stack, exact = stacked(spec, turned=turned)
-    assert torch.allclose(stack.dense(CPU.device), exact, atol=1e-6)
+    assert torch.allclose(stack.dense(DEVICE).cpu(), exact, atol=1e-6)
     experts = torch.tensor([4, 0, 0, 2, 5, -1, 4])
     x = torch.randn(len(experts), A if turned else B, generator=noise(1))
     y = torch.ones(len(experts), B if turned else A)
-    stack.add_by_expert(y, x, experts, turned=turned, scale=0.5)
+    y = by_expert(stack, y, x, experts, turned)
     for token, expert in enumerate(experts.tolist()):
         inside = 0 <= expert < E
         matrix = exact[expert] if inside else torch.zeros(A, B)
@@ -97,7 +108,7 @@ def test_a_launch_serves_all_experts(
     experts = torch.tensor([4, 0, 0, 2, 5, -1, 4])
     x = torch.randn(len(experts), A if turned else B, generator=noise(1))
     y = torch.ones(len(experts), B if turned else A)
-    stack.add_by_expert(y, x, experts, turned=turned, scale=0.5)
+    y = by_expert(stack, y, x, experts, turned)
     for token, expert in enumerate(experts.tolist()):
         matrix = exact[expert] if 0 <= expert < E else torch.zeros(A, B)
         expected = 1 + 0.5 * x[token].double() @ (matrix if turned else matrix.T).double()
@@ -110,7 +121,7 @@ def test_a_launch_serves_all_experts(
 def test_parts_of_experts_stored_one_by_one() -> None:
     """Gate and up as they lie in a fused tensor: one below the other, in turn, and transposed."""
     encoded, context, exact = coded("bitdelta:bits=2", (12, B))
-    form, over = (make(encoded, (12, B), context, CPU) for make in (product_form, turned_form))
+    form, over = (make(encoded, (12, B), context, HERE) for make in (product_form, turned_form))
     cases = [
         (Piece(False, 12, 1, 12, form), slice(12, 24), False),
         (Piece(False, 1, 2, 12, form), slice(1, 24, 2), False),
@@ -121,28 +132,30 @@ def test_parts_of_experts_stored_one_by_one() -> None:
         stack.pieces[1].append(piece)
         dense = torch.zeros(stack.shape)
         (dense[1].T if turned else dense[1])[places] = exact
-        assert torch.allclose(stack.dense(CPU.device), dense, atol=1e-6)
+        assert torch.allclose(stack.dense(DEVICE).cpu(), dense, atol=1e-6)
         for way in (False, True):
             x = torch.randn(3, stack.shape[1 if way else 2], generator=noise(2))
-            y = torch.zeros(3, stack.shape[2 if way else 1])
-            stack.add(y, x, 1, turned=way, scale=2.0)
+            y = torch.zeros(3, stack.shape[2 if way else 1], device=DEVICE)
+            stack.add(y, x.to(DEVICE), 1, turned=way, scale=2.0)
             expected = 2 * x @ (dense[1] if way else dense[1].T)
-            assert torch.allclose(y, expected, atol=1e-4), (piece, way)
+            assert torch.allclose(y.cpu(), expected, atol=1e-4), (piece, way)
     x = torch.randn(3, 12, generator=noise(3))
-    assert torch.allclose(over.matmul(x), x @ exact, atol=1e-5)
+    assert torch.allclose(over.matmul(x.to(DEVICE)).cpu(), x @ exact, atol=1e-5)
 
 
 def test_other_uses_of_a_lent_parameter_see_its_values() -> None:
     stack, exact = stacked("bitdelta", turned=False)
-    base = torch.randn(E, A, B, generator=noise(3))
-    whole, given = base + 0.5 * exact, lend(base, stack, 0.5)
+    base = torch.randn(E, A, B, generator=noise(3)).to(DEVICE)
+    whole, given = base + 0.5 * exact.to(DEVICE), lend(base, stack, 0.5)
     assert (given.shape, given.dtype, given.dim()) == (base.shape, base.dtype, 3)
     assert torch.allclose(given * 1, whole)
     assert torch.allclose(given[2] + 0, whole[2])
     assert torch.allclose(given.transpose(1, 2)[1:3].sum(0), whole.transpose(1, 2)[1:3].sum(0))
-    assert torch.allclose(given[torch.tensor([3, 0, 3])].exp(), whole[[3, 0, 3]].exp())
+    assert torch.allclose(
+        given[torch.tensor([3, 0, 3], device=DEVICE)].exp(), whole[[3, 0, 3]].exp()
+    )
     assert torch.allclose(torch.cat([given[1].T, base[0].T]), torch.cat([whole[1].T, base[0].T]))
-    x = torch.randn(4, B, generator=noise(4))
+    x = torch.randn(4, B, generator=noise(4)).to(DEVICE)
     assert torch.allclose(
         torch.einsum("kb,eab->eka", x, given), torch.einsum("kb,eab->eka", x, whole)
     )
@@ -160,7 +173,7 @@ def module_of(family: str) -> torch.nn.Module:
     module: torch.nn.Module = model.model.layers[0].mlp.experts
     for value in module.parameters():
         torch.nn.init.normal_(value, std=0.3)
-    return module.requires_grad_(False)
+    return module.requires_grad_(False).to(DEVICE)
 
 
 @pytest.mark.usefixtures("never_dense")
@@ -182,11 +195,11 @@ def test_experts_of_transformers_multiply_lent_parameters(
         value = getattr(module, name)
         shape = tuple(value.shape)
         encoded, context, exact = coded("bitdelta:bits=2", shape)
-        stack = stack_of(encoded, shape, context, CPU, turned=turned)  # type: ignore[arg-type]
-        lent_[name], dense[name] = lend(value, stack, 0.5), value + 0.5 * exact
-    x = torch.randn(6, B, generator=noise(5))
-    chosen = torch.stack([torch.randperm(E, generator=noise(t))[:2] for t in range(6)])
-    weights = torch.rand(6, 2, generator=noise(6))
+        stack = stack_of(encoded, shape, context, HERE, turned=turned)  # type: ignore[arg-type]
+        lent_[name], dense[name] = lend(value, stack, 0.5), value + 0.5 * exact.to(DEVICE)
+    x = torch.randn(6, B, generator=noise(5)).to(DEVICE)
+    chosen = torch.stack([torch.randperm(E, generator=noise(t))[:2] for t in range(6)]).to(DEVICE)
+    weights = torch.rand(6, 2, generator=noise(6)).to(DEVICE)
     with torch.inference_mode():
         found = torch.func.functional_call(module, lent_, (x, chosen, weights))
         expected = torch.func.functional_call(module, dense, (x, chosen, weights))
