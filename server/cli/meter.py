@@ -20,16 +20,18 @@ class Meter:
     def __init__(self) -> None:
         self.phase = ""
         self.done = self._bytes = 0
-        self._began = 0.0
+        # A phase is as long as it takes from the last step of the one before.
+        self._began = self._last = time.monotonic()
 
     def count(self, event: Progress) -> bool:
         """Take up one step; whether a phase begins with it."""
         # The two models are hashed one after the other: the count starts again.
         new = event.phase != self.phase or event.done <= self.done
         if new:
-            self.phase, self._bytes, self._began = event.phase, 0, time.monotonic()
+            self.phase, self._bytes, self._began = event.phase, 0, self._last
         self.done = event.done
         self._bytes += event.nbytes
+        self._last = time.monotonic()
         return new
 
     @property
