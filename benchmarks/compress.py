@@ -1,11 +1,17 @@
 """Packing at the size of an 8B model: speed beside reading and hashing, memory, and lossless ratios.
 
-    python benchmarks/compress.py [--layers 2] [--zipnn PYTHON] [--json OUT]
+    python benchmarks/compress.py [--layers 2] [--vocabulary 128256] [--rounds 3] [--zipnn PYTHON]
+                                  [--json OUT]
 
-Makes a base and a fine-tune with the shapes of Llama-3.1-8B, scaled down by layers (the factor is
-printed), of random bfloat16 weights. Every measured run is a process of its own with an empty cache
-of digests. Reading comes from the system's cache of files on both sides, so that the disk does not
-decide. ZipNN is run where `--zipnn` names a Python that has it; it is never installed here.
+Makes a base and a fine-tune with the shapes of Llama-3.1-8B, of random bfloat16 weights, scaled down by
+layers and by rows of the vocabulary (the factor is printed). Every measured run is a process of its own
+with an empty cache of digests. It times itself from behind its imports to its end, by the clock and by
+what it takes of the processor; the time of whole processes, importing torch included, is in the JSON.
+Reading both checkpoints and hashing every tensor is a run like the others, with as many threads, and
+takes turns with them. Figures are the least of all rounds. Reading comes from the system's cache of
+files, so that the disk does not decide; what is written goes to a disk and is synced. Coders of 256 MiB
+in memory stand beside each other: ours, zstandard, and ZipNN on the XOR of both models, where `--zipnn`
+names a Python that has it; it is never installed here.
 """
 
 from __future__ import annotations
@@ -14,11 +20,12 @@ import argparse
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +34,7 @@ import torch
 from deltafold.compress.dtypes import raw_bytes
 from deltafold.compress.safetensors_file import file_head
 
-EMBEDDING = {"model.embed_tokens.weight": (128256, 4096), "lm_head.weight": (128256, 4096)}
+EMBEDDING = ("model.embed_tokens.weight", "lm_head.weight")
 LAYER = {
     "self_attn.q_proj.weight": (4096, 4096),
     "self_attn.k_proj.weight": (1024, 4096),
@@ -39,15 +46,17 @@ LAYER = {
     "input_layernorm.weight": (4096,),
     "post_attention_layernorm.weight": (4096,),
 }
-FULL_LAYERS = 32
+FULL_LAYERS, FULL_VOCABULARY = 32, 128256
+CODECS = ("bitdelta", "bitdelta:bits=4,group=128", "int:bits=4,group=128", "lossless")
 #: Spread of the weights, and of the step relative to it.
 SIGMA, STEP = 0.02, 3e-3
 BLOCK = 2**22
 
 
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model with so many layers."""
-    found: dict[str, tuple[int, ...]] = dict(EMBEDDING) | {"model.norm.weight": (4096,)}
+def shapes(layers: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model with so many layers and tokens."""
+    found: dict[str, tuple[int, ...]] = dict.fromkeys(EMBEDDING, (vocabulary, 4096))
+    found |= {"model.norm.weight": (4096,)}
     for layer in range(layers):
         found |= {f"model.layers.{layer}.{name}": shape for name, shape in LAYER.items()}
     return found
@@ -66,9 +75,9 @@ def weights(
         yield base, (base.float() + step).to(torch.bfloat16)
 
 
-def make_pair(folder: Path, layers: int) -> tuple[Path, Path]:
+def make_pair(folder: Path, model: dict[str, tuple[int, ...]]) -> tuple[Path, Path]:
     """Write both checkpoints, a block at a time."""
-    specs = {name: (torch.bfloat16, shape) for name, shape in shapes(layers).items()}
+    specs = {name: (torch.bfloat16, shape) for name, shape in model.items()}
     head, order = file_head(specs, {"format": "pt"})
     folders = folder / "base", folder / "fine-tune"
     for place in folders:
@@ -88,36 +97,59 @@ def make_pair(folder: Path, layers: int) -> tuple[Path, Path]:
 
 
 HASH = """
-import sys, threading
+import sys, time
 from concurrent.futures import ThreadPoolExecutor
 from deltafold.compress import Checkpoint
+import torch
+began, busy = time.perf_counter(), time.process_time()
 sources = [Checkpoint.open(p) for p in sys.argv[1:3]]
 work = [(s, n) for s in sources for n in s.names()]
+work.sort(key=lambda one: -one[0].spec(one[1]).shape[0])
 with ThreadPoolExecutor(int(sys.argv[3])) as pool:
     list(pool.map(lambda one: one[0].sha256(one[1]), work))
+print(time.perf_counter() - began, time.process_time() - busy)
 """
 PACK = """
-import sys
+import sys, time
+import deltafold.compress.pipeline
 from deltafold.compress import Recipe, compress_checkpoint, parse_spec
 from deltafold.compress.memory import peak_memory
 base, tuned, jobs, out, codec, bound = sys.argv[1:7]
-codec = parse_spec(codec)
-compress_checkpoint(base, tuned, out, recipe=Recipe(default=codec), jobs=int(jobs), max_memory=bound)
-print(peak_memory())
+recipe = Recipe(default=parse_spec(codec))
+began, busy = time.perf_counter(), time.process_time()
+compress_checkpoint(base, tuned, out, recipe=recipe, jobs=int(jobs), max_memory=bound)
+print(time.perf_counter() - began, time.process_time() - busy, peak_memory())
 """
 RESTORE = """
-import sys
+import sys, time
+import deltafold.compress.restore
 from deltafold.compress import restore_checkpoint
 from deltafold.compress.memory import peak_memory
 base, delta, out = sys.argv[1:4]
+began, busy = time.perf_counter(), time.process_time()
 restore_checkpoint(delta, base, out)
-print(peak_memory())
+print(time.perf_counter() - began, time.process_time() - busy, peak_memory())
+"""
+OURS = """
+import sys, time, numpy as np, torch
+from deltafold.compress.terms import Context, Lossless
+read = lambda path: torch.from_numpy(np.fromfile(path, np.uint8, 2**28)).view(torch.bfloat16)
+mine, base = map(read, sys.argv[1:3])
+for _ in range(2):  # compiles, the first time on a machine
+    began = time.perf_counter()
+    coded = Lossless().encode(torch.empty(0), Context("w", base, mine))
+    middle = time.perf_counter()
+    back = coded.term.restore(coded.parts, tuple(mine.shape), mine.dtype, Context("w", base))
+    done = time.perf_counter()
+assert torch.equal(back.view(torch.int16), mine.view(torch.int16))
+size = sum(p.numel() for p in coded.parts.values())
+print(size / 2**28, 2**28 / (middle - began), 2**28 / (done - middle))
 """
 ZSTD = """
 import sys, time, zstandard
 raw = open(sys.argv[1], "rb").read(2**28)
 began = time.perf_counter()
-packed = zstandard.ZstdCompressor(level=3, threads=int(sys.argv[2])).compress(raw)
+packed = zstandard.ZstdCompressor(level=3, threads=int(sys.argv[3])).compress(raw)
 middle = time.perf_counter()
 zstandard.ZstdDecompressor().decompress(packed)
 print(len(packed) / len(raw), len(raw) / (middle - began), len(raw) / (time.perf_counter() - middle))
@@ -125,20 +157,23 @@ print(len(packed) / len(raw), len(raw) / (middle - began), len(raw) / (time.perf
 ZIPNN = """
 import sys, time
 from zipnn import ZipNN
-raw, base = (open(p, "rb").read(2**28) for p in sys.argv[1:3])
 import numpy as np
-raw = (np.frombuffer(raw, np.uint8) ^ np.frombuffer(base, np.uint8)).tobytes()
+raw, base = (np.fromfile(p, np.uint8, 2**28) for p in sys.argv[1:3])
+raw = (raw ^ base).tobytes()
 zipper = ZipNN(bytearray_dtype="bfloat16", threads=int(sys.argv[3]))
-began = time.perf_counter()
-packed = zipper.compress(raw)
-middle = time.perf_counter()
-assert bytes(ZipNN(bytearray_dtype="bfloat16").decompress(packed)) == raw
-print(len(packed) / len(raw), len(raw) / (middle - began), len(raw) / (time.perf_counter() - middle))
+for _ in range(2):
+    began = time.perf_counter()
+    packed = zipper.compress(bytearray(raw))
+    middle = time.perf_counter()
+    back = zipper.decompress(packed)
+    done = time.perf_counter()
+assert bytes(back) == raw
+print(len(packed) / len(raw), len(raw) / (middle - began), len(raw) / (done - middle))
 """
 
 
-def run(code: str, *arguments: object, python: str = sys.executable) -> tuple[float, str]:
-    """Seconds and output of a process of its own, its cache of digests empty."""
+def run(code: str, *arguments: object, python: str = sys.executable) -> list[float]:
+    """What a process of its own prints, and behind it its seconds; its cache of digests is empty."""
     with tempfile.TemporaryDirectory() as home:
         native = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deltafold"
         if (native / "native").is_dir():  # compiled code is not what is measured
@@ -154,7 +189,7 @@ def run(code: str, *arguments: object, python: str = sys.executable) -> tuple[fl
         seconds = time.perf_counter() - began
     if done.returncode:
         raise SystemExit(done.stderr)
-    return seconds, done.stdout.strip()
+    return [*map(float, done.stdout.split()), seconds]
 
 
 def folder_bytes(folder: Path) -> int:
@@ -162,45 +197,83 @@ def folder_bytes(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
-def measure(folder: Path, layers: int, jobs: int, zipnn: str | None) -> dict[str, Any]:
+class Least:
+    """Of several runs the least of each figure; of coders' speeds the greatest."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[float]] = {}
+
+    def add(self, name: str, figures: list[float], pick: Callable[..., float] = min) -> None:
+        """One more run."""
+        before = self.found.get(name, figures)
+        self.found[name] = [pick(a, b) for a, b in zip(before, figures, strict=True)]
+
+
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one pair."""
-    base, tuned = make_pair(folder, layers)
-    files = [p / "model.safetensors" for p in (base, tuned)]
+    model, jobs = shapes(options.layers, options.vocabulary), options.jobs
+    base, tuned = make_pair(folder, model)
+    files = [p / "model.safetensors" for p in (tuned, base)]
     read = sum(f.stat().st_size for f in files)
-    parameters = sum(math.prod(s) for s in shapes(layers).values())
-    result: dict[str, Any] = {
-        "layers": layers,
-        "parameters": parameters,
-        "factor": sum(math.prod(s) for s in shapes(FULL_LAYERS).values()) / parameters,
-        "bytes_read": read,
-        "jobs": jobs,
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "packing": {},
-    }
-    run(HASH, base, tuned, jobs)  # fills the system's cache, and compiles
-    hashing = min(run(HASH, base, tuned, jobs)[0] for _ in range(2))
-    result["hash_seconds"] = hashing
-    for codec in ("bitdelta", "bitdelta:bits=4,group=128", "lossless"):
-        out = folder / "delta"
-        seconds, peak = run(PACK, base, tuned, jobs, out, codec, "2GiB")
-        row = {
+    parameters = sum(math.prod(s) for s in model.values())
+    whole = sum(math.prod(s) for s in shapes(FULL_LAYERS, FULL_VOCABULARY).values())
+    out, again = folder / "delta", folder / "again"
+    least, ratios = Least(), dict[str, float]()
+    run(HASH, base, tuned, jobs)  # fills the system's cache
+    run(PACK, base, tuned, jobs, out, "lossless", "2GiB")  # compiles
+    for _ in range(options.rounds):
+        for codec in CODECS:
+            subprocess.run(["rm", "-rf", out, again], check=True)
+            least.add("hash", run(HASH, base, tuned, jobs))
+            least.add(codec, run(PACK, base, tuned, jobs, out, codec, "2GiB"))
+            ratios[codec] = folder_bytes(out) / (read / 2)
+        least.add("restore", run(RESTORE, base, out, again))
+        coders = {"lossless": OURS, "zstd": ZSTD} | ({"zipnn": ZIPNN} if options.zipnn else {})
+        for name, code in coders.items():
+            python = options.zipnn if name == "zipnn" else sys.executable
+            least.add(f"coder {name}", run(code, *files, jobs, python=python)[:3], max)
+    hashing, hash_busy, hash_process = least.found["hash"]
+    packing = {}
+    for codec in CODECS:
+        seconds, busy, peak, process = least.found[codec]
+        packing[codec] = {
             "seconds": seconds,
             "speed_over_hashing": hashing / seconds,
+            "cpu_seconds": busy,
+            "cpu_speed_over_hashing": hash_busy / busy,
+            "process_seconds": process,
+            "process_speed_over_hashing": hash_process / process,
             "peak_bytes": int(peak),
-            "ratio": folder_bytes(out) / (read / 2),
+            "ratio": ratios[codec],
         }
-        if codec == "lossless":
-            row["restore_seconds"], peak = run(RESTORE, base, out, folder / "again")
-            row["restore_peak_bytes"] = int(peak)
-        result["packing"][codec] = row
-        subprocess.run(["rm", "-rf", out, folder / "again"], check=True)
-    result["zstd"] = [float(x) for x in run(ZSTD, files[1], jobs)[1].split()]
-    if zipnn:
-        result["zipnn"] = [
-            float(x) for x in run(ZIPNN, files[1], files[0], jobs, python=zipnn)[1].split()
-        ]
-    return result
+    seconds, busy, peak, process = least.found["restore"]
+    return {
+        "layers": options.layers,
+        "vocabulary": options.vocabulary,
+        "parameters": parameters,
+        "factor": whole / parameters,
+        "bytes_read": read,
+        "jobs": jobs,
+        "rounds": options.rounds,
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "hash_seconds": hashing,
+        "hash_cpu_seconds": hash_busy,
+        "hash_process_seconds": hash_process,
+        "packing": packing,
+        "restore": {
+            "seconds": seconds,
+            "cpu_seconds": busy,
+            "process_seconds": process,
+            "peak_bytes": int(peak),
+        },
+        "coders": {
+            name.removeprefix("coder "): dict(zip(("ratio", "code", "decode"), row, strict=True))
+            for name, row in least.found.items()
+            if name.startswith("coder ")
+        },
+    }
 
 
 def show(result: dict[str, Any]) -> None:
@@ -211,31 +284,32 @@ def show(result: dict[str, Any]) -> None:
         f"the whole model is {result['factor']:.1f} times this"
     )
     print(
-        f"reading and hashing both: {hashing:.1f} s, {read / hashing / 1e9:.2f} GB/s, "
-        f"{result['jobs']} jobs\n"
+        f"reading and hashing both: {hashing:.2f} s, {read / hashing / 1e9:.2f} GB/s, "
+        f"{result['jobs']} threads; imports are not counted\n"
     )
-    print(f"{'codec':<28}{'seconds':>9}{'of hashing speed':>18}{'peak GiB':>10}{'size':>8}")
+    print(
+        f"{'codec':<28}{'seconds':>9}{'of hashing speed':>18}{'by CPU time':>13}"
+        f"{'peak GiB':>10}{'size':>8}"
+    )
     for codec, row in result["packing"].items():
         print(
-            f"{codec:<28}{row['seconds']:>9.1f}{row['speed_over_hashing']:>18.0%}"
+            f"{codec:<28}{row['seconds']:>9.2f}{row['speed_over_hashing']:>18.0%}"
+            f"{row['cpu_speed_over_hashing']:>13.0%}"
             f"{row['peak_bytes'] / 2**30:>10.2f}{row['ratio']:>8.1%}"
         )
-    row = result["packing"]["lossless"]
-    one = read / 2
+    one, row, back = read / 2, result["packing"]["lossless"], result["restore"]
     print(
-        f"\nlossless                    {row['ratio']:.1%}, "
-        f"packed at {one / row['seconds'] / 1e6:.0f} MB/s, "
-        f"restored at {one / row['restore_seconds'] / 1e6:.0f} MB/s"
+        f"\nlossless, checkpoints on disk: packed at {one / row['seconds'] / 1e6:.0f} MB/s, "
+        f"restored at {one / back['seconds'] / 1e6:.0f} MB/s "
+        f"with a peak of {back['peak_bytes'] / 2**30:.2f} GiB\n"
     )
-    for name in ("zipnn", "zstd"):
-        if name in result:
-            ratio, there, back = result[name]
-            what = "ZipNN on the XOR" if name == "zipnn" else "zstd -3, plain"
-            print(
-                f"{what:<28}{ratio:.1%}, {there / 1e6:.0f} MB/s, back {back / 1e6:.0f} MB/s "
-                "(256 MiB, in memory)"
-            )
-    if "zipnn" not in result:
+    names = {"lossless": "lossless", "zipnn": "ZipNN on the XOR", "zstd": "zstd -3, plain"}
+    for name, row in result["coders"].items():
+        print(
+            f"{names[name]:<20}{row['ratio']:>7.1%}, {row['code'] / 1e6:.0f} MB/s, "
+            f"back {row['decode'] / 1e6:.0f} MB/s (256 MiB, in memory)"
+        )
+    if "zipnn" not in result["coders"]:
         print("ZipNN: not measured; name a Python that has it with --zipnn")
 
 
@@ -245,12 +319,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--vocabulary", type=int, default=FULL_VOCABULARY)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--zipnn", help="a Python with zipnn installed")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), options.layers, options.jobs, options.zipnn)
+        result = measure(Path(folder), options)
     show(result)
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n", "utf-8")

@@ -18,6 +18,7 @@ from deltafold.compress.evidence import RunningSource
 from deltafold.compress.journal import Journal, Record
 from deltafold.compress.manifest import TensorEntry
 from deltafold.compress.memory import MemoryBudget, resident
+from deltafold.compress.methods import PairMethod
 from deltafold.compress.payload import payload_digest
 from deltafold.compress.progress import OnProgress, Progress
 from deltafold.compress.several import finished
@@ -29,7 +30,9 @@ from deltafold.compress.terms.blocks import block_rows
 
 #: Bytes an entry of a block takes while it is coded, besides the weights of both models: the
 #: difference, what is left of it, the codes, and what reading it back makes.
-_WORKING: Final = 28
+_WORKING: Final = 36
+#: The same for methods that take both models as they are: what is coded, and that once more, read back.
+_PAIRED: Final = 6
 #: The same of a tensor that goes through its method as a whole, which may square it in float64.
 _WHOLE: Final = 48
 
@@ -54,12 +57,15 @@ class Limits:
 def working_bytes(coder: Coder, name: str) -> int:
     """Bytes of memory that coding a tensor takes at its peak."""
     spec = coder.target.spec(name)
-    sizes = dtypes.TORCH[spec.dtype].itemsize
+    size = dtypes.TORCH[spec.dtype].itemsize
+    sizes = size
     if name in coder.source:
         sizes += dtypes.TORCH[coder.source.spec(name).dtype].itemsize
     if coder.in_blocks(name):
         rows, columns = rows_and_columns(spec.shape)
-        return (block_rows(spec.shape) or rows) * columns * (sizes + _WORKING)
+        paired = isinstance(coder.method(name), PairMethod)
+        working = _PAIRED + 3 * size if paired else _WORKING
+        return (block_rows(spec.shape) or rows) * columns * (sizes + working)
     return math.prod(spec.shape) * (sizes + _WHOLE)
 
 

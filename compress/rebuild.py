@@ -13,11 +13,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 import torch
 
-from deltafold.compress import dtypes
+from deltafold.compress import dtypes, fast
 from deltafold.compress.checkpoint import Checkpoint
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.quantized import dequantized
@@ -26,6 +26,8 @@ from deltafold.compress.shapes import rows_and_columns
 from deltafold.compress.terms import Blocks, Context, ExactTerm, Parts, Rows, Term, blocks
 
 Item = TypeVar("Item")
+#: What is added to float32 as it would be if it were float32 itself.
+_NARROW: Final = (torch.bfloat16, torch.float16, torch.float32)
 _Coded: TypeAlias = Sequence[tuple[Term, Parts]]
 
 
@@ -142,9 +144,13 @@ class _Tensor:
             made = self._blocks(terms, stored, inner)
         else:
             made = iter([self._whole()])
+        if self.repo.exact(self.name):
+            yield from made
+            return
         dtype = dtypes.TORCH[self.repo.entry(self.name).dtype]
         for piece in made:
-            yield piece if wide or piece.dtype == dtype else piece.to(dtype)
+            # A copy: sums are made in memory that the next one takes again.
+            yield piece.to(piece.dtype if wide else dtype, copy=True)
 
     def _whole(self) -> torch.Tensor:
         base = self.repo.base_tensor(self.source, self.name)
@@ -287,19 +293,23 @@ def _nth(terms: Sequence[Term], stored: Sequence[Parts], number: int) -> _Coded:
 
 
 def _sum_of(coded: _Coded, shape: tuple[int, int], context: Context) -> torch.Tensor:
-    total = torch.zeros(shape)
+    """The sum of some terms, in memory that this thread's next sum takes again."""
+    total = fast.scratch("sum", shape).zero_()
     for term, parts in coded:
         total += term.decode(dict(parts), shape, context)
     return total
 
 
 def _added(base: torch.Tensor | None, delta: torch.Tensor) -> torch.Tensor:
+    """A difference plus the base's rows, in place."""
     if base is None:
         return delta
+    if base.dtype not in _NARROW:
+        base = base.to(torch.float32)
     if not delta.dim():
-        return delta + base.to(torch.float32)
+        return delta + base
     rows = min(base.shape[0], delta.shape[0])
-    delta[:rows] += base[:rows].to(torch.float32)
+    delta[:rows] += base[:rows]
     return delta
 
 

@@ -1,11 +1,13 @@
-"""Progress on stderr: a bar in a terminal, a line now and then elsewhere."""
+"""Progress on stderr: a bar in a terminal, a line now and then elsewhere, JSON for programs."""
 
 from __future__ import annotations
 
+import json
 import time
 from typing import TYPE_CHECKING, Any, TextIO
 
 from deltafold.compress.memory import peak_memory
+from deltafold.server.cli.meter import Meter
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -27,17 +29,13 @@ class Bar:
         self._stream = stream
         self._live = stream.isatty()
         self._bar: tqdm[Any] | None = None
-        self._phase = ""
-        self._done = self._bytes = 0
-        self._began = self._printed = 0.0
+        self._meter = Meter()
+        self._printed = 0.0
 
     def __call__(self, event: Progress) -> None:
         """Draw one step."""
-        # The two models are hashed one after the other: the count starts again.
-        if event.phase != self._phase or event.done <= self._done:
+        if self._meter.count(event):
             self._start(event)
-        self._done = event.done
-        self._bytes += event.nbytes
         if self._live:
             self._draw(last=event.done == event.total)
         elif event.done == event.total or time.monotonic() - self._printed >= _EVERY:
@@ -51,9 +49,7 @@ class Bar:
 
     def _start(self, event: Progress) -> None:
         self.close()
-        self._phase = event.phase
-        self._done = self._bytes = 0
-        self._began = self._printed = time.monotonic()
+        self._printed = time.monotonic()
         if self._live:
             from tqdm import tqdm
 
@@ -69,13 +65,13 @@ class Bar:
     def _draw(self, *, last: bool) -> None:
         assert self._bar is not None
         self._bar.set_postfix_str(f"{self._rate()}, peak {peak_memory_text()}", refresh=False)
-        self._bar.update(self._done - self._bar.n)
+        self._bar.update(self._meter.done - self._bar.n)
         if last:  # tqdm draws ten times a second at most, and a short run is shorter
             self._bar.refresh()
 
     def _print(self, event: Progress) -> None:
         self._printed = time.monotonic()
-        left = (self._printed - self._began) / event.done * (event.total - event.done)
+        left = self._meter.seconds_left(event)
         eta = f", {left:.0f} s left" if event.done < event.total else ""
         print(
             f"{event.phase}: {event.done}/{event.total} tensors, {self._rate()}, "
@@ -85,8 +81,37 @@ class Bar:
         )
 
     def _rate(self) -> str:
-        seconds = max(time.monotonic() - self._began, 1e-6)
-        return f"{self._bytes / seconds / 1e9:.2f} GB/s"
+        return f"{self._meter.bytes_per_second / 1e9:.2f} GB/s"
+
+
+class Events:
+    """The same for programs: each step as a line with one JSON object.
+
+    Args:
+        stream: where to write.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._meter = Meter()
+
+    def __call__(self, event: Progress) -> None:
+        """Write one step."""
+        self._meter.count(event)
+        data = {
+            "phase": event.phase,
+            "name": event.name,
+            "done": event.done,
+            "total": event.total,
+            "bytes": event.nbytes,
+            "bytes_per_second": round(self._meter.bytes_per_second),
+            "seconds_left": round(self._meter.seconds_left(event), 1),
+            "peak_memory_bytes": peak_memory(),
+        }
+        print(json.dumps({"progress": data}, ensure_ascii=False), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Nothing is left to do."""
 
 
 def peak_memory_text() -> str:

@@ -56,14 +56,15 @@ class Output:
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[OnProgress]:
-        """A listener for a long run's events, drawn on stderr while the block runs."""
+        """A listener for a long run's events, on stderr while the block runs."""
         if self.quiet or os.environ.get("DELTAFOLD_PROGRESS") == "0":
             yield lambda event: None
             return
-        from deltafold.server.cli.bar import Bar
+        from deltafold.server.cli.bar import Bar, Events
 
-        with contextlib.closing(Bar(sys.stderr)) as bar:
-            yield bar
+        listener = Events(sys.stderr) if self.as_json else Bar(sys.stderr)
+        with contextlib.closing(listener):
+            yield listener
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> str:

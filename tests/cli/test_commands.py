@@ -106,6 +106,18 @@ def test_quiet_and_no_progress(pair):
     assert run(*again).stderr != ""
 
 
+def test_progress_for_programs(pair):
+    result = run("compress", pair.base, pair.variant, "-o", pair.out, "--json")
+    steps = [json.loads(line)["progress"] for line in result.stderr.splitlines()]
+    packed = [step for step in steps if step["phase"] == "pack"]
+    assert [step["done"] for step in packed] == list(range(1, packed[-1]["total"] + 1))
+    assert {step["phase"] for step in steps} >= {"pack", "verify"}
+    assert len({step["name"] for step in packed}) == len(packed)
+    assert packed[-1]["seconds_left"] == 0
+    assert all(step["bytes_per_second"] > 0 < step["peak_memory_bytes"] for step in packed)
+    assert run("verify", pair.out, "--json", "--quiet").stderr == ""
+
+
 def test_the_recorded_command_names_no_place_on_this_machine(packed):
     data = run_json("inspect", packed.out)
     assert data["command"] == (
