@@ -104,7 +104,6 @@ class Adapter:
         for key in sorted(self.file.entries):
             self._sort(key)
         self._check_loras()
-        self._check_saved()
 
     @classmethod
     def open(cls, reference: str | Path | Reference) -> Adapter:
@@ -122,8 +121,9 @@ class Adapter:
         return bool(self.config.get("ensure_weight_tying"))
 
     def saved_module(self, module: str) -> bool:
-        """Whether `modules_to_save` names this module, as PEFT matches names."""
-        return any(module.endswith(str(name)) for name in self.config.get("modules_to_save") or ())
+        """Whether `modules_to_save` names this module or one around it, as PEFT matches names."""
+        wanted = [str(name) for name in self.config.get("modules_to_save") or ()]
+        return any(m.endswith(name) for m in _modules([f"{module}."]) for name in wanted)
 
     def _read_config(self) -> dict[str, Any]:
         path = self.folder / CONFIG_NAME
@@ -227,15 +227,27 @@ class Adapter:
             raise _broken(self.folder / CONFIG_NAME, f"says rank {rank}, alpha {alpha}")
         return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
-    def _check_saved(self) -> None:
-        modules = {name.rpartition(".")[0] for name in self.plain}
+    def check_saved(self, base: Iterable[str]) -> None:
+        """Refuse an adapter that lacks a module which it says it saves.
+
+        PEFT takes `modules_to_save` as ends of names, and writes down all that it was told, among them
+        names that the model has not: what counts is what the base has.
+
+        Args:
+            base: names of the base's tensors.
+
+        Raises:
+            DeltafoldError: `coverage`.
+        """
         wanted = [str(name) for name in self.config.get("modules_to_save") or ()]
-        lost = [name for name in wanted if not any(m.endswith(name) for m in modules)]
-        if lost:
+        saved, known = _modules(self.plain), _modules(base)
+        gone = [name for name in wanted if not any(m.endswith(name) for m in saved)]
+        lost = [name for name in gone if any(m.endswith(name) for m in known)]
+        if lost or (wanted and gone == wanted):
             raise DeltafoldError(
                 "coverage",
                 f"{self.folder}: {CONFIG_NAME} names modules_to_save that {WEIGHTS_NAME} lacks.",
-                facts=[("missing", name_some(lost, len(wanted)))],
+                facts=[("missing", name_some(lost or wanted, len(wanted)))],
                 fix="save the adapter again",
             )
 
@@ -253,6 +265,11 @@ class Adapter:
             facts=[("unexpected", key), ("reason", why)],
             fix="merge it into its base with PEFT, and pack the result: deltafold compress",
         )
+
+
+def _modules(names: Iterable[str]) -> set[str]:
+    """The modules that hold these tensors, and all around them."""
+    return {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}
 
 
 def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

@@ -16,8 +16,9 @@ import torch
 from deltafold.compress import dtypes
 from deltafold.compress.card import write_card, write_tensor_table
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
+from deltafold.compress.coded import TensorStats
 from deltafold.compress.companions import copy_files
-from deltafold.compress.encode import TensorStats, difference
+from deltafold.compress.encode import difference
 from deltafold.compress.errors import DeltafoldError, name_some
 from deltafold.compress.evidence import check_needs, follower
 from deltafold.compress.fingerprint import DigestCache, Digests, TensorDigest, fingerprint
@@ -193,7 +194,7 @@ class Run:
         for record in records:
             for number, places in enumerate(record.parts):
                 for key, place in sorted(places.items()):
-                    load = partial(journal.part, place)
+                    load = partial(journal.pieces, place)
                     deferred = Deferred(dtypes.TORCH[place.dtype], place.shape, load)
                     writer.add(payload_key(record.name, number, key), deferred)
         return writer.finish()
@@ -224,6 +225,7 @@ class Run:
             format_version=self._version(),
             base_quantization=job.quantization,
             base_names=job.source.scheme,
+            untied=job.source.untied or None,
             delta_id="sha256:" + "0" * 64,
             base=_origin(job.source, base),
             variant=_origin(job.target, variant),
@@ -247,7 +249,8 @@ class Run:
         return draft.model_copy(update={"delta_id": draft.content_digest()})
 
     def _version(self) -> str:
-        return version_for(self.job.quantization, self.job.source.scheme)
+        source = self.job.source
+        return version_for(self.job.quantization, source.scheme, source.untied)
 
     def _identity(self) -> str:
         """What a journal belongs to: inputs as they are now, settings, and this version."""

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import yaml
 
-from deltafold.compress.encode import TensorStats
+from deltafold.compress.coded import TensorStats
 from deltafold.compress.hub import Reference
 from deltafold.compress.licences import licence_of
 from deltafold.compress.manifest import Manifest

@@ -11,7 +11,7 @@ import torch
 
 from deltafold.compress.errors import DeltafoldError, name_some
 from deltafold.compress.hub import Reference, resolve
-from deltafold.compress.safetensors_file import SafetensorsFile
+from deltafold.compress.safetensors_file import Hash, SafetensorsFile
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -92,10 +92,15 @@ class Checkpoint:
         return self._home[name].tensor(name)
 
     def matrix_rows(
-        self, name: str, start: int, stop: int, out: torch.Tensor | None = None
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        out: torch.Tensor | None = None,
+        total: Hash | None = None,
     ) -> torch.Tensor:
         """Rows of a tensor read as a matrix, `[stop - start, M]`; see `SafetensorsFile`."""
-        return self._home[name].matrix_rows(name, start, stop, out)
+        return self._home[name].matrix_rows(name, start, stop, out, total)
 
     def sha256(self, name: str) -> str:
         """Hex digest of the tensor's bytes."""

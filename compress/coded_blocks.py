@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from deltafold.compress import rans, symbols
 from deltafold.compress.native import FLAGS, compiled
+from deltafold.compress.rooms import room
 from deltafold.compress.symbols import Bytes, Words
 
 _DAMAGE: Final = {
@@ -105,10 +106,11 @@ def count(words: Words, base: Words | None, dtype: str, own: Bytes) -> NDArray[n
     assert base is None or len(base) == len(words)
     words, below = np.ascontiguousarray(words), _contiguous(base)
     out = np.zeros((kinds, 256), np.int64)
-    library.count_keys(
+    if library.count_keys(
         _kind(dtype, words.itemsize, base is None), _at(words), _at(below), len(words),
-        _at(np.ascontiguousarray(own)), _at(out),
-    )  # fmt: skip
+        _at(np.ascontiguousarray(own)), kinds, _at(out),
+    ):  # fmt: skip
+        raise MemoryError
     return out
 
 
@@ -136,16 +138,16 @@ def encode(
     each = np.ascontiguousarray(counts.sum(axis=0))
     assert int(each.sum()) == len(words)
     low = np.empty(symbols.low_size(each, words.itemsize, leading=base is None), np.uint8)
-    states, moved = np.empty(lanes, np.uint32), np.empty(len(words) + 8, np.uint16)
-    room = np.empty_like(words)
-    found = library.encode_block(
-        _kind(coding.dtype, words.itemsize, base is None), _at(words), _at(below), len(words),
-        _at(np.ascontiguousarray(coding.own)), _at(coding.tables_for_c[1]), _at(each), lanes,
-        _at(states), _at(moved), _at(room), _at(low), len(low),
-    )  # fmt: skip
-    if found < 0:
-        raise RuntimeError("the tensor was changed while it was coded")
-    return Block(states.view(np.uint8), moved[:found].copy().view(np.uint8), low)
+    states = np.empty(lanes, np.uint32)
+    with room(2 * len(words) + 16) as moved, room(words.nbytes) as values:
+        found = library.encode_block(
+            _kind(coding.dtype, words.itemsize, base is None), _at(words), _at(below), len(words),
+            _at(np.ascontiguousarray(coding.own)), _at(coding.tables_for_c[1]), _at(each), lanes,
+            _at(states), _at(moved), _at(values), _at(low), len(low),
+        )  # fmt: skip
+        if found < 0:
+            raise RuntimeError("the tensor was changed while it was coded")
+        return Block(states.view(np.uint8), moved[: 2 * found].copy(), low)
 
 
 def decode(block: Block, base: Words | None, coding: Coding, out: Words) -> None:
@@ -169,19 +171,20 @@ def decode(block: Block, base: Words | None, coding: Coding, out: Words) -> None
     below = _contiguous(base)
     states = np.array(block.states.view("<u4"), np.uint32)
     stream = block.words.view("<u2")
-    # Eight words are read at a time, some of them beyond the last.
-    words = np.zeros(len(stream) + 8, np.uint16)
-    words[: len(stream)] = stream
-    low = np.ascontiguousarray(block.low)
     if not len(states):
         raise ValueError("there are no states")
     slots, pairs = coding.tables_for_c
-    symbol, room = np.empty(len(out), np.uint8), np.empty_like(out)
-    found = library.decode_block(
-        _kind(coding.dtype, out.itemsize, leading), _at(below), len(out),
-        _at(np.ascontiguousarray(coding.own)), _at(slots), _at(pairs), _at(states), len(states),
-        _at(words), len(stream), _at(low), len(low), _at(symbol), _at(room), _at(out),
-    )  # fmt: skip
+    low = np.ascontiguousarray(block.low)
+    # Eight words are read at a time, some of them beyond the last.
+    padded = 2 * len(stream) + 16
+    with room(padded) as words, room(len(out)) as symbol, room(out.nbytes) as values:
+        words.view(np.uint16)[: len(stream)] = stream
+        found = library.decode_block(
+            _kind(coding.dtype, out.itemsize, leading), _at(below), len(out),
+            _at(np.ascontiguousarray(coding.own)), _at(slots), _at(pairs), _at(states),
+            len(states), _at(words), len(stream), _at(low), len(low), _at(symbol), _at(values),
+            _at(out),
+        )  # fmt: skip
     if found:
         raise ValueError(_DAMAGE[found])
 
@@ -225,7 +228,7 @@ def _library() -> ctypes.CDLL | None:
     several = [pointer] * 3
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "count_exponents": (None, [kind, pointer, integer, pointer]),
-        "count_keys": (None, [kind, pointer, pointer, integer, pointer, pointer]),
+        "count_keys": (ctypes.c_int, [kind, pointer, pointer, integer, pointer, integer, pointer]),
         "coding_tables": (None, [pointer, integer, pointer, pointer]),
         "encode_block": (
             integer,

@@ -58,16 +58,19 @@ def copy_files(files: Mapping[str, Path], folder: Path) -> None:
         shutil.copyfile(path, copy)
 
 
-def vocabulary(folder: Path) -> tuple[int | None, bool]:
-    """By a checkpoint's `config.json`: how many words it knows, and whether its tables are tied."""
+def vocabulary(folder: Path) -> tuple[int | None, bool | None]:
+    """By a checkpoint's `config.json`: how many words it knows, and whether its tables are tied.
+
+    None where it does not say.
+    """
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
         text = config.get("text_config") or {}
         words = config.get("vocab_size", text.get("vocab_size"))
         tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
     except (OSError, ValueError, AttributeError):
-        return None, False
-    return words if isinstance(words, int) else None, tied is True
+        return None, None
+    return words if isinstance(words, int) else None, tied if isinstance(tied, bool) else None
 
 
 def has_tokenizer(folder: Path) -> bool:

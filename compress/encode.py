@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from deltafold.compress import dtypes, fast
+from deltafold.compress.coded import TensorStats
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import EvidenceSource, check_needs
+from deltafold.compress.fast import Pair, Totals
 from deltafold.compress.fingerprint import TensorDigest
 from deltafold.compress.methods import Chain, ExactMethod, Method
 from deltafold.compress.recipe import Recipe
@@ -25,25 +27,6 @@ from deltafold.compress.terms import (
     is_exact,
 )
 from deltafold.compress.terms.blocks import block_context, block_rows, join
-
-
-@dataclass(frozen=True, slots=True)
-class TensorStats:
-    """What is worth knowing of one tensor's delta.
-
-    Attributes:
-        mean_abs: mean of |D|.
-        max_abs: largest |D|.
-        relative: ||D||_F / ||W_base||_F.
-        error: ||D - decoded||_F / ||D||_F.
-        changed: share of entries that differ.
-    """
-
-    mean_abs: float
-    max_abs: float
-    relative: float
-    error: float
-    changed: float
 
 
 def encode_tensor(
@@ -85,7 +68,8 @@ def encode_tensor(
     if delta is None or exact:
         delta = difference(value, base)
     if not exact:
-        refuse_not_finite(name, delta, method)
+        pair = _pair(delta)
+        refuse_not_finite(name, pair, fast.totals(pair), method)
     added = max(shape[0] - base.shape[0], 0) if shape else 0
     if added or (rows_count(shape) and _few_rows(delta, base.shape[0])):
         rows = Rows(inner=planned[0], added=added, dtype=dtype)
@@ -175,10 +159,6 @@ def settled_value(
     return sum((t.decode(p, shape, context) for t, p in encoded), padded.to(torch.float32))
 
 
-#: Norms below this may have lost squares to the bottom of float32's range.
-_UNSURE = 1e-15
-
-
 def measure(
     name: str,
     encoded: list[Encoded],
@@ -188,28 +168,21 @@ def measure(
 ) -> TensorStats:
     """Decode what was just coded and compare; raises `not-finite` where the codec overflowed."""
     shape = tuple(delta.shape)
-    context = Context(name, pad_rows(base, shape), shared=shared)
+    padded = pad_rows(base, shape)
+    context = Context(name, padded, shared=shared)
     missed = delta.clone()
     for term, parts in encoded:
         missed -= term.decode(parts, shape, context)
-    found = fast.totals(delta, missed)
-    norm, lost = math.sqrt(found.square), math.sqrt(found.rest)
-    if not (math.isfinite(lost + norm) and norm > _UNSURE):
-        # Squares in float32 overflow early, and are nothing early.
-        norm, lost = _norm(delta), _norm(missed)
-    error = lost / norm if norm > 0 else 0.0
-    if not math.isfinite(error) and bool(torch.isfinite(delta).all()):
-        raise DeltafoldError(
-            "not-finite",
-            f"{name} has entries that are too large for its codec.",
-            fix=f"check the fine-tune, or keep this tensor as it is: --set '{name}=lossless'",
-        )
-    weights = 0.0 if base is None else math.sqrt(fast.square_sum(base))
+    found, lost = fast.totals(_pair(delta)), fast.square_sum(missed.reshape(1, -1))
+    if not math.isfinite(lost) and math.isfinite(found.square):
+        raise too_large(name)
+    error = math.sqrt(lost / found.square) if found.square > 0 else 0.0
+    weights = 0.0 if padded is None else fast.square_sum(padded.reshape(1, -1))
     count = max(delta.numel(), 1)
     return TensorStats(
         mean_abs=found.magnitude / count,
         max_abs=found.largest,
-        relative=norm / weights if weights > 0 else 0.0,
+        relative=math.sqrt(found.square / weights) if weights > 0 else 0.0,
         error=error if math.isfinite(error) else 0.0,
         changed=found.changed / count,
     )
@@ -230,19 +203,33 @@ def check_exact(
     shape = tuple(value.shape)
     restored = term.restore(parts, shape, value.dtype, Context(name, pad_rows(base, shape)))
     if dtypes.sha256(restored) != digest.sha256:
-        raise DeltafoldError(
-            "not-lossless",
-            f"{name} would not come back bit for bit.",
-            fix="pack again; if no file changed during the run, this is a bug",
-        )
+        raise not_lossless(name)
 
 
-def refuse_not_finite(name: str, delta: torch.Tensor, method: Method) -> None:
+def not_lossless(name: str) -> DeltafoldError:
+    """The error for a tensor that would come back otherwise."""
+    return DeltafoldError(
+        "not-lossless",
+        f"{name} would not come back bit for bit.",
+        fix="pack again; if no file changed during the run, this is a bug",
+    )
+
+
+def too_large(name: str) -> DeltafoldError:
+    """The error for a tensor that a lossy codec makes infinite."""
+    return DeltafoldError(
+        "not-finite",
+        f"{name} has entries that are too large for its codec.",
+        fix=f"check the fine-tune, or keep this tensor as it is: --set '{name}=lossless'",
+    )
+
+
+def refuse_not_finite(name: str, pair: Pair, totals: Totals, method: Method) -> None:
     """Raises `not-finite` where a lossy method would have to store NaN or infinity."""
     # A sum tells most of the time; it may overflow, and then every entry is asked.
-    if math.isfinite(fast.totals(delta).magnitude):
+    if math.isfinite(totals.magnitude):
         return
-    if not bool(torch.isfinite(delta).all()):
+    if not bool(torch.isfinite(pair.delta()).all()):
         raise DeltafoldError(
             "not-finite",
             f"{name} has NaN or infinite entries, which {method.id} cannot store.",
@@ -258,5 +245,5 @@ def _few_rows(delta: torch.Tensor, base_rows: int) -> bool:
     return int(changed.sum()) < 0.9 * delta.shape[0]
 
 
-def _norm(tensor: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+def _pair(delta: torch.Tensor) -> Pair:
+    return Pair.of(delta.reshape(1, -1))

@@ -108,6 +108,15 @@ class SequentialSource(EvidenceSource, Protocol):
         ...
 
 
+@runtime_checkable
+class RunningSource(EvidenceSource, Protocol):
+    """A source of evidence that runs a model in this process."""
+
+    def upcoming_bytes(self) -> int:
+        """Memory that the run will take beyond what it holds now."""
+        ...
+
+
 def follower(source: EvidenceSource | None) -> SequentialSource | None:
     """A source that wants to follow the run which begins, its model the fine-tune; else None."""
     if source is None or "sequential" not in source.provides:

@@ -287,7 +287,7 @@ def _refuse(repo: DeltaRepo, kinds: Mapping[str, Kind]) -> None:
 def _fits(repo: DeltaRepo, name: str, kind: Kind) -> bool:
     entry = repo.entry(name)
     module, _, attribute = name.rpartition(".")
-    ours = entry.base_shape == entry.shape
+    ours = entry.base_shape == entry.shape and name not in (repo.manifest.untied or {})
     named = attribute in (("bias",) if kind == "bias" else ("weight", "bias"))
     return ours and bool(module) and named
 

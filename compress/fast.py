@@ -1,7 +1,11 @@
 """The inner loops of packing, in C where this machine can have it and in torch elsewhere.
 
-Both give the same bits: sums of magnitudes run over 16 accumulators in column order, folded in
-halves, so that scales do not depend on a library's order of summation.
+Both give the same bits. Sums run over 16 float32 accumulators in column order, folded in halves, so
+that scales do not depend on a library's order of summation; 4096 columns of a row at a time are added
+up like that, and these sums in float64, one after the other.
+
+Loops take a `Pair`, the rows of both models as they are on disk: a difference that is written out is
+twice as large as they are, and reading and writing memory is what these loops wait for.
 """
 
 from __future__ import annotations
@@ -9,62 +13,111 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
 
-from deltafold.compress import bits
 from deltafold.compress.dtypes import raw_bytes
-from deltafold.compress.native import compiled
+from deltafold.compress.native import FLAGS, compiled
 
 _LANES: Final = 16
+_CHUNK: Final = 4096
 _DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
+#: Sums of squares below this may have lost some to the bottom of float32's range.
+_UNSURE: Final = 1e-30
 
 #: By name, what `scratch` has lent to this thread.
 _lent = threading.local()
 
 
-class Totals(NamedTuple):
-    """Sums over a difference `d` and what is left of it, `r`."""
+class _Rows(ctypes.Structure):
+    """`Pair` as C takes it."""
 
-    magnitude: float
-    square: float
-    rest: float
-    largest: float
-    changed: int
+    _fields_ = (
+        ("variant", ctypes.c_void_p),
+        ("base", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("variant_dtype", ctypes.c_int32),
+        ("base_dtype", ctypes.c_int32),
+    )
+
+
+class Pair(NamedTuple):
+    """Rows of a fine-tune's matrix `[N, M]` and of its base's; without a base it counts as zero."""
+
+    variant: torch.Tensor
+    base: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, variant: torch.Tensor, base: torch.Tensor | None = None) -> Pair:
+        """A pair that loops can take: contiguous, and float32 where C does not know the dtype."""
+        return cls(_known(variant), None if base is None else _known(base))
+
+    def delta(self) -> torch.Tensor:
+        """The difference, float32 `[N, M]`."""
+        return difference(self.variant, self.base)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(N, M)`."""
+        rows, columns = self.variant.shape
+        return rows, columns
+
+    def for_c(self) -> Any:
+        """By reference, to be given to a function at once; the pair must be kept meanwhile."""
+        variant, base = self
+        assert variant.is_contiguous()
+        assert base is None or (base.is_contiguous() and base.shape == variant.shape)
+        rows = _Rows(
+            variant.data_ptr(), None if base is None else base.data_ptr(), *variant.shape,
+            _DTYPES[variant.dtype], 0 if base is None else _DTYPES[base.dtype],
+        )  # fmt: skip
+        return ctypes.byref(rows)
+
+
+class Totals(NamedTuple):
+    """Sums over a difference `d` and over its base."""
+
+    magnitude: float = 0.0
+    square: float = 0.0
+    largest: float = 0.0
+    changed: int = 0
+    base_square: float = 0.0
+
+
+def library_of(name: str, signatures: dict[str, tuple[Any, Sequence[Any]]]) -> ctypes.CDLL | None:
+    """A C file beside this one, compiled, or None where this machine cannot have it.
+
+    Args:
+        name: of the file, without its ending.
+        signatures: result and arguments of each function.
+    """
+    library = compiled(Path(__file__).with_name(f"{name}.c"), (*FLAGS, "-mbmi2"))
+    if library is None:
+        return None
+    for function, (result, arguments) in signatures.items():
+        entry = getattr(library, function)
+        entry.restype, entry.argtypes = result, list(arguments)
+    return library
 
 
 @cache
 def fast_library() -> ctypes.CDLL | None:
     """The compiled `fast.c`, or None where this machine cannot have it."""
-    library = compiled(Path(__file__).with_name("fast.c"))
-    if library is None:
-        return None
-    pointer, integer, kind = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.difference.restype = None
-    library.difference.argtypes = [pointer, kind, pointer, kind, pointer, integer]
-    library.magnitude_sums.restype = None
-    library.magnitude_sums.argtypes = [pointer, integer, integer, integer, pointer]
-    library.take_plane.restype = None
-    library.take_plane.argtypes = [
-        pointer, integer, integer, integer, pointer, kind, pointer
-    ]  # fmt: skip
-    library.add_plane.restype = None
-    library.add_plane.argtypes = library.take_plane.argtypes
-    library.square_sum.restype = ctypes.c_double
-    library.square_sum.argtypes = [pointer, kind, integer]
-    library.planes_error.restype = ctypes.c_double
-    library.planes_error.argtypes = [
-        pointer, integer, integer, integer, integer, pointer, kind, pointer
-    ]  # fmt: skip
-    library.rows_changed.restype = None
-    library.rows_changed.argtypes = [pointer, pointer, integer, integer, pointer]
-    library.totals.restype = None
-    library.totals.argtypes = [pointer, pointer, integer, pointer]
-    return library
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    return library_of(
+        "fast",
+        {
+            "difference": (None, [pointer, pointer]),
+            "rows_changed": (None, [pointer, pointer, integer, integer, pointer]),
+            "totals": (None, [pointer, pointer]),
+        },
+    )
 
 
 def difference(
@@ -84,137 +137,39 @@ def difference(
         wide = variant.to(torch.float32)
         wide = wide.clone() if base is None else wide - base.to(torch.float32)
         return wide if out is None else out.copy_(wide)
-    variant = variant.contiguous()
-    base = None if base is None else base.contiguous()
     out = torch.empty(variant.shape, dtype=torch.float32) if out is None else out
     assert out.is_contiguous()
     assert out.shape == variant.shape
-    library.difference(
-        None if base is None else base.data_ptr(),
-        0 if base is None else _DTYPES[base.dtype],
-        variant.data_ptr(),
-        _DTYPES[variant.dtype],
-        out.data_ptr(),
-        out.numel(),
-    )
+    flat = Pair.of(variant.reshape(1, -1), None if base is None else base.reshape(1, -1))
+    library.difference(flat.for_c(), out.data_ptr())
     return out
 
 
-def magnitude_sums(matrix: torch.Tensor, width: int) -> torch.Tensor:
-    """Sums of |x| over groups of columns.
-
-    Args:
-        matrix: float32 `[N, M]`.
-        width: columns of a group.
-
-    Returns:
-        float32 `[N, ceil(M / width)]`.
-    """
-    rows, columns = matrix.shape
-    groups = -(-columns // width)
-    if not matrix.numel():
-        return torch.zeros(rows, groups)
+def totals(pair: Pair) -> Totals:
+    """Sums over the difference of a pair, and the sum of the base's squares."""
     library = fast_library()
+    if not pair.variant.numel():
+        return Totals()
     if library is None:
-        return _portable_sums(matrix.abs(), width, groups)
-    matrix = matrix.contiguous()
-    out = torch.empty(rows, groups)
-    library.magnitude_sums(matrix.data_ptr(), rows, columns, width, out.data_ptr())
-    return out
+        found = _portable_totals(pair)
+    else:
+        out = (ctypes.c_double * 5)()
+        library.totals(pair.for_c(), ctypes.addressof(out))
+        found = Totals(out[0], out[1], out[2], int(out[3]), out[4])
+    if found.changed and not is_sure(found.square):
+        # Squares in float32 overflow early, and are nothing early.
+        found = found._replace(square=_exact_squares(pair.delta()))
+    return found
 
 
-def take_plane(rest: torch.Tensor, levels: torch.Tensor, width: int) -> torch.Tensor:
-    """Take one sign plane off a matrix: `rest -= level * sign(rest)`, in place.
-
-    Args:
-        rest: float32 `[N, M]`, contiguous.
-        levels: float32 `[N, ceil(M / width)]`, or a single level (0-d or `[1]`).
-        width: columns of a group.
-
-    Returns:
-        uint8 `[N, ceil(M / 8)]`, the signs' bits, low bits first; a zero counts as plus.
-    """
-    assert rest.is_contiguous()
-    rows, columns = rest.shape
-    levels = levels.contiguous()
-    library = fast_library()
-    if library is None or not rest.numel():
-        plus = rest >= 0
-        if levels.dim() == 2:
-            spread = levels.repeat_interleave(width, dim=1)[:, :columns]
-        else:
-            spread = levels.reshape(1, 1)
-        rest -= torch.where(plus, spread, -spread)
-        return bits.pack(plus.to(torch.uint8), 1)
-    signs = torch.empty(rows, bits.packed_width(columns, 1), dtype=torch.uint8)
-    library.take_plane(
-        rest.data_ptr(), rows, columns, width, levels.data_ptr(), int(levels.dim() == 2),
-        signs.data_ptr(),
-    )  # fmt: skip
-    return signs
+def is_sure(square: float) -> bool:
+    """Whether a sum of squares of float32 numbers neither overflowed nor sank below them."""
+    return math.isfinite(square) and square > _UNSURE
 
 
-def add_plane(total: torch.Tensor, signs: torch.Tensor, levels: torch.Tensor, width: int) -> None:
-    """Put one sign plane back: `total += level * sign`, in place.
-
-    Args:
-        total: float32 `[N, M]`, contiguous.
-        signs: uint8 `[N, ceil(M / 8)]`, as `take_plane` gives them.
-        levels: float32 `[N, ceil(M / width)]`, or a single level (0-d or `[1]`).
-        width: columns of a group.
-    """
-    assert total.is_contiguous()
-    rows, columns = total.shape
-    levels, signs = levels.contiguous(), signs.contiguous()
-    library = fast_library()
-    if library is None or not total.numel() or levels.requires_grad:
-        plus = bits.unpack(signs, 1, columns).bool()
-        if levels.dim() == 2:
-            spread = levels.repeat_interleave(width, dim=1)[:, :columns]
-        else:
-            spread = levels.reshape(1, 1)
-        total += torch.where(plus, spread, -spread)
-        return
-    library.add_plane(
-        total.data_ptr(), rows, columns, width, levels.data_ptr(), int(levels.dim() == 2),
-        signs.data_ptr(),
-    )  # fmt: skip
-
-
-def square_sum(tensor: torch.Tensor) -> float:
-    """The sum of squares of a floating-point tensor."""
-    library = fast_library()
-    if library is None or tensor.dtype not in _DTYPES:
-        return float(tensor.double().square().sum())
-    tensor = tensor.contiguous()
-    return float(library.square_sum(tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.numel()))
-
-
-def planes_error(
-    delta: torch.Tensor, signs: torch.Tensor, levels: torch.Tensor, width: int
-) -> float:
-    """The sum of squares of what sign planes miss of a matrix, read back from their bits.
-
-    Args:
-        delta: float32 `[N, M]`.
-        signs: uint8 `[planes, N, ceil(M / 8)]`.
-        levels: float32 `[planes, N, ceil(M / width)]`, or `[planes]`.
-        width: columns of a group.
-    """
-    rows, columns = delta.shape
-    library = fast_library()
-    if library is None or not delta.numel():
-        total = torch.zeros(rows, columns)
-        for plane, level in zip(signs, levels, strict=True):
-            add_plane(total, plane, level, width)
-        return square_sum(delta - total)
-    delta, signs, levels = delta.contiguous(), signs.contiguous(), levels.contiguous()
-    return float(
-        library.planes_error(
-            delta.data_ptr(), rows, columns, width, len(signs), levels.data_ptr(),
-            int(levels.dim() == 3), signs.data_ptr(),
-        )
-    )  # fmt: skip
+def square_sum(matrix: torch.Tensor) -> float:
+    """The sum of squares of a float32 matrix `[N, M]`."""
+    return totals(Pair.of(matrix)).square
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -253,33 +208,16 @@ def rows_changed(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return changed
 
 
-def totals(difference: torch.Tensor, rest: torch.Tensor | None = None) -> Totals:
-    """Sums over a float32 difference, and over what a codec missed of it."""
-    library = fast_library()
-    if library is None:
-        left = difference.new_zeros(()) if rest is None else rest
-        return Totals(
-            magnitude=float(difference.abs().sum(dtype=torch.float64)),
-            square=float(difference.double().square().sum()),
-            rest=float(left.double().square().sum()),
-            largest=float(difference.abs().amax()) if difference.numel() else 0.0,
-            changed=int((difference != 0).sum()),
-        )
-    difference = difference.contiguous()
-    rest = None if rest is None else rest.contiguous()
-    out = torch.zeros(5, dtype=torch.float64)
-    library.totals(
-        difference.data_ptr(), None if rest is None else rest.data_ptr(), difference.numel(),
-        out.data_ptr(),
-    )  # fmt: skip
-    magnitude, square, left_over, largest, changed = out.tolist()
-    return Totals(magnitude, square, left_over, largest, int(changed))
+def group_sums(matrix: torch.Tensor, width: int) -> torch.Tensor:
+    """Sums of a float32 matrix `[N, M]` over groups of columns, in the loops' own order.
 
-
-def _portable_sums(magnitudes: torch.Tensor, width: int, groups: int) -> torch.Tensor:
-    rows, columns = magnitudes.shape
+    Returns:
+        float32 `[N, ceil(M / width)]`.
+    """
+    rows, columns = matrix.shape
+    groups = -(-columns // width)
     pad = torch.nn.functional.pad
-    padded = pad(magnitudes, (0, groups * width - columns)).reshape(rows, groups, width)
+    padded = pad(matrix, (0, groups * width - columns)).reshape(rows, groups, width)
     padded = pad(padded, (0, -width % _LANES))
     lanes = torch.zeros(rows, groups, _LANES)
     for start in range(0, padded.shape[2], _LANES):
@@ -289,3 +227,30 @@ def _portable_sums(magnitudes: torch.Tensor, width: int, groups: int) -> torch.T
         lanes = lanes[..., :half] + lanes[..., half : 2 * half]
         half //= 2
     return lanes[..., 0]
+
+
+def total_of(matrix: torch.Tensor) -> float:
+    """The sum of a float32 matrix `[N, M]`, in the loops' own order."""
+    sums = group_sums(matrix, min(_CHUNK, max(matrix.shape[1], 1))).double().reshape(-1)
+    # Not `sum`, which adds in an order of its own.
+    return float(np.add.accumulate(sums.numpy())[-1]) if len(sums) else 0.0
+
+
+def _portable_totals(pair: Pair) -> Totals:
+    delta, base = pair.delta(), pair.base
+    magnitudes = delta.abs()
+    return Totals(
+        magnitude=total_of(magnitudes),
+        square=total_of(delta.square()),
+        largest=float(magnitudes.amax()),
+        changed=int((delta != 0).sum()),
+        base_square=0.0 if base is None else total_of(base.to(torch.float32).square()),
+    )
+
+
+def _exact_squares(delta: torch.Tensor) -> float:
+    return float(np.add.accumulate(delta.double().square().reshape(-1).numpy())[-1])
+
+
+def _known(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor if tensor.dtype in _DTYPES else tensor.to(torch.float32)).contiguous()

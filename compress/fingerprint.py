@@ -18,7 +18,10 @@ from typing import Final, NamedTuple
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
 from deltafold.compress.naming import NamedBase
 from deltafold.compress.safetensors_file import SafetensorsFile
+from deltafold.compress.several import cores, finished
 
+#: Threads that hash a checkpoint; more wait for the disk.
+_MOST_THREADS: Final = 8
 #: A file that was written less than this ago is not cached: it may change again without its stamp
 #: changing, since clocks of file systems are coarse.
 _SETTLED_NS: Final = 1_000_000_000
@@ -48,7 +51,7 @@ def fingerprint(digests: Digests) -> str:
 def digest_source(
     source: TensorSource, progress: Callable[[str, int], None] | None = None
 ) -> dict[str, TensorDigest]:
-    """Hash every tensor of a source; `progress(name, bytes)` after each."""
+    """Hash every tensor of a source, several at a time; `progress(name, bytes)` after each."""
     if isinstance(source, NamedBase):
         return source.named(digest_source(source.checkpoint, progress))
     if isinstance(source, Checkpoint):
@@ -110,12 +113,17 @@ def _digest_file(
     # The key is taken before hashing: what changes meanwhile must not be found under its new stamp.
     place = _cache_path(file)
     cached = _read_cache(file, place)
-    digests: dict[str, TensorDigest] = {}
-    for name, entry in file.entries.items():
-        digest = file.sha256(name) if cached is None else cached[name]
-        digests[name] = TensorDigest(entry.dtype, entry.shape, digest)
+    known: dict[str, str] = dict(cached or {})
+
+    def hash_one(name: str) -> None:
+        known[name] = file.sha256(name)
+
+    # The largest first, so that none is left to run alone at the end.
+    left = sorted(file.entries.keys() - known.keys(), key=lambda n: (-file.nbytes(n), n))
+    for name in finished(hash_one, left, cores(_MOST_THREADS) if len(left) > 1 else 1):
         if progress is not None:
-            progress(name, entry.stop - entry.start)
+            progress(name, file.nbytes(name))
+    digests = {n: TensorDigest(e.dtype, e.shape, known[n]) for n, e in file.entries.items()}
     if cached is None and place is not None:
         _write_cache(place, {name: d.sha256 for name, d in digests.items()})
     return digests

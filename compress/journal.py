@@ -119,6 +119,10 @@ class Journal:
             count += more
         return raw.view(dtype).reshape(place.shape)
 
+    def pieces(self, place: Place) -> list[torch.Tensor]:
+        """One part read back, as those take it that write tensors in pieces."""
+        return [self.part(place)]
+
     def reader(self, places: Mapping[str, Place]) -> Mapping[str, torch.Tensor]:
         """Parts by name, each read when it is asked for."""
         return _Parts(self, places)
@@ -169,6 +173,17 @@ class Journal:
 def is_journal(path: Path) -> bool:
     """Whether a file is a journal's own."""
     return path.name in (_JOURNAL, _SPOOL)
+
+
+def is_resumable(folder: Path) -> bool:
+    """Whether a run of the same inputs and settings would go on with what was finished here."""
+    try:
+        with (folder / _JOURNAL).open("rb") as file:
+            first, second = _parsed(file.readline()), _parsed(file.readline())
+    except OSError:
+        return False
+    named = first is not None and bool(first.get("identity"))
+    return named and second is not None and "record" in second
 
 
 def clear(folder: Path) -> None:

@@ -15,9 +15,16 @@ import torch
 from deltafold.compress import dtypes
 from deltafold.compress.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, LoraModule
 from deltafold.compress.checkpoint import Checkpoint, Spec
-from deltafold.compress.companions import has_tokenizer, is_tokenizer_file, named, vocabulary
+from deltafold.compress.companions import vocabulary
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.fingerprint import cache_folder, digest_source, fingerprint
+from deltafold.compress.lora_folder import (
+    adapted_names,
+    companions_of,
+    own_class,
+    own_companions,
+    spellings,
+)
 from deltafold.compress.methods import LosslessMethod
 from deltafold.compress.naming import NamedBase
 from deltafold.compress.pipeline import Job, PackReport, pack
@@ -52,9 +59,11 @@ def import_lora(
 
     Args:
         base: folder or hub id of the base checkpoint.
-        lora: folder or hub id of the adapter.
+        lora: folder or hub id of the adapter. A `config.json` in it that names another class than the
+            base's is the fine-tune's own: it says what a head in `modules_to_save` belongs to.
         out: the delta repo to write; nothing stands there until it is whole and verified.
-        accept: `new-tensors` and `tokenizer`, as in `structure.ACCEPTABLE`.
+        accept: `new-tensors` (meant where there is such a `config.json`) and `tokenizer`, as in
+            `structure.ACCEPTABLE`.
         overwrite: replace an existing `out`.
         command: recorded in the manifest and card.
         progress: called after every tensor.
@@ -62,14 +71,16 @@ def import_lora(
     Raises:
         DeltafoldError: whatever is wrong, before anything stands under `out`.
     """
-    adapter, source = Adapter.open(lora), Checkpoint.open(base)
+    adapter, checkpoint = Adapter.open(lora), Checkpoint.open(base)
+    source = NamedBase(checkpoint, adapted_names(adapter, checkpoint))
     target = LoraSource(adapter, source)
+    head = ["new-tensors"] if own_class(source.folder, adapter.folder) else []
     job = Job(
-        NamedBase(source),
+        source,
         target,
-        _companions(source.folder, adapter.folder),
+        companions_of(source.folder, adapter.folder),
         Recipe(default=LosslessMethod()),
-        frozenset(accept),
+        frozenset([*accept, *head]),
         command,
         progress,
         given=target.given,
@@ -88,7 +99,7 @@ def cached_lora(base: Checkpoint, lora: Path) -> Path:
         DeltafoldError: what `import_lora` raises.
     """
     key = hashlib.sha256(fingerprint(digest_source(base)).encode())
-    for name in (CONFIG_NAME, WEIGHTS_NAME, *sorted(_own_companions(lora))):
+    for name in (CONFIG_NAME, WEIGHTS_NAME, "config.json", *sorted(own_companions(lora))):
         if (lora / name).is_file():
             with (lora / name).open("rb") as file:
                 key.update(f"\n{name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
@@ -123,11 +134,12 @@ class LoraSource:
             is tied to another that the adapter leaves alone.
     """
 
-    def __init__(self, adapter: Adapter, base: Checkpoint) -> None:
+    def __init__(self, adapter: Adapter, base: NamedBase) -> None:
         self.reference = adapter.reference
         self._adapter, self._base = adapter, base
         self._digests = digest_source(base)
         self._changes: dict[str, _Change] = {}
+        adapter.check_saved(base.names())
         for path, key in adapter.plain.items():
             name = self._find(path)
             self._refuse_resized(name, key)
@@ -256,10 +268,7 @@ class LoraSource:
 
     def _find(self, path: str) -> str:
         """The base's name of a tensor: the path, or the path with `model.` added or taken away."""
-        for name in (path, f"model.{path}", path.removeprefix("model.")):
-            if name in self._base:
-                return name
-        return path
+        return next((name for name in spellings(path) if name in self._base), path)
 
     def _add(self, name: str, lora: LoraModule | None = None, whole: str | None = None) -> None:
         before = self._changes.get(name, _Change())
@@ -338,7 +347,9 @@ class LoraSource:
             "unexpected-tensor",
             f"{self.reference.folder} adapts a module that the base lacks.",
             facts=[("module", path), ("base", self._base.reference.name)],
-            fix="check that this adapter was made for this base",
+            fix="check that this adapter was made for this base; if transformers calls the base's "
+            "tensors otherwise, merge the adapter with PEFT, save the model, and pack that: "
+            "deltafold compress",
         )
 
 
@@ -350,22 +361,8 @@ def _lowrank(a: torch.Tensor, b: torch.Tensor) -> Encoded:
     return Encoded(LowRank(rank=a.shape[0], factor_format="float32"), {"a": a, "b": b})
 
 
-def _is_tied_table(base: Checkpoint, name: str) -> bool:
+def _is_tied_table(base: NamedBase, name: str) -> bool:
     """Whether a tensor is a vocabulary's table in a base that ties its tables."""
     words, tied = vocabulary(base.folder)
     shape = base.spec(name).shape if name in base else ()
-    return tied and len(shape) == 2 and shape[0] == words
-
-
-def _own_companions(lora: Path) -> dict[str, Path]:
-    """What a LoRA folder brings besides its weights: a tokenizer, or a chat template."""
-    return {name: path for name, path in named(lora).items() if is_tokenizer_file(name)}
-
-
-def _companions(base: Path, lora: Path) -> dict[str, Path]:
-    """The base's small files, with the LoRA's tokenizer in place of the base's."""
-    found = named(base)
-    if has_tokenizer(lora):
-        # Never two tokenizers in one folder: which one is read would be chance.
-        found = {name: path for name, path in found.items() if not is_tokenizer_file(name)}
-    return found | _own_companions(lora)
+    return tied is True and len(shape) == 2 and shape[0] == words

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -13,13 +14,13 @@ from deltafold.compress.errors import DeltafoldError
 
 FORMAT = "deltafold"
 #: Readers accept any minor version of their own major version.
-FORMAT_VERSION = "1.2"
-#: The first minor versions that know these fields; what uses neither is still written as 1.0.
-_QUANTIZED_VERSION, _NAMES_VERSION = "1.1", "1.2"
+FORMAT_VERSION = "1.3"
+#: The first minor versions that know these fields; what uses none is still written as 1.0.
+_QUANTIZED_VERSION, _NAMES_VERSION, _UNTIED_VERSION = "1.1", "1.2", "1.3"
 MANIFEST_NAME = "delta_config.json"
 BASE_TENSORS_NAME = "base_tensors.json"
 #: Fields that are left out where they are not used, and are part of the identity where they are.
-_OPTIONAL = ("base_quantization", "base_names")
+_OPTIONAL = ("base_quantization", "base_names", "untied")
 
 Sha = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -138,6 +139,8 @@ class Manifest(_Strict):
     base_quantization: Quantization | None = None
     #: Where the fine-tune calls the base's tensors otherwise. All names here are the fine-tune's.
     base_names: BaseNames | None = None
+    #: Tensors that are one with another in the base: the fine-tune's name, and that of the other.
+    untied: dict[str, str] | None = None
 
     def content_digest(self) -> str:
         """`sha256:<hex>` over what decides the restored model; the value of `delta_id`.
@@ -163,7 +166,7 @@ class Manifest(_Strict):
         }
         for field in _OPTIONAL:
             if (value := getattr(self, field)) is not None:
-                content[field] = value.model_dump(mode="json")
+                content[field] = value if field == "untied" else value.model_dump(mode="json")
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
@@ -186,8 +189,14 @@ class Manifest(_Strict):
         return f"{default} and {count} other{'s' * (count > 1)}"
 
 
-def version_for(quantization: Quantization | None, names: BaseNames | None = None) -> str:
+def version_for(
+    quantization: Quantization | None,
+    names: BaseNames | None = None,
+    untied: Mapping[str, str] | None = None,
+) -> str:
     """The lowest format version that can say what a manifest says."""
+    if untied:
+        return _UNTIED_VERSION
     if names is not None:
         return _NAMES_VERSION
     return "1.0" if quantization is None else _QUANTIZED_VERSION

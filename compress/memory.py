@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
+import torch
+
 
 class MemoryBudget:
     """Bytes that run at the same time. Thread-safe.
@@ -46,6 +48,14 @@ def resident() -> int:
     except (OSError, IndexError, ValueError):
         return peak_memory()
     return pages * resource.getpagesize()
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of this machine or of a device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # torch's allocator of main memory has no class of its own for it.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def peak_memory() -> int:

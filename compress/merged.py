@@ -198,6 +198,17 @@ class Parents:
 def _same_names(first: DeltaRepo, other: DeltaRepo) -> None:
     """Refuse deltas of fine-tunes that call the base's tensors differently."""
     schemes = [repo.manifest.base_names for repo in (first, other)]
+    untied = [repo.manifest.untied or {} for repo in (first, other)]
+    if untied[0] != untied[1]:
+        raise DeltafoldError(
+            "unexpected-tensor",
+            f"{first.folder} and {other.folder} do not untie the same tensors of their base.",
+            facts=[
+                (repo.folder.name, ", ".join(names) or "none")
+                for repo, names in zip((first, other), untied, strict=True)
+            ],
+            fix="merge fine-tunes that all untied their head, or none of which did",
+        )
     if schemes[0] == schemes[1]:
         return
     raise DeltafoldError(

@@ -1,7 +1,8 @@
 """A base whose tensors have other names in the fine-tune: a prefix before them, or one less.
 
 A bare model is saved as `layers.0...`, the same model with a head as `model.layers.0...`. Which prefix
-it is, and that it is one, is told by names and shapes alone.
+it is, and that it is one, is told by names and shapes alone. A fine-tune may also bring a tensor that
+the base has under another name only: a head that was tied to the table of tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import TypeAlias, TypeVar
 import torch
 
 from deltafold.compress.checkpoint import Checkpoint, Spec, TensorSource
+from deltafold.compress.companions import vocabulary
 from deltafold.compress.manifest import BaseNames
+from deltafold.compress.safetensors_file import Hash
 
 Value = TypeVar("Value")
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
@@ -28,29 +31,39 @@ class NamedBase:
     Args:
         checkpoint: the base.
         scheme: how its names are changed; None leaves them.
+        untied: tensors of the fine-tune's that are one with another in the base, and that other, both
+            by the fine-tune's names.
     """
 
-    def __init__(self, checkpoint: Checkpoint, scheme: BaseNames | None = None) -> None:
-        self.checkpoint, self.scheme = checkpoint, scheme
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        scheme: BaseNames | None = None,
+        untied: Mapping[str, str] | None = None,
+    ) -> None:
+        self.checkpoint, self.scheme, self.untied = checkpoint, scheme, dict(untied or {})
         self.reference, self.folder = checkpoint.reference, checkpoint.folder
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, variant: TensorSource) -> NamedBase:
         """The base under the names of a fine-tune."""
-        return cls(checkpoint, base_names(checkpoint, variant))
+        plain = cls(checkpoint, base_names(checkpoint, variant))
+        return cls(checkpoint, plain.scheme, untied_tables(plain, variant))
 
     def own(self, name: str) -> str | None:
         """The base's own name of a tensor; None where it has none such."""
+        name = self.untied.get(name, name)
         return next((n for n in own_names(self.scheme, name) if n in self.checkpoint), None)
 
     def likely(self, name: str) -> list[str]:
         """The base's own name of a tensor; where it has none such, the names that it would have."""
-        own = self.own(name)
+        own = None if name in self.untied else self.own(name)
         return [own] if own is not None else [*own_names(self.scheme, name), name]
 
     def names(self) -> list[str]:
         """Sorted tensor names."""
-        return sorted(renamed(self.scheme, name) for name in self.checkpoint.names())
+        own = (renamed(self.scheme, name) for name in self.checkpoint.names())
+        return sorted([*own, *self.untied])
 
     def __contains__(self, name: str) -> bool:
         return self.own(name) is not None
@@ -67,10 +80,15 @@ class NamedBase:
         return self.checkpoint.tensor(self._known(name))
 
     def matrix_rows(
-        self, name: str, start: int, stop: int, out: torch.Tensor | None = None
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        out: torch.Tensor | None = None,
+        total: Hash | None = None,
     ) -> torch.Tensor:
         """Rows of a tensor read as a matrix, `[stop - start, M]`; see `SafetensorsFile`."""
-        return self.checkpoint.matrix_rows(self._known(name), start, stop, out)
+        return self.checkpoint.matrix_rows(self._known(name), start, stop, out, total)
 
     def sha256(self, name: str) -> str:
         """Hex digest of the tensor's bytes."""
@@ -78,7 +96,8 @@ class NamedBase:
 
     def named(self, by_own: Mapping[str, Value]) -> dict[str, Value]:
         """What is known by the base's own names, by the fine-tune's."""
-        return {renamed(self.scheme, name): value for name, value in by_own.items()}
+        found = {renamed(self.scheme, name): value for name, value in by_own.items()}
+        return found | {n: found[tied] for n, tied in self.untied.items() if tied in found}
 
     def by_own(self, named: Mapping[str, Value]) -> dict[str, Value]:
         """What is known by the fine-tune's names, by the base's own."""
@@ -108,6 +127,28 @@ def own_names(scheme: BaseNames | None, name: str) -> list[str]:
     return [scheme.prefix + name, *([] if inside else [name])]
 
 
+def untied_tables(base: NamedBase, variant: TensorSource) -> dict[str, str]:
+    """A table of tokens that the fine-tune has twice and the base once, both by the fine-tune's names.
+
+    It is found by what the configurations say of ties, and by shapes: a matrix that the base lacks is
+    as wide as the one table with a row for each word, and has as many rows as the fine-tune's own
+    table. No more than one is taken: heads of other kinds may look the same.
+    """
+    words, tied = vocabulary(base.folder)
+    _, still = vocabulary(variant.reference.folder)
+    if words is None or tied is False or still is True or (tied is None and still is None):
+        return {}
+    names = set(variant.names())
+    tables = [n for n in base.names() if len(s := base.spec(n).shape) == 2 and s[0] >= words]
+    if len(tables) != 1 or tables[0] not in names:
+        return {}
+    shape = variant.spec(tables[0]).shape
+    new = [n for n in names if n not in base and variant.spec(n).shape == shape]
+    return (
+        {new[0]: tables[0]} if len(new) == 1 and shape[1:] == base.spec(tables[0]).shape[1:] else {}
+    )
+
+
 def base_names(base: TensorSource, variant: TensorSource) -> BaseNames | None:
     """The prefix that a fine-tune adds to its base's names or drops from them; None for no such.
 
@@ -134,13 +175,13 @@ def _bridging(longer: Shapes, shorter: Shapes, least: float) -> list[str]:
     counts = Counter(
         prefix
         for name, shape in longer.items()
-        for prefix in _prefixes(name)
+        for prefix in prefixes(name)
         if shorter.get(name[len(prefix) :]) == shape
     )
     return [prefix for prefix, count in counts.items() if count >= least]
 
 
-def _prefixes(name: str) -> Iterator[str]:
+def prefixes(name: str) -> Iterator[str]:
     """`a.`, `a.b.` and so on of `a.b.c`."""
     dot = name.find(".")
     while 0 <= dot < len(name) - 1:

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -58,7 +59,7 @@ def _load(source: Path, compiler: str, flags: Sequence[str]) -> ctypes.CDLL | No
 
 def _built(source: Path, compiler: str, flags: Sequence[str]) -> Path:
     key = hashlib.sha256()
-    for part in (source.read_bytes(), compiler.encode(), " ".join(flags).encode()):
+    for part in (*_texts(source), compiler.encode(), " ".join(flags).encode()):
         key.update(part + b"\0")
     target = cache_folder() / "native" / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if target.is_file():
@@ -70,6 +71,19 @@ def _built(source: Path, compiler: str, flags: Sequence[str]) -> Path:
         _run([compiler, "-shared", str(made), "-o", str(linked)])
         linked.replace(target)
     return target
+
+
+def _texts(source: Path) -> list[bytes]:
+    """A file and all of ours that it includes, each once."""
+    found: dict[Path, bytes] = {}
+    left = [source]
+    while left:
+        path = left.pop()
+        if path not in found:
+            found[path] = path.read_bytes()
+            names = re.findall(rb'^#include "([^"]+)"$', found[path], re.MULTILINE)
+            left += [path.with_name(name.decode()) for name in names]
+    return list(found.values())
 
 
 def _run(command: list[str]) -> None:

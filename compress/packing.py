@@ -6,24 +6,24 @@ cut short.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from typing import Final
 
 import torch
 
-from deltafold.compress import dtypes, fast
-from deltafold.compress.encode import TensorStats
+from deltafold.compress import dtypes, fast, rooms
+from deltafold.compress.coded import Coded, TensorStats
 from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.evidence import RunningSource
 from deltafold.compress.journal import Journal, Record
 from deltafold.compress.manifest import TensorEntry
 from deltafold.compress.memory import MemoryBudget, resident
 from deltafold.compress.payload import payload_digest
 from deltafold.compress.progress import OnProgress, Progress
+from deltafold.compress.several import finished
 from deltafold.compress.shapes import rows_and_columns
 from deltafold.compress.sizes import human
-from deltafold.compress.streaming import Coded, Coder
+from deltafold.compress.streaming import Coder
 from deltafold.compress.terms import config_of
 from deltafold.compress.terms.blocks import block_rows
 
@@ -58,8 +58,8 @@ def working_bytes(coder: Coder, name: str) -> int:
     if name in coder.source:
         sizes += dtypes.TORCH[coder.source.spec(name).dtype].itemsize
     if coder.in_blocks(name):
-        columns = rows_and_columns(spec.shape)[1]
-        return block_rows(spec.shape) * columns * (sizes + _WORKING)
+        rows, columns = rows_and_columns(spec.shape)
+        return (block_rows(spec.shape) or rows) * columns * (sizes + _WORKING)
     return math.prod(spec.shape) * (sizes + _WHOLE)
 
 
@@ -99,52 +99,24 @@ def code_all(
     # The largest first, so that none is left to run alone at the end.
     by_size = sorted(left, key=lambda n: (-math.prod(coder.target.spec(n).shape), n))
     try:
-        for name in _finished(one, by_size if order is None else order, limits.jobs):
+        for name in finished(one, by_size if order is None else order, limits.jobs):
             done += 1
             spec = coder.target.spec(name)
             nbytes = math.prod(spec.shape) * dtypes.TORCH[spec.dtype].itemsize
             progress(Progress("pack", name, done, len(names), nbytes))
     finally:
         fast.forget()
+        rooms.forget()
         torch.set_num_threads(threads)
-
-
-def _finished(work: Callable[[str], None], names: list[str], jobs: int) -> Iterator[str]:
-    """Names as their work is done; after a failure nothing new is begun."""
-    if jobs == 1:
-        for name in names:
-            work(name)
-            yield name
-        return
-    waiting = iter(names)
-    with ThreadPoolExecutor(jobs, "deltafold-pack") as pool:
-        running: dict[Future[None], str] = {}
-        failed: dict[str, BaseException] = {}
-        while True:
-            while not failed and len(running) < jobs:
-                upcoming = next(waiting, None)
-                if upcoming is None:
-                    break
-                running[pool.submit(work, upcoming)] = upcoming
-            if not running:
-                break
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                name = running.pop(future)
-                error = future.exception()
-                if error is not None:
-                    failed[name] = error
-                else:
-                    yield name
-    if failed:
-        raise failed[min(failed)]
 
 
 def _room(coder: Coder, names: list[str], limits: Limits) -> int | None:
     """Bytes for tensors beside what the process holds already."""
     if limits.memory is None:
         return None
-    room = limits.memory - resident() - _SPARE
+    source = coder.evidence
+    model = source.upcoming_bytes() if isinstance(source, RunningSource) else 0
+    room = limits.memory - resident() - _SPARE - model
     needed, name = max(((working_bytes(coder, n), n) for n in names), default=(0, ""))
     if needed > room:
         raise DeltafoldError(
@@ -153,6 +125,7 @@ def _room(coder: Coder, names: list[str], limits: Limits) -> int | None:
             facts=[
                 ("bound", human(limits.memory)),
                 ("needed", f"{human(limits.memory - room + needed)}, all of the process counted"),
+                *([("calibration", f"{human(model)} of it, and activations")] if model else []),
             ],
             fix="raise --max-memory, or choose a codec that codes rows by themselves "
             "(bitdelta with scale=row or groups, int, exact, lossless)",

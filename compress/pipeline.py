@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
@@ -14,10 +14,8 @@ from deltafold.compress.budget.plan import Plan
 from deltafold.compress.budget.probe import Judge
 from deltafold.compress.budget.run import judged, plan_of
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
+from deltafold.compress.coded import TensorStats
 from deltafold.compress.companions import check_tokenizer, named
-from deltafold.compress.encode import (
-    TensorStats,
-)
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import EvidenceSource
 from deltafold.compress.journal import discard
@@ -36,12 +34,10 @@ from deltafold.compress.repo import DeltaRepo
 from deltafold.compress.sizes import parse_size
 from deltafold.compress.source import open_variant
 from deltafold.compress.staging import Staging
+from deltafold.compress.streaming import Given, nothing_given
 from deltafold.compress.structure import compare
-from deltafold.compress.terms import Encoded, SharedSource
+from deltafold.compress.terms import SharedSource
 from deltafold.compress.verify import check_payload
-
-#: The terms of a tensor that need no encoder, and the float32 delta that they stand for; or None.
-Given: TypeAlias = Callable[[str], tuple[list[Encoded], torch.Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -174,8 +170,12 @@ def predict_checkpoint(
     accept: Collection[str] = (),
     base_quantization: str | None = None,
     limits: Limits | None = None,
+    device: str = "cpu",
+    fit: bool = False,
 ) -> Prediction:
     """What `compress_checkpoint` would write and take, from the files' headers; in seconds.
+
+    `device` and `fit` are for the memory of models that calibration or fitting would run.
 
     Raises:
         DeltafoldError: what can be wrong with inputs, recipe and structure.
@@ -187,7 +187,7 @@ def predict_checkpoint(
     )
     compare(job.source, job.target, job.accept)
     Run(job).check_patterns()
-    return predict(job, limits or Limits())
+    return predict(job, limits or Limits(), device=device, fit=fit)
 
 
 def _opened(base: str | Path, variant: str | Path) -> Job:
@@ -228,11 +228,11 @@ class Job:
     accept: frozenset[str] = frozenset()
     command: str = ""
     progress: OnProgress = ignore
-    given: Given = lambda name: None
+    given: Given = nothing_given
     record: Mapping[str, Any] | None = None
     evidence: EvidenceSource | None = None
     quantization: Quantization | None = None
-    delta: Callable[[str], torch.Tensor | None] = lambda name: None
+    delta: Callable[[str], torch.Tensor | None] = nothing_given
     quality: Mapping[str, Any] = field(default_factory=dict)
     judge: Judge | None = None
     shared: SharedSource | None = None
@@ -284,7 +284,7 @@ def pack(
         run.survey()
         manifest, stats = run.write(structure, staging.folder, tokenizer=tokenizer)
         repo = DeltaRepo.open(staging.folder)
-        check_payload(repo, job.progress)
+        check_payload(repo, job.progress, limits.jobs)
         if job.judge is not None:
             manifest = record_quality(staging.folder, judged(job, repo))
         discard(staging.folder)

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deltafold.compress import dtypes
+from deltafold.compress import dtypes, fast
 from deltafold.compress.budget.options import Part
 from deltafold.compress.budget.size import companion_bytes, payload_bytes
 from deltafold.compress.checkpoint import Spec
 from deltafold.compress.encode import is_blockwise
+from deltafold.compress.fast import Pair
 from deltafold.compress.memory import resident
-from deltafold.compress.methods import Method
+from deltafold.compress.methods import Method, PairMethod
+from deltafold.compress.model_memory import evidence_bytes, fitting_bytes, on_cpu
 from deltafold.compress.packing import Limits, working_bytes
-from deltafold.compress.payload import payload_key
+from deltafold.compress.payload import payload_digest, payload_key
 from deltafold.compress.spec import spec_of
 from deltafold.compress.streaming import Coder
 from deltafold.compress.terms import (
@@ -31,6 +33,7 @@ from deltafold.compress.terms import (
     Dense,
     Exact,
     LowRank,
+    MeasuredTerm,
     Patches,
     Planes,
     Rows,
@@ -57,14 +60,18 @@ class Prediction:
         variant_bytes: of the fine-tune's tensors.
         fixed: whether that is so to the byte; where codecs depend on the data it is an estimate.
         seconds: that coding would take on this machine as busy as it is now, reading left out.
-        memory: bytes that the process would hold at its peak.
+        timed: whether `seconds` counts every codec; those that run the model are not tried.
+        memory: bytes that the process would hold at its peak, those of `model` counted.
+        model: bytes of it for running the fine-tune on calibration data, activations left out.
     """
 
     nbytes: int
     variant_bytes: int
     fixed: bool
     seconds: float
+    timed: bool
     memory: int
+    model: int = 0
 
     @property
     def ratio(self) -> float:
@@ -72,8 +79,15 @@ class Prediction:
         return self.nbytes / max(self.variant_bytes, 1)
 
 
-def predict(job: Job, limits: Limits) -> Prediction:
-    """Look at headers only; no tensor is read. Speed is tried on random numbers."""
+def predict(job: Job, limits: Limits, *, device: str = "cpu", fit: bool = False) -> Prediction:
+    """Look at headers only; no tensor is read. Speed is tried on random numbers.
+
+    Args:
+        job: what would be packed.
+        limits: how much of the machine it may take.
+        device: where models would run.
+        fit: whether scales would be fitted.
+    """
     coder = Coder(job.source, job.target, job.recipe, _nowhere, {}, quantization=job.quantization)
     parts: list[Part] = []
     entries: dict[str, list[Any]] = {}
@@ -90,12 +104,18 @@ def predict(job: Job, limits: Limits) -> Prediction:
     names = job.target.names()
     needs = sorted((working_bytes(coder, n) for n in names), reverse=True)[: limits.jobs]
     seconds = sum(count * _seconds_an_entry(method) for method, count in entries.values())
+    model = 0
+    if on_cpu(device):
+        model = evidence_bytes(job.target, job.recipe.needs())
+        model = max(model, fitting_bytes(job.target) if fit else 0)
     return Prediction(
         nbytes=payload_bytes(parts) + companion_bytes(job.companions, job.source),
         variant_bytes=sum(_size(job.target.spec(n)) for n in names),
         fixed=fixed,
         seconds=seconds / limits.jobs,
-        memory=resident() + min(sum(needs), limits.memory or sum(needs)),
+        timed=not any(method.needs for method, _ in entries.values()),
+        memory=resident() + model + min(sum(needs), limits.memory or sum(needs)),
+        model=model,
     )
 
 
@@ -128,17 +148,31 @@ def _seconds_an_entry(method: Method) -> float:
     """Coding and reading back a matrix of random numbers, a weight's share; 0 without its evidence."""
     if method.needs:
         return 0.0
+    _seconds(method, 64)  # compiles, the first time on a machine
+    return _seconds(method, _TRIED) / _TRIED**2
+
+
+def _seconds(method: Method, side: int) -> float:
+    """What becomes of a matrix when it is packed, but for reading and writing."""
     draw = torch.Generator().manual_seed(0)
-    base = torch.randn(_TRIED, _TRIED, generator=draw).mul(0.02).to(torch.bfloat16)
-    step = torch.randn(_TRIED, _TRIED, generator=draw) * 0.001
-    variant = (base.float() + step).to(torch.bfloat16)
+    base = torch.randn(side, side, generator=draw).mul(0.02).to(torch.bfloat16)
+    variant = (base.float() + torch.randn(side, side, generator=draw) * 0.001).to(torch.bfloat16)
+    pair, context = Pair.of(variant, base), Context("tried", base, variant)
     began = time.perf_counter()
-    delta = variant.float() - base.float()
-    for term, parts in method.encode(delta, Context("tried", base, variant)):
-        term.decode(parts, (_TRIED, _TRIED), Context("tried", base))
-    dtypes.sha256(base)
-    dtypes.sha256(variant)
-    return (time.perf_counter() - began) / _TRIED**2
+    for tensor in (base, variant):
+        dtypes.sha256(tensor)
+    fast.totals(pair)
+    if isinstance(method, PairMethod) and is_blockwise(method):
+        encoded = method.encode_pair(pair, context)
+    else:
+        encoded = method.encode(pair.delta(), context)
+    for term, parts in encoded:
+        if isinstance(term, MeasuredTerm):
+            term.missed(pair, parts)
+        else:
+            term.decode(parts, (side, side), Context("tried", base))
+    payload_digest(parts for _, parts in encoded)
+    return time.perf_counter() - began
 
 
 def _size(spec: Spec) -> int:

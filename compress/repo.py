@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -98,26 +99,36 @@ class DeltaRepo:
         Raises:
             DeltafoldError: `checksum` where a bit differs, here or in what is shared with others.
         """
-        entry, encoded = self.entry(name), []
-        for index, term in enumerate(self.terms(name)):
-            parts = {}
-            for key, spec in term.parts(tuple(entry.shape)).items():
-                full = payload_key(name, index, key)
-                tensor = self._shards[full].tensor(full)
-                assert tensor.dtype == spec.dtype
-                parts[key] = tensor
-            encoded.append(Encoded(term, parts))
-        if check and payload_digest(e.parts for e in encoded) != entry.payload_sha256:
+        stored = self.stored(name)
+        encoded = [Encoded(t, dict(p)) for t, p in zip(self.terms(name), stored, strict=True)]
+        if check:
+            self._check(name, (e.parts for e in encoded))
+        return encoded
+
+    def stored(self, name: str) -> list[Mapping[str, torch.Tensor]]:
+        """By term the parts of a tensor, each read whenever it is asked for, and not checked."""
+        shape = tuple(self.entry(name).shape)
+        return [
+            _Stored(self._shards, {key: payload_key(name, index, key) for key in term.parts(shape)})
+            for index, term in enumerate(self.terms(name))
+        ]
+
+    def check_parts(self, name: str) -> None:
+        """Compare a tensor's checksum, one part in memory at a time; raises as `parts` does."""
+        self._check(name, self.stored(name))
+
+    def _check(self, name: str, parts: Iterable[Mapping[str, torch.Tensor]]) -> None:
+        expected = self.entry(name).payload_sha256
+        if payload_digest(parts) != expected:
             raise DeltafoldError(
                 "checksum",
                 f"{self.folder}: the payload of {name} was changed or damaged.",
-                facts=[("expected", f"sha256 {entry.payload_sha256[:16]}...")],
+                facts=[("expected", f"sha256 {expected[:16]}...")],
                 fix="download or pack the delta again",
             )
-        for term in self.terms(name) if check else ():
+        for term in self.terms(name):
             if isinstance(term, Shared):
                 self.families[term.family].check(term.key)
-        return encoded
 
     @cached_property
     def quantised(self) -> frozenset[str]:
@@ -127,7 +138,7 @@ class DeltaRepo:
 
     def named(self, base: Checkpoint) -> NamedBase:
         """The base under the fine-tune's names."""
-        return NamedBase(base, self.manifest.base_names)
+        return NamedBase(base, self.manifest.base_names, self.manifest.untied)
 
     def base_tensor(self, base: Checkpoint, name: str) -> torch.Tensor | None:
         """What a tensor's delta is added to: the base's tensor, or its dequantised values (float32).
@@ -365,6 +376,28 @@ class DeltaRepo:
             for index, term in enumerate(terms)
             for key, spec in term.parts(tuple(self.entry(name).shape)).items()
         }
+
+
+class _Stored(Mapping[str, torch.Tensor]):
+    """Parts of one term in the payload.
+
+    Args:
+        shards: by key of the payload.
+        keys: of each part.
+    """
+
+    def __init__(self, shards: Mapping[str, SafetensorsFile], keys: Mapping[str, str]) -> None:
+        self._shards, self._keys = shards, keys
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        full = self._keys[key]
+        return self._shards[full].tensor(full)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
 
 def pad_rows(base: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:

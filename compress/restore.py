@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,12 @@ from deltafold.compress.companions import copy_files, named
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.fingerprint import digest_source
 from deltafold.compress.progress import OnProgress, Progress, ignore
+from deltafold.compress.rebuild import restored_pieces
 from deltafold.compress.repo import DeltaRepo
 from deltafold.compress.safetensors_file import Deferred
 from deltafold.compress.shards import ShardWriter
 from deltafold.compress.staging import Staging
-from deltafold.compress.verify import check_coverage, not_restored
+from deltafold.compress.verify import check_coverage
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,49 +97,17 @@ class _Run:
         dtype = dtypes.TORCH[spec.dtype]
         if self.dtype is not None and dtype.is_floating_point:
             dtype = self.dtype
-        return Deferred(dtype, spec.shape, partial(self._make, name))
+        return Deferred(dtype, spec.shape, partial(self._make, name, dtypes.TORCH[spec.dtype]))
 
-    def _make(self, name: str) -> torch.Tensor:
-        tensor, checked = restored_tensor(self.repo, self.source, name, self.dtype)
+    def _make(self, name: str, own: torch.dtype) -> Iterator[torch.Tensor]:
+        size = 0
+        for piece in restored_pieces(self.repo, self.source, name, self.dtype):
+            size += piece.numel() * piece.element_size()
+            yield piece
+        same = self.dtype in (None, own) or not own.is_floating_point
+        self.exact += same and (name not in self.repo.manifest.tensors or self.repo.exact(name))
         self.done += 1
-        self.exact += checked
-        size = math.prod(tensor.shape) * tensor.element_size()
         self.progress(Progress("restore", name, self.done, self.total, size))
-        return tensor
-
-
-def restored_tensor(
-    repo: DeltaRepo, source: Checkpoint, name: str, dtype: torch.dtype | None
-) -> tuple[torch.Tensor, bool]:
-    """One tensor of the fine-tune, and whether it is known to be so bit for bit.
-
-    Args:
-        repo: the delta.
-        source: its base.
-        name: one of the fine-tune's tensors.
-        dtype: what floating-point tensors are rounded to; None for their own.
-
-    Raises:
-        DeltafoldError: `checksum`, or `not-lossless` where exactly stored bytes came back different.
-    """
-    base = repo.base_tensor(source, name)
-    if name not in repo.manifest.tensors:
-        assert base is not None
-        tensor, checked = base, True
-    elif repo.exact(name):
-        tensor, checked = repo.restored(name, base), True
-        digest = dtypes.sha256(tensor)
-        if digest != repo.entry(name).sha256:
-            raise not_restored(repo, name)
-    elif dtype is not None:
-        # Straight from float32, without a rounding to the fine-tune's dtype in between.
-        delta = repo.delta(name, base)
-        tensor, checked = _on_top(base, delta), False
-    else:
-        tensor, checked = repo.restored(name, base), False
-    if dtype is not None and tensor.is_floating_point():
-        return tensor.to(dtype), checked and tensor.dtype == dtype
-    return tensor, checked
 
 
 def _say_dtype(path: Path, dtype: torch.dtype) -> None:
@@ -148,14 +117,6 @@ def _say_dtype(path: Path, dtype: torch.dtype) -> None:
         if key in config:
             config[key] = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-
-
-def _on_top(base: torch.Tensor | None, delta: torch.Tensor) -> torch.Tensor:
-    if base is None:
-        return delta
-    rows = min(base.shape[0], delta.shape[0])
-    delta[:rows] += base[:rows].to(torch.float32)
-    return delta
 
 
 def own_companions(repo: DeltaRepo) -> dict[str, Path]:

@@ -11,10 +11,10 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -25,7 +25,19 @@ from deltafold.compress.shapes import rows_and_columns
 #: The format's own limit on headers.
 _MAX_HEADER = 100_000_000
 #: Bytes that are hashed at a time.
-_CHUNK = 4 * 2**20
+_CHUNK = 2**20
+
+
+class Hash(Protocol):
+    """What `hashlib` gives."""
+
+    def update(self, data: Any, /) -> None:
+        """Take more bytes."""
+        ...
+
+    def hexdigest(self) -> str:
+        """The digest of all of them."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +86,12 @@ class SafetensorsFile:
         return self.read(name, 0, entry.stop - entry.start).view(dtype).reshape(entry.shape)
 
     def matrix_rows(
-        self, name: str, start: int, stop: int, out: torch.Tensor | None = None
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        out: torch.Tensor | None = None,
+        total: Hash | None = None,
     ) -> torch.Tensor:
         """Rows of a tensor read as a matrix (see `rows_and_columns`).
 
@@ -83,6 +100,7 @@ class SafetensorsFile:
             start: the first row.
             stop: behind the last.
             out: uint8 1-D, at least as long as the rows, to read into; memory of their own if None.
+            total: is told the bytes as they come, while they are still in the processor's cache.
 
         Returns:
             `[stop - start, M]` in the tensor's own dtype.
@@ -93,14 +111,21 @@ class SafetensorsFile:
         width = dtype.itemsize * columns
         if start >= stop or not columns:
             return torch.empty((max(stop - start, 0), columns), dtype=dtype)
-        return self.read(name, start * width, stop * width, out).view(dtype).reshape(-1, columns)
+        raw = self.read(name, start * width, stop * width, out, total)
+        return raw.view(dtype).reshape(-1, columns)
+
+    def nbytes(self, name: str) -> int:
+        """Size of a tensor in bytes."""
+        entry = self.entries[name]
+        return entry.stop - entry.start
 
     def sha256(self, name: str) -> str:
         """Hex digest of a tensor's bytes."""
         entry, total = self.entries[name], hashlib.sha256()
         size = entry.stop - entry.start
+        room = torch.empty(min(size, _CHUNK), dtype=torch.uint8)
         for start in range(0, size, _CHUNK):
-            total.update(self.read(name, start, min(start + _CHUNK, size)).numpy().data)
+            self.read(name, start, min(start + _CHUNK, size), room, total)
         return total.hexdigest()
 
     def stamp(self) -> tuple[int, int, int, int]:
@@ -116,7 +141,12 @@ class SafetensorsFile:
         return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
     def read(
-        self, name: str, start: int, stop: int, out: torch.Tensor | None = None
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        out: torch.Tensor | None = None,
+        total: Hash | None = None,
     ) -> torch.Tensor:
         """Bytes `start` to `stop` of a tensor, uint8 1-D, in `out` or in memory of their own.
 
@@ -132,11 +162,20 @@ class SafetensorsFile:
         view, first, done = memoryview(out.numpy().data), entry.start + start, 0
         if self._held is not None:
             view[:] = memoryview(self._held)[first : first + len(view)]
+            _let_go(self._held, first, first + len(view))
+            if total is not None:
+                total.update(view)
             return out
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(first)
-                while done < len(view) and (count := file.readinto(view[done:])):
+                while done < len(view):
+                    room = view[done:] if total is None else view[done : done + _CHUNK]
+                    count = file.readinto(room)
+                    if not count:
+                        break
+                    if total is not None:
+                        total.update(room[:count])
                     done += count
         except OSError as error:
             raise DeltafoldError("not-found", f"{self.path}: {error.strerror}.") from error
@@ -233,16 +272,18 @@ def file_head(
 
 @dataclass(frozen=True, slots=True)
 class Deferred:
-    """A tensor that is made when it is written: dtype and shape, and who makes it."""
+    """A tensor that is made when it is written: dtype and shape, and who makes it, in pieces that
+    follow each other in memory order.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    load: Callable[[], torch.Tensor]
+    load: Callable[[], Iterable[torch.Tensor]]
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Deferred:
         """A tensor that is there already."""
-        return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+        return cls(tensor.dtype, tuple(tensor.shape), lambda: [tensor])
 
     @property
     def nbytes(self) -> int:
@@ -255,7 +296,7 @@ def write_file(
 ) -> None:
     """Write tensors to a file whose bytes depend on nothing but its content.
 
-    Of those that are deferred one is held at a time. The library's own writer puts metadata in an
+    Of those that are deferred one piece is held at a time. The library's own writer puts metadata in an
     order of chance, reports a full disk as an error that is no `OSError`, and makes a file that other
     users cannot read.
     """
@@ -264,9 +305,18 @@ def write_file(
     with path.open("wb") as file:
         file.write(head)
         for name in order:
-            tensor, promised = deferred[name].load(), deferred[name]
-            assert (tensor.dtype, tuple(tensor.shape)) == (promised.dtype, promised.shape), name
-            file.write(dtypes.raw_bytes(tensor).numpy().data)
+            promised, left = deferred[name], deferred[name].nbytes
+            for piece in promised.load():
+                assert piece.dtype == promised.dtype, name
+                left -= file.write(dtypes.raw_bytes(piece).numpy().data)
+            assert not left, f"{name}: {left} bytes are missing"
+
+
+def _let_go(held: mmap.mmap, start: int, stop: int) -> None:
+    """Give pages of a map back to the system: until then they count as memory of this process."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        start -= start % mmap.PAGESIZE
+        held.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
 def _whole(number: Any) -> int:

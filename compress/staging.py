@@ -55,6 +55,7 @@ class Staging:
         self._published = False
         self.out = out = out.resolve()
         self._refuse_inputs(inputs)
+        self._refuse_inside_a_delta()
         self._refuse_existing()
         self.folder = out.with_name(out.name + ".partial")
         self._lock_path = out.with_name(f".{out.name}.lock")
@@ -149,6 +150,15 @@ class Staging:
                     "bad-argument",
                     f"-o {self._given} is where this run reads {folder} from.",
                     fix="choose another -o",
+                )
+
+    def _refuse_inside_a_delta(self) -> None:
+        for folder in self.out.parents:
+            if (folder / "delta_config.json").is_file():
+                raise DeltafoldError(
+                    "bad-argument",
+                    f"-o {self._given} lies inside the delta {folder}.",
+                    fix=f"a zoo holds deltas side by side: {folder.parent / self.out.name}, say",
                 )
 
     def _refuse_existing(self) -> None:

@@ -97,8 +97,8 @@ def _refuse_names(
             "unexpected-tensor",
             f"the fine-tune {variant.reference.name} has tensors that the base lacks.",
             facts=[("unexpected", name_some(found.new, len(variant.names())))],
-            fix="check that this fine-tune was made from this base; if they are meant (a new head, "
-            "an untied lm_head), pack with --accept new-tensors",
+            fix="check that this fine-tune was made from this base; if they are meant (a new head), "
+            "pack with --accept new-tensors",
         )
     if found.absent and "missing-tensors" not in accept:
         raise DeltafoldError(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from deltafold.compress import dtypes
 from deltafold.compress.checkpoint import Checkpoint, Spec
@@ -14,8 +15,13 @@ from deltafold.compress.fingerprint import TensorDigest, digest_source
 from deltafold.compress.naming import renamed
 from deltafold.compress.progress import OnProgress, Progress, ignore
 from deltafold.compress.quantized import block_of, fits
+from deltafold.compress.rebuild import restored_pieces
 from deltafold.compress.repo import DeltaRepo
+from deltafold.compress.several import cores, finished
 from deltafold.compress.terms import Rows
+
+#: Threads that hash a payload; more wait for the disk.
+_MOST_THREADS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +84,17 @@ def verify_delta(
     )
 
 
-def check_payload(repo: DeltaRepo, progress: OnProgress = ignore) -> None:
-    """Read every part and compare checksums."""
+def check_payload(repo: DeltaRepo, progress: OnProgress = ignore, jobs: int | None = None) -> None:
+    """Read every part and compare checksums.
+
+    Args:
+        repo: the delta.
+        progress: called after every tensor.
+        jobs: tensors at a time, of each of which one part is in memory; one a core if None.
+    """
     names = sorted(repo.manifest.tensors)
-    for done, name in enumerate(names, 1):
-        repo.parts(name)
+    threads = cores(_MOST_THREADS) if jobs is None else jobs
+    for done, name in enumerate(finished(repo.check_parts, names, threads), 1):
         progress(Progress("verify", name, done, len(names), repo.entry(name).bytes))
 
 
@@ -101,6 +113,17 @@ def check_coverage(repo: DeltaRepo, base: Mapping[str, TensorDigest]) -> None:
             f"{repo.folder}: its base_names give two tensors of the base one name.",
             fix="pack the fine-tune again",
         )
+    untied = manifest.untied or {}
+    gone = set(manifest.absent)
+    odd = sorted(n for n, tied in untied.items() if n in {*base, *gone} or tied not in base)
+    if odd or manifest.untied == {}:
+        raise DeltafoldError(
+            "bad-manifest",
+            f"{repo.folder}: what it says of untied tensors does not fit its base.",
+            facts=[("untied", ", ".join(odd) or "nothing")],
+            fix="pack the fine-tune again",
+        )
+    base |= {name: base[tied] for name, tied in untied.items()}
     known = {*manifest.tensors, *manifest.unchanged, *manifest.absent}
     missing = sorted(set(base) - known)
     orphans = sorted({*manifest.unchanged, *manifest.absent} - set(base))
@@ -170,22 +193,11 @@ def _check_restored(repo: DeltaRepo, source: Checkpoint, progress: OnProgress) -
     for done, name in enumerate(names, 1):
         entry = repo.entry(name)
         if repo.exact(name):
-            tensor = repo.restored(name, repo.base_tensor(source, name))
-            digest = dtypes.sha256(tensor)
-            if digest != entry.sha256:
-                raise not_restored(repo, name)
+            for _ in restored_pieces(repo, source, name):
+                pass
             restored += 1
         else:
-            repo.parts(name)
+            repo.check_parts(name)
         size = math.prod(entry.shape) * dtypes.TORCH[entry.dtype].itemsize
         progress(Progress("verify", name, done, len(names), size))
     return restored
-
-
-def not_restored(repo: DeltaRepo, name: str) -> DeltafoldError:
-    """The error for an exactly stored tensor that came back otherwise."""
-    return DeltafoldError(
-        "checksum",
-        f"{repo.folder}: {name} did not come back as the fine-tune's own tensor.",
-        fix="this is a bug or a damaged file; pack the fine-tune again",
-    )

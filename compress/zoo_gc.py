@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 
 from deltafold.compress.delta_files import read_manifest
 from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.journal import is_resumable
 from deltafold.compress.manifest import MANIFEST_NAME
 from deltafold.compress.progress import OnProgress, ignore
 from deltafold.compress.repo import DeltaRepo
@@ -55,6 +56,7 @@ class Collected:
             their names again.
         shared: tensors that are stored once, by the names of the deltas that share them.
         skipped: deltas that nothing was shared with, and why.
+        unfinished: `NAME.partial` of runs that the same command would finish; they were kept.
         before: bytes on disk; a file with several names counts once.
         after: bytes on disk afterwards; with `dry_run` what they would be, more or less.
     """
@@ -66,6 +68,7 @@ class Collected:
     before: int
     after: int
     dry_run: bool = False
+    unfinished: tuple[Path, ...] = ()
 
     @property
     def freed(self) -> int:
@@ -77,6 +80,7 @@ def collect(
     zoo: str | Path,
     *,
     dry_run: bool = False,
+    unfinished: bool = False,
     min_bytes: int = MIN_BYTES,
     progress: OnProgress = ignore,
 ) -> Collected:
@@ -88,6 +92,7 @@ def collect(
     Args:
         zoo: the zoo's folder.
         dry_run: say what would be done, and change nothing.
+        unfinished: remove what runs that were cut short have finished so far, too.
         min_bytes: least bytes that a group of deltas must have in common to share them.
         progress: called after every file that is shared, and every tensor that was read back.
 
@@ -99,7 +104,12 @@ def collect(
         before = disk_bytes([folder])
         recovered = _recover(folder, dry_run)
         held = _hold(folder, locks)
-        leftovers = tuple(_leftovers(folder, held))
+        waiting, partial = _partial(folder, held, locks)
+        kept = () if unfinished else tuple(waiting)
+        leftovers = (
+            *(_leftover(path, "a run that was cut off") for path in partial if path not in kept),
+            *_leftovers(folder, held),
+        )
         if not dry_run:
             for leftover in leftovers:
                 discard(leftover.path)
@@ -109,7 +119,7 @@ def collect(
             after = before - sum(x.bytes for x in leftovers) - max(saved - chosen.linked(), 0)
         else:
             after = disk_bytes([folder])
-    return Collected(leftovers, recovered, shared, chosen.skipped, before, after, dry_run)
+    return Collected(leftovers, recovered, shared, chosen.skipped, before, after, dry_run, kept)
 
 
 def _hold(zoo: Path, locks: contextlib.ExitStack) -> set[str]:
@@ -182,13 +192,27 @@ def _recover(zoo: Path, dry_run: bool) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _partial(
+    zoo: Path, held: set[str], locks: contextlib.ExitStack
+) -> tuple[list[Path], list[Path]]:
+    """What runs that were cut off have left: those that can go on, and all; none begins meanwhile."""
+    waiting, found = [], []
+    for path in sorted(p for p in zoo.glob("*.partial") if p.is_dir()):
+        name = path.name.removesuffix(".partial")
+        if name not in held:
+            lock = take_name(zoo, name)
+            if lock is None:
+                continue
+            locks.callback(give_name, zoo, name, lock)
+        found.append(path)
+        if is_resumable(path):
+            waiting.append(path)
+    return waiting, found
+
+
 def _leftovers(zoo: Path, held: set[str]) -> Iterator[Leftover]:
     for path in sorted(zoo.iterdir()):
         name, match = path.name, _HIDDEN.fullmatch(path.name)
-        if name.endswith(".partial") and path.is_dir():
-            if not _in_work(zoo, name.removesuffix(".partial"), held):
-                yield _leftover(path, "a run that was cut off")
-            continue
         if match and name != ".zoo.lock" and not _in_work(zoo, match[1], held):
             # Asking for a lock that nobody holds has removed its file; an old delta that has not been
             # replaced is not a leftover.

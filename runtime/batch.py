@@ -68,6 +68,7 @@ class BatchState:
         scales: float32, the factor of each of these rows' deltas; None where all are 1.
         size: rows of the whole batch.
         packed: whether kernels apply the variants' deltas together, by slot.
+        epoch: a number that no two fillings of the batch have in common.
         reports: names of modules that added a delta, while a warm-up pass collects them; else None.
     """
 
@@ -78,6 +79,7 @@ class BatchState:
         self.scales: torch.Tensor | None = None
         self.size = 0
         self.packed = applies_packed(device)
+        self.epoch = self._epochs = 0
         self.reports: set[str] | None = None
         self._slots = SlotBook()
         self._slot_of_row = torch.empty(0, dtype=torch.int64, device=device)
@@ -97,13 +99,13 @@ class BatchState:
     def narrowed(self, variant: LoadedVariant, scale: float, size: int) -> Iterator[None]:
         """Within it, the batch is `size` requests of one variant: a module runs again for them."""
         kept = (self.groups, self.rows, self.scales, self.size)
-        kept_segments = (self._slot_of_row, self._segments)
+        kept_segments = (self._slot_of_row, self._segments, self.epoch)
         self._fill([(variant, scale)] * size)
         try:
             yield
         finally:
             self.groups, self.rows, self.scales, self.size = kept
-            self._slot_of_row, self._segments = kept_segments
+            self._slot_of_row, self._segments, self.epoch = kept_segments
 
     def report(self, name: str) -> None:
         """A module says that it has added its variants' deltas."""
@@ -186,6 +188,8 @@ class BatchState:
             assert variant is not None
             slot = self._slots.of(variant) if self.packed else 0
             groups.append(Group(variant, len(indices), slot))
+        self._epochs += 1
+        self.epoch = self._epochs
         self.size = len(rows)
         self.rows = torch.tensor(order, dtype=torch.int64, device=self._device)
         self.scales = None

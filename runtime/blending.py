@@ -42,6 +42,11 @@ def blend(digest: str, folder: Path, parts: Sequence[Weighted]) -> LoadedVariant
                 known = mixed.vectors.setdefault(module, {})
                 scaled = delta * weight
                 known[path] = known[path] + scaled if path in known else scaled
+        for module, stacks in variant.stacks.items():
+            for path, stack in stacks.items():
+                mine = mixed.stacks.setdefault(module, {})
+                part = stack.scaled(weight)
+                mine[path] = mine[path].plus(part) if path in mine else part
     return mixed
 
 
@@ -68,11 +73,16 @@ def check_mixable(first: DeltaRepo, other: DeltaRepo) -> None:
 
 
 def _resized(repo: DeltaRepo) -> dict[str, list[int]]:
-    """Tables with other rows than the base's, by the base's own names."""
+    """Tables with other rows than the base's, by the base's own names; a table that is one with another
+    in the base has as many as that.
+    """
+    untied = repo.manifest.untied or {}
     return {
         _own(repo, name): list(entry.shape)
         for name, entry in sorted(repo.manifest.tensors.items())
-        if entry.base_shape is not None and tuple(entry.base_shape) != tuple(entry.shape)
+        if name not in untied
+        and entry.base_shape is not None
+        and tuple(entry.base_shape) != tuple(entry.shape)
     }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -19,6 +21,7 @@ from deltafold.compress.lora import cached_lora
 from deltafold.runtime.batch import BatchState, loaded_rows
 from deltafold.runtime.blending import Blends, blend
 from deltafold.runtime.engine import VariantInfo
+from deltafold.runtime.gate import GATE
 from deltafold.runtime.host import Row, Variant
 from deltafold.runtime.kernels.forms import Target
 from deltafold.runtime.kernels.shared import shared_bytes
@@ -27,9 +30,11 @@ from deltafold.runtime.loading import Handle, LoadedVariant, load_variant
 from deltafold.runtime.misfit import NotAppliableError, misfit
 from deltafold.runtime.mixtures import Mixture, is_mixture, parse_mixture
 from deltafold.runtime.quantized import quantization_in
-from deltafold.runtime.quantizing import check_readers
-from deltafold.runtime.rebuilding import rebuild_variant
+from deltafold.runtime.quantizing import check_readers, with_others
+from deltafold.runtime.rebuilding import Blueprint, rebuild_variant
 from deltafold.runtime.residency import Residency, Resident
+from deltafold.runtime.room import within_memory
+from deltafold.runtime.siblings import siblings_of
 from deltafold.runtime.slots import SlotMap
 from deltafold.runtime.warm_up import warm_up_inputs
 from deltafold.runtime.zoo import Zoo, ZooEntry
@@ -37,10 +42,22 @@ from deltafold.runtime.zoo import Zoo, ZooEntry
 #: Whether variants that cannot be applied get a dense model of their own, or are refused.
 Rebuild: TypeAlias = Literal["auto", "never"]
 
-#: Names those tensors of a delta that are not the wrapped model's.
-Beside: TypeAlias = Callable[[DeltaRepo], Collection[str]]
-
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What belongs to variants and not to the wrapped model, such as heads: somebody else's part.
+
+    Attributes:
+        tensors: names those tensors of a delta that he applies.
+        problem: why he cannot apply a variant's part; None where he can.
+        blueprint: what a variant is to be where it is rebuilt.
+    """
+
+    tensors: Callable[[DeltaRepo], Collection[str]]
+    problem: Callable[[DeltaRepo], NotAppliableError | None]
+    blueprint: Callable[[DeltaRepo], Blueprint]
 
 
 class Deltas:
@@ -59,7 +76,7 @@ class Deltas:
         inputs: keyword arguments of a forward pass like those that will come, and no others will
             come: parameters that have no say in the answers to them are then free to differ. None
             makes them up, and takes nothing for granted.
-        beside: names those tensors of a delta that somebody else applies, such as heads.
+        beside: who applies those tensors of a delta that are not the model's, such as heads.
 
     Raises:
         DeltafoldError: `not-found`; with `strict`, the first broken delta's own error.
@@ -92,8 +109,13 @@ class Deltas:
             raise DeltafoldError("bad-argument", f"rebuild is 'auto' or 'never', not {rebuild!r}.")
         given = warm_up_inputs(model) if inputs is None else inputs
         self._slots.observe(model, given, find_idle=inputs is not None)
+        # One launch for several layers is what the GPU kernels are for.
+        together = self._slots.siblings(model, given) if self._state.packed else []
+        self._siblings = siblings_of(together, self._state)
         self._beside = beside
         self._quantization = quantization_in(model)
+        if self._quantization is not None and beside is not None:
+            self._quantization = with_others(self._quantization, base, self._slots)
         check_readers(self._slots)
         self._model, self._rebuild = model, rebuild == "auto"
         self._misfits: dict[str, NotAppliableError | None] = {}
@@ -170,8 +192,10 @@ class Deltas:
         What a mixture shares with its components is counted once, with these. What variants of a
         family share is there once, under `.families`, a name that no variant can have.
         """
-        loaded = {v.folder.name: v.nbytes for v in self._residency.resident().values()}
-        common = {FOLDER: size} if (size := shared_bytes()) else {}
+        held = self._residency.resident().values()
+        loaded = {v.folder.name: v.nbytes for v in held}
+        families = {f for v in held if isinstance(v, LoadedVariant) for f in v.families}
+        common = {FOLDER: size} if (size := shared_bytes(families)) else {}
         return self._blends.resident() | loaded | common
 
     def close(self) -> None:
@@ -237,32 +261,53 @@ class Deltas:
         return Handle(name, mixed, tuple(v.digest for v in held))
 
     def _load(self, repo: DeltaRepo) -> Resident:
+        """Read a variant; where memory runs out, once more without those that nobody uses."""
+        what = f"{repo.folder} cannot be loaded"
+        try:
+            return within_memory(what, lambda: self._read(repo))
+        except DeltafoldError as error:
+            if error.code != "not-enough-memory" or not self._residency.drop_idle():
+                raise
+            _log.warning("%s; idle variants were dropped to make room", error.message)
+        # What a model holds may hold the model.
+        gc.collect()
+        return within_memory(what, lambda: self._read(repo))
+
+    def _read(self, repo: DeltaRepo) -> Resident:
         problem = self._misfit(repo)
         if problem is None:
             try:
-                beside = self._beside(repo) if self._beside is not None else None
-                loaded = load_variant(
-                    repo, self._base, self._slots, self._target, self.base_folder, beside
-                )
+                loaded = self._applied(repo)
             except NotAppliableError as found:
-                problem = self._misfits[repo.digest] = found
+                # It is kept, and must not keep alive what its last reader was doing.
+                problem = self._misfits[repo.digest] = found.with_traceback(None)
             else:
                 self._wrap(loaded)
                 return loaded
         if not self._rebuild:
-            # It is kept, and must not keep alive what its last reader was doing.
             raise problem.with_traceback(None)
         _log.info("%s is rebuilt, since it cannot be applied: %s", repo.folder, problem.message)
+        blueprint = None if self._beside is None else self._beside.blueprint(repo)
         return rebuild_variant(
-            repo, self._base, self._model, self._slots, self._target, problem.tensor
+            repo, self._base, self._model, self._slots, self._target, problem.tensor, blueprint
         )
+
+    def _applied(self, repo: DeltaRepo) -> LoadedVariant:
+        beside = None if self._beside is None else self._beside.tensors(repo)
+        # Decoding is arithmetic, of which none may go on while transformers loads another variant.
+        with GATE.computing():
+            return load_variant(
+                repo, self._base, self._slots, self._target, self.base_folder, beside
+            )
 
     def _misfit(self, repo: DeltaRepo) -> NotAppliableError | None:
         """Why a variant cannot be applied, by loading it or by its manifest; None if it can."""
         if repo.digest not in self._misfits:
-            self._misfits[repo.digest] = misfit(
-                repo, self._base, self._slots, self.base_folder, whole=self._beside is None
-            )
+            whole = self._beside is None
+            found = misfit(repo, self._base, self._slots, self.base_folder, whole=whole)
+            if found is None and self._beside is not None:
+                found = self._beside.problem(repo)
+            self._misfits[repo.digest] = found
         return self._misfits[repo.digest]
 
     def _how(self, problem: NotAppliableError | None) -> Literal["delta", "rebuilt", "refused"]:
@@ -274,7 +319,8 @@ class Deltas:
         with self._wrapping:
             for name, home in loaded.homes.items():
                 if name not in self._wrapped:
-                    wrap(name, home.module, self._state, home.layout)
+                    siblings = self._siblings.get(name)
+                    wrap(name, home.module, self._state, home.layout, siblings)
                     self._wrapped.add(name)
 
     def _describe_base(self) -> VariantInfo:

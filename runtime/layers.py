@@ -17,19 +17,30 @@ from torch import nn
 from deltafold.runtime.batch import BatchState
 from deltafold.runtime.kernels.base import DeltaMatrix
 from deltafold.runtime.layout import Layout
-from deltafold.runtime.packed import PackedLayer
+from deltafold.runtime.packed import PackedLayers, PackedRows
+from deltafold.runtime.prefill import merged_output
 from deltafold.runtime.quantized import QuantizedLinear
+from deltafold.runtime.siblings import Siblings
 
 Forward = Callable[..., Any]
 
 
 class LinearHook:
-    """`y = x W^T + b`, then `y[rows] += s * (x[rows] D^T + d)`, one product a variant."""
+    """`y = x W^T + b`, then `y[rows] += s * (x[rows] D^T + d)`, one product a variant.
 
-    def __init__(self, name: str, module: nn.Module, state: BatchState) -> None:
-        self._name, self._state = name, state
-        self._original: Forward = module.forward
-        self._packed = PackedLayer(name, state)
+    Attributes:
+        base: the module's own forward.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, state: BatchState, siblings: Siblings | None = None
+    ) -> None:
+        self._name, self._state, self._siblings = name, state, siblings
+        self._module = module
+        self.base: Forward = module.forward
+        self._packed = PackedLayers([name], state)
+        if siblings is not None:
+            siblings.join(name, self)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x `[B, ..., M]` to `[B, ..., N]`.
@@ -37,14 +48,20 @@ class LinearHook:
         Variants with a larger vocabulary widen the output of the head: rows of others get minus
         infinity there, and rows of variants with a smaller one where theirs ends.
         """
-        y: torch.Tensor = self._original(x)
+        if self._state.groups:
+            ready = merged_output(self._name, self._module, self._state, x)
+            if ready is None and self._siblings is not None and self._state.packed:
+                ready = self._siblings.output(self._name, x)
+            if ready is not None:
+                self._state.report(self._name)
+                return ready
+        y: torch.Tensor = self.base(x)
         if self._state.groups:
             x, y = self._state.for_each_row(x), self._state.for_each_row(y)
             rows, each = self._state.rows_in(x.shape[0], self._name)
-            done = self._packed.add(x, y, rows, each) if self._state.packed else None
-            if done is not None:
-                self._state.report(self._name)
-                return done
+            self._state.report(self._name)
+            if self._state.packed:
+                return self._packed.add(x, [y], rows, each)[0]
             xs = x.index_select(0, rows)
             flat = xs.reshape(-1, x.shape[-1])
             products = self._products(flat, y.shape[-1])
@@ -54,7 +71,6 @@ class LinearHook:
             if self._state.scales is not None:
                 added = added * self._state.spread_scales(each, added)
             y.index_add_(0, rows, added.to(y.dtype))
-            self._state.report(self._name)
         return y
 
     def _products(self, flat: torch.Tensor, columns: int) -> list[torch.Tensor]:
@@ -100,6 +116,7 @@ class EmbeddingHook:
         self._original: Forward = module.forward
         self._plain = type(module).forward is nn.Embedding.forward
         self._again = False
+        self._packed = PackedRows(name, state)
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """int64 ids `[B, T]` to `[B, T, M]`."""
@@ -111,29 +128,42 @@ class EmbeddingHook:
         y = self._state.for_each_row(self._original(ids.clamp_max(known - 1)))
         ids = self._state.for_each_row(ids)
         rows, each = self._state.rows_in(ids.shape[0], self._name)
-        chosen = ids.index_select(0, rows)
-        added = torch.cat(self._looked_up(chosen.reshape(-1), y))
-        added = added.reshape(*chosen.shape, y.shape[-1])
         self._state.report(self._name)
-        if self._state.scales is not None:
-            added = added * self._state.spread_scales(each, added)
-        if not self._plain:
-            return y.index_copy_(0, rows, self._through_module(chosen, added).to(y.dtype))
-        y.masked_fill_((ids >= known).unsqueeze(-1), 0)
-        return y.index_add_(0, rows, added)
+        done = set[int]()
+        if self._plain:
+            y = y.masked_fill_((ids >= known).unsqueeze(-1), 0)
+            if self._state.packed and y.is_contiguous():
+                done = self._packed.add(y, ids)
+        found = self._looked_up(ids, rows, each, done, y)
+        if not found:
+            return y
+        rows = torch.cat([some for some, _ in found])
+        added = torch.cat([part for _, part in found])
+        if self._plain:
+            return y.index_add_(0, rows, added)
+        chosen = ids.index_select(0, rows)
+        return y.index_copy_(0, rows, self._through_module(chosen, added).to(y.dtype))
 
-    def _looked_up(self, ids: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
-        tokens = len(ids) // len(self._state.rows)
+    def _looked_up(
+        self, ids: torch.Tensor, rows: torch.Tensor, each: int, done: set[int], y: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Rows of each group that has a table and is not `done`, and what is added to them."""
         found, start = [], 0
         for group in self._state.groups:
-            stop = start + group.size * tokens
+            stop = start + group.size * each
             table = group.variant.tables.get(self._name)
-            if table is not None:
-                found.append(_gather(table, ids[start:stop], group.variant.sizes.get(self._name)))
-            else:
-                found.append(y.new_zeros(stop - start, y.shape[-1]))
+            if table is not None and group.slot not in done:
+                some = rows[start:stop]
+                chosen = ids.index_select(0, some)
+                size = group.variant.sizes.get(self._name)
+                added = _gather(table, chosen.reshape(-1), size).to(y.dtype)
+                added = added.reshape(*chosen.shape, y.shape[-1])
+                if self._state.scales is not None:
+                    scales = self._state.scales.repeat_interleave(each)[start:stop]
+                    added = added * scales.reshape(-1, *[1] * chosen.dim()).to(added.dtype)
+                found.append((some, added))
             start = stop
-        return [part.to(y.dtype) for part in found]
+        return found
 
     def _through_module(self, ids: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
         """The module's own forward over a table that holds each token's row by itself."""
@@ -159,14 +189,20 @@ def _gather(table: DeltaMatrix, ids: torch.Tensor, rows: int | None) -> torch.Te
     return table.gather(ids if rows is None else ids.clamp_max(rows - 1))
 
 
-def wrap(name: str, module: nn.Module, state: BatchState, layout: Layout) -> None:
-    """Give a module's instance the hook for its kind."""
+def wrap(
+    name: str,
+    module: nn.Module,
+    state: BatchState,
+    layout: Layout,
+    siblings: Siblings | None = None,
+) -> None:
+    """Give a module's instance the hook for its kind; linear layers may have siblings."""
     from deltafold.runtime.substitute import SubstituteHook
 
     hook: Forward
     before = module.__dict__.get("forward")
     if is_linear(module) or is_transposed_linear(module):
-        hook = LinearHook(name, module, state)
+        hook = LinearHook(name, module, state, siblings)
     elif is_embedding(module):
         assert isinstance(module, nn.Embedding)
         hook = EmbeddingHook(name, module, state)

@@ -13,11 +13,12 @@ import torch
 from deltafold.compress import Checkpoint, DeltaRepo
 from deltafold.compress.errors import name_some
 from deltafold.compress.naming import NamedBase
-from deltafold.compress.terms import Context, Encoded, LowRank
-from deltafold.runtime.kernels.base import DeltaMatrix, Sum
+from deltafold.compress.terms import Encoded
+from deltafold.runtime.kernels.base import DeltaMatrix
+from deltafold.runtime.kernels.experts import Piece, Stack, stack_of
 from deltafold.runtime.kernels.forms import Target, product_form, table_form
 from deltafold.runtime.kernels.reference import Dense, dense_delta
-from deltafold.runtime.kernels.simple import Factors
+from deltafold.runtime.kernels.turned import turned_form
 from deltafold.runtime.layers import is_embedding, is_linear, is_transposed_linear
 from deltafold.runtime.misfit import (
     NotAppliableError,
@@ -44,9 +45,11 @@ class LoadedVariant:
         sizes: rows of those tables.
         vectors: differences of everything else, by the wrapped module's name and the parameter's path
             in it: float32 up to one dimension, the model's dtype above.
+        stacks: differences of parameters that stack matrices (fused experts), likewise.
         homes: every module to wrap, by name.
         applied: tensors of the delta that found their place.
         borrowed: whether the forms are those of other variants (a mixture's are).
+        families: digests of the families whose tensors it shares with others.
     """
 
     digest: str
@@ -55,13 +58,19 @@ class LoadedVariant:
     tables: dict[str, DeltaMatrix] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     vectors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    stacks: dict[str, dict[str, Stack]] = field(default_factory=dict)
     homes: dict[str, Home] = field(default_factory=dict)
     applied: set[str] = field(default_factory=set)
     borrowed: bool = False
+    families: frozenset[str] = frozenset()
 
     def vectors_of(self, module: str) -> dict[str, torch.Tensor]:
         """Differences that one wrapped module brings in, by path."""
         return self.vectors.get(module, {})
+
+    def changes(self, module: str) -> bool:
+        """Whether a wrapped module that is run again has anything of this variant's."""
+        return bool(self.vectors.get(module) or self.stacks.get(module))
 
     def add_vector(self, home: Home, delta: torch.Tensor) -> None:
         """Keep a difference of one parameter."""
@@ -72,6 +81,8 @@ class LoadedVariant:
         """Memory held, in bytes."""
         held = () if self.borrowed else (*self.products.values(), *self.tables.values())
         forms = {id(f): f.nbytes for f in held}
+        if not self.borrowed:
+            forms |= {id(s): s.nbytes for stacks in self.stacks.values() for s in stacks.values()}
         kept = {id(v): v for vectors in self.vectors.values() for v in vectors.values()}
         return sum(forms.values()) + sum(v.numel() * v.element_size() for v in kept.values())
 
@@ -152,7 +163,7 @@ def load_variant(
     problem = misfit(repo, base, slots, base_config, whole=beside is None)
     if problem is not None:
         raise problem
-    loaded = LoadedVariant(repo.digest, repo.folder)
+    loaded = LoadedVariant(repo.digest, repo.folder, families=frozenset(repo.families))
     load = _Load(loaded, repo, repo.named(base), slots, target, frozenset(beside or ()))
     lost = [tensor for tensor in sorted(repo.manifest.tensors) if not load.tensor(tensor)]
     if lost:
@@ -192,7 +203,7 @@ class _Load:
             return True
         stored = self.base.tensor(tensor) if tensor in self.base else None
         if stored is not None and (name is None or not self._same(name, stored)):
-            (own,) = self.base.likely(tensor)
+            own = self.base.likely(tensor)[0]
             region = self.slots.region(own, stored, self.base.checkpoint.names())
             if region is None and name is not None:
                 raise self._unsupported(
@@ -242,7 +253,6 @@ class _Load:
             raise self._unsupported(
                 tensor, f"{tensor} was resized, and the model keeps it in {region.slot}"
             )
-        delta = self.repo.delta(tensor, stored)
         ties = self.slots.tied_to(region.slot)
         homes = [
             h for n in ties if n == region.slot or n not in self._own for h in self.slots.homes(n)
@@ -250,8 +260,15 @@ class _Load:
         if not homes:
             raise unreachable(self.repo, tensor, self.slots, ties)
         whole = self.slots.slots[region.slot].tensor
+        delta: torch.Tensor | None = None
         for home in homes:
             self.loaded.homes[home.name] = home
+            if region.index is not None and whole.dim() == 3 and is_run_again(home.module):
+                self._stack(home, whole).pieces[region.index].append(
+                    self._piece(tensor, stored, region)
+                )
+                continue
+            delta = self.repo.delta(tensor, stored) if delta is None else delta
             known = self.loaded.vectors_of(home.name).get(home.path)
             if known is None:
                 known = torch.zeros(
@@ -262,6 +279,16 @@ class _Load:
             self._as_product(home, whole)
         self.loaded.applied.add(tensor)
         return True
+
+    def _stack(self, home: Home, whole: torch.Tensor) -> Stack:
+        stacks = self.loaded.stacks.setdefault(home.name, {})
+        return stacks.setdefault(home.path, Stack.empty(whole.shape))
+
+    def _piece(self, tensor: str, stored: torch.Tensor, region: Region) -> Piece:
+        encoded, shape = self.repo.parts(tensor), tuple(stored.shape)
+        make = turned_form if region.turned else product_form
+        form = make(encoded, shape, self.repo.context(tensor, stored), self.target)
+        return Piece(region.across, region.start, region.step, region.count, form)
 
     def _as_product(self, home: Home, whole: torch.Tensor) -> None:
         """Linear layers and tables that are filled region by region read one dense form."""
@@ -287,6 +314,9 @@ class _Load:
         elif home.path == "weight" and is_embedding(home.module):
             loaded.tables[name] = table_form(encoded, shape, context, self.target)
             loaded.sizes[name] = shape[0]
+        elif len(shape) == 3 and (turned := multiplies_turned(home)) is not None:
+            stack = stack_of(encoded, shape, context, self.target, turned=turned)
+            loaded.stacks.setdefault(name, {})[home.path] = stack
         else:
             delta = dense_delta(encoded, shape, context)
             loaded.add_vector(home, delta.to(self.target.device, self._dtype(delta.dim())))
@@ -298,18 +328,15 @@ class _Load:
         return not_appliable(self.repo, tensor, what)
 
 
-def turned_form(
-    encoded: list[Encoded], shape: tuple[int, ...], context: Context, target: Target
-) -> DeltaMatrix:
-    """The form for `x @ D`, for layers that keep their weight as `[in, out]`."""
-    forms: list[DeltaMatrix] = []
-    for term, parts in encoded:
-        if isinstance(term, LowRank):
-            a, b = term.factors(parts)
-            # D = b a, so D^T = a^T b^T.
-            turned = (b.T.contiguous(), a.T.contiguous())
-            forms.append(Factors(*(t.to(target.device, target.dtype) for t in turned)))
-        else:
-            delta = term.decode(parts, shape, context).T.contiguous()
-            forms.append(Dense(delta.to(target.device, target.dtype)))
-    return forms[0] if len(forms) == 1 else Sum(forms)
+def is_run_again(module: Any) -> bool:
+    """Whether a module is served by running it again, with the variant's parameters."""
+    return not (is_linear(module) or is_transposed_linear(module) or is_embedding(module))
+
+
+def multiplies_turned(home: Home) -> bool | None:
+    """Whether a module of experts computes `x W_e` with its stacked parameter, or `x W_e^T` (False).
+
+    None where it does not say: then its difference is held dense.
+    """
+    turned = getattr(home.module, "is_transposed", None)
+    return turned if home.own and isinstance(turned, bool) else None

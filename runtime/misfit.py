@@ -92,8 +92,8 @@ def slot_of(tensor: str, base: NamedBase, slots: SlotMap) -> str | None:
 
 
 def own_slots(repo: DeltaRepo, base: NamedBase, slots: SlotMap) -> set[str | None]:
-    """Slots that a tensor of a delta names."""
-    return {slot_of(tensor, base, slots) for tensor in repo.manifest.tensors}
+    """Slots that a tensor of the fine-tune names, whether it differs from the base's or not."""
+    return {slot_of(tensor, base, slots) for tensor in repo.variant_names()}
 
 
 def unreachable(

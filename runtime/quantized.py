@@ -18,8 +18,8 @@ from deltafold.compress import DeltafoldError
 from deltafold.compress.manifest import Quantization
 from deltafold.compress.quantized import BLOCK, INT8_STEP, Packed, block_of
 
-#: 8-bit codes are halved so often that no sum of products leaves float16's range.
-_CODE_UNIT = 2.0**-7
+#: float16's smallest step; no unit of codes may be smaller.
+_LEAST_EXPONENT = -24
 
 
 class QuantizedLinear(nn.Module):
@@ -40,56 +40,71 @@ class QuantizedLinear(nn.Module):
         self.transposed = transposed
         columns, rows = packed.shape if transposed else packed.shape[::-1]
         self.in_features, self.out_features = columns, rows
-        self.weight = nn.Parameter(packed.codes, requires_grad=False)
+        # Models that bring their activations to a weight's dtype know int8 as a quantised weight's.
+        self.weight = nn.Parameter(packed.codes.view(torch.int8), requires_grad=False)
         self.register_buffer("absmax", packed.absmax, persistent=False)
         self.absmax: torch.Tensor
         self.bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x `[..., in]` to `[..., out]`, in x's dtype."""
-        if self.method == "nf4":
-            return self._nf4(x)
-        codes = self.weight.to(x.dtype) * _CODE_UNIT
-        scale = self.absmax * (INT8_STEP / _CODE_UNIT)
+        """x `[..., in]` to `[..., out]`, in x's dtype.
+
+        Raises:
+            DeltafoldError: `engine-unsupported` where a model made x of its weight's dtype.
+        """
+        if not x.is_floating_point():
+            raise DeltafoldError(
+                "engine-unsupported",
+                f"the model gives the layer of {self.tensor} its input as {x.dtype}, the dtype of "
+                "its codes.",
+                fix="serve this base without --base-quantization",
+            )
+        return self._nf4(x) if self.method == "nf4" else self._int8(x)
+
+    def _int8(self, x: torch.Tensor) -> torch.Tensor:
+        """Products with codes times a power of two, which rounds nothing, and the rest of the scale.
+
+        The power is as near to a row's scale as can be: where a layer's own output fits into x's
+        dtype, so do these products.
+        """
+        scale = self.absmax * INT8_STEP
+        unit = torch.exp2((torch.frexp(scale)[1] - 1).clamp(min=_LEAST_EXPONENT).to(torch.float32))
+        codes, rest = self.weight.to(x.dtype) * unit.to(x.dtype).unsqueeze(1), scale / unit
         if self.transposed:
-            y = (x.to(torch.float32) * scale).to(x.dtype) @ codes
+            y = (x.to(torch.float32) * rest).to(x.dtype) @ codes
         else:
-            y = (nn.functional.linear(x, codes).to(torch.float32) * scale).to(x.dtype)
+            y = (nn.functional.linear(x, codes).to(torch.float32) * rest).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
     def _nf4(self, x: torch.Tensor) -> torch.Tensor:
         import bitsandbytes as bnb
 
-        state = bnb.functional.QuantState(
-            self.absmax,
-            shape=torch.Size(self.shape),
-            code=None,
-            blocksize=BLOCK,
-            quant_type="nf4",
-            dtype=x.dtype,
-        )
+        state, codes = _state(self.absmax, self.shape, x.dtype), self.weight.view(torch.uint8)
         y: torch.Tensor
         if self.transposed:
-            weight = bnb.functional.dequantize_4bit(self.weight, state)
+            weight = bnb.functional.dequantize_4bit(codes, state)
             y = nn.functional.linear(x, weight.T, self.bias)
         else:
-            y = bnb.matmul_4bit(x, self.weight.t(), state, bias=self.bias)
+            y = bnb.matmul_4bit(x, codes.t(), state, bias=self.bias)
         return y
 
     def beside(self, bias: nn.Parameter | None) -> QuantizedLinear:
         """A layer of the same weight, held in the same memory, with a bias of its own."""
-        packed = Packed(self.method, self.weight.detach(), self.absmax, self.shape)
+        packed = self._packed(self.weight.detach(), self.absmax)
         return QuantizedLinear(self.tensor, packed, bias, transposed=self.transposed).eval()
 
     def values(self) -> torch.Tensor:
         """The weight as the checkpoint lays it out: float32, on the CPU."""
-        codes, absmax = self.weight.detach().cpu(), self.absmax.cpu()
-        return Packed(self.method, codes, absmax, self.shape).values()
+        return self._packed(self.weight.detach().cpu(), self.absmax.cpu()).values()
 
     @property
     def nbytes(self) -> int:
         """Memory of the weight, in bytes."""
-        return Packed(self.method, self.weight, self.absmax, self.shape).nbytes
+        return self._packed(self.weight, self.absmax).nbytes
+
+    def _packed(self, codes: torch.Tensor, absmax: torch.Tensor) -> Packed:
+        own = codes.view(torch.uint8) if self.method == "nf4" else codes
+        return Packed(self.method, own, absmax, self.shape)
 
 
 def quantization_in(model: nn.Module) -> Quantization | None:
@@ -102,8 +117,17 @@ def quantization_in(model: nn.Module) -> Quantization | None:
     return Quantization(method=method, block=block_of(method), tensors=names)
 
 
-def need_bitsandbytes() -> None:
-    """Import it quietly.
+def _state(absmax: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Any:
+    """What bitsandbytes wants to know of 4-bit codes besides themselves."""
+    import bitsandbytes as bnb
+
+    return bnb.functional.QuantState(
+        absmax, shape=torch.Size(shape), code=None, blocksize=BLOCK, quant_type="nf4", dtype=dtype
+    )
+
+
+def need_bitsandbytes(device: torch.device) -> None:
+    """Import it quietly, and have it compute once where the model will be.
 
     Raises:
         DeltafoldError: `missing-extra`.
@@ -113,12 +137,19 @@ def need_bitsandbytes() -> None:
     # It warns of an optional kernel that is not used here.
     log.setLevel(logging.ERROR)
     try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
+        import bitsandbytes as bnb
+
+        # Without a library for this CUDA it can be imported, and fails when it is used.
+        codes = torch.full((BLOCK // 2, 1), 0xF0, dtype=torch.uint8, device=device)
+        state = _state(torch.ones(1, device=device, dtype=torch.float32), (1, BLOCK), torch.float32)
+        values = bnb.functional.dequantize_4bit(codes, state)
+        if values.flatten()[:2].tolist() != [1.0, -1.0]:
+            raise RuntimeError(f"its codes stand for other values on {device}")
+    except (ImportError, RuntimeError, OSError, NotImplementedError) as error:
         raise DeltafoldError(
             "missing-extra",
-            "a 4-bit base needs bitsandbytes, which cannot be imported.",
-            facts=[("reason", error)],
+            f"a 4-bit base needs bitsandbytes, which cannot be used on {device}.",
+            facts=[("reason", (str(error) or repr(error)).splitlines()[0])],
             fix="pip install 'deltafold[quant]'",
         ) from error
     finally:

@@ -9,18 +9,19 @@ import torch
 from torch import nn
 
 from deltafold.compress import Checkpoint, DeltafoldError
+from deltafold.compress.manifest import Quantization
 from deltafold.compress.quantized import quantization_of, quantize
 from deltafold.runtime.layers import is_linear, is_transposed_linear
 from deltafold.runtime.quantized import QuantizedLinear, need_bitsandbytes
 from deltafold.runtime.slots import Slot, SlotMap
 
 
-def check_quantization(base: Checkpoint, method: str) -> None:
+def check_quantization(base: Checkpoint, method: str, device: torch.device) -> None:
     """Refuse what cannot be quantised before the model is read.
 
     Raises:
         DeltafoldError: `bad-argument` for an unknown method and for a checkpoint that is quantised
-            already, `missing-extra` where bitsandbytes is needed and not installed.
+            already, `missing-extra` where bitsandbytes is needed and cannot be used on this device.
     """
     quantization_of(base, method)
     if _says_quantised(base.folder):
@@ -30,7 +31,7 @@ def check_quantization(base: Checkpoint, method: str) -> None:
             fix="leave --base-quantization out, or give the base in its 16-bit form",
         )
     if method == "nf4":
-        need_bitsandbytes()
+        need_bitsandbytes(device)
 
 
 @torch.no_grad()
@@ -72,6 +73,16 @@ def quantize_base(model: nn.Module, base: Checkpoint, method: str) -> int:
             fix="leave --base-quantization out",
         )
     return replaced
+
+
+def with_others(found: Quantization, base: Checkpoint, slots: SlotMap) -> Quantization:
+    """A model's quantisation, and tensors of the base's that are none of the model's.
+
+    Whoever applies those takes a variant's own values, whatever they are stored as differences to.
+    """
+    wanted = quantization_of(base, found.method).tensors
+    others = [name for name in wanted if slots.find(name) is None]
+    return found.model_copy(update={"tensors": tuple(sorted({*found.tensors, *others}))})
 
 
 def _is_plain(slots: SlotMap, slot: Slot) -> bool:

@@ -10,8 +10,10 @@ changed has the fine-tune's values, whether the base runs quantised or not.
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,17 +21,36 @@ from torch import nn
 
 from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
 from deltafold.compress.errors import name_some
+from deltafold.compress.memory import ran_out
 from deltafold.compress.naming import renamed
-from deltafold.compress.restore import restored_tensor
+from deltafold.compress.rebuild import restored_tensor
+from deltafold.runtime.gate import GATE
 from deltafold.runtime.kernels.forms import Target
 from deltafold.runtime.layers import is_linear, is_transposed_linear
 from deltafold.runtime.loading import RebuiltVariant
 from deltafold.runtime.misfit import slot_of
 from deltafold.runtime.quantized import QuantizedLinear, is_quantized
 from deltafold.runtime.quiet import quiet
+from deltafold.runtime.room import need_room
 from deltafold.runtime.slots import SlotMap
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a variant's dense model is to be.
+
+    Attributes:
+        cls: its class of transformers.
+        spare: names of parameters, without the class's prefix, that may go without a value. They are
+            zero then.
+        finish: makes what an engine keeps of the model, once that is whole and in its place.
+    """
+
+    cls: Any
+    spare: frozenset[str] = frozenset()
+    finish: Callable[[Any], Any] = lambda model: model
 
 
 def rebuild_variant(
@@ -39,6 +60,7 @@ def rebuild_variant(
     slots: SlotMap,
     target: Target,
     tensor: str,
+    blueprint: Blueprint | None = None,
 ) -> RebuiltVariant:
     """Make a variant's dense model and check that every tensor of the delta is in it.
 
@@ -49,17 +71,23 @@ def rebuild_variant(
         slots: of that model.
         target: where and in which dtype the model is to run.
         tensor: what makes it necessary; kept for whoever asks.
+        blueprint: None makes another one of the shared model's class.
 
     Raises:
         DeltafoldError: `engine-unsupported` where the fine-tune's configuration is of another kind of
-            model; `coverage` where a tensor finds no place or a parameter gets no value; `checksum`
-            and what else reading gives.
+            model; `coverage` where a tensor finds no place or a parameter gets no value;
+            `not-enough-memory`; `checksum` and what else reading gives.
     """
-    state = {name: _value(repo, base, slots, target, name) for name in repo.variant_names()}
-    model, info = _load(repo, shared, state, target)
-    missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if missing:
-        raise _not_whole(repo, "parameters without a value", missing)
+    blueprint = blueprint or Blueprint(type(shared))
+    _need_room(repo, base, target)
+    with GATE.computing():
+        state = {name: _value(repo, base, slots, target, name) for name in repo.variant_names()}
+    model, info = _load(repo, blueprint.cls, shared, state, target)
+    missing = set(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    spare = {name for name in missing if _bare(model, name) in blueprint.spare}
+    if missing - spare:
+        raise _not_whole(repo, "parameters without a value", sorted(missing - spare))
+    zero_missing(model, sorted(spare))
     lost = _lost(repo, model, state, told=not info["unexpected_keys"])
     if lost:
         raise _not_whole(repo, "without a place", lost)
@@ -68,8 +96,46 @@ def rebuild_variant(
     del state
     model = model.to(target.device).eval()
     nbytes = _own_bytes(model, slots)
+    with GATE.computing():
+        kept = blueprint.finish(model)
     _log.info("%s is served by a model of its own (%d bytes): %s", repo.folder, nbytes, tensor)
-    return RebuiltVariant(repo.digest, repo.folder, model, tensor, nbytes)
+    return RebuiltVariant(repo.digest, repo.folder, kept, tensor, nbytes)
+
+
+def zero_missing(model: nn.Module, missing: Iterable[str]) -> frozenset[str]:
+    """Zero what a checkpoint does not bring, so that a variant's difference is its value.
+
+    Returns:
+        The names of these tensors in the model.
+    """
+    state = model.state_dict()
+    known = frozenset(name for name in missing if name in state)
+    with torch.no_grad():
+        for name in known:
+            state[name].zero_()
+    return known
+
+
+def _need_room(repo: DeltaRepo, base: Checkpoint, target: Target) -> None:
+    """Refuse a model that would not fit, before a byte of it is made."""
+    what = f"{repo.folder} needs a dense model of its own"
+    changed = _dense_bytes((repo.entry(n).shape for n in repo.manifest.tensors), target.dtype)
+    need_room(changed, target.device, what)
+    if target.device.type != "cpu":
+        # There what is unchanged is the base's own memory; here all of it is made first.
+        named = repo.named(base)
+        kept = _dense_bytes((named.spec(n).shape for n in repo.manifest.unchanged), target.dtype)
+        need_room(changed + kept, torch.device("cpu"), what)
+
+
+def _dense_bytes(shapes: Iterable[Sequence[int]], dtype: torch.dtype) -> int:
+    return sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+
+
+def _bare(model: Any, name: str) -> str:
+    """A parameter's name without the prefix that its class puts before its trunk's."""
+    prefix = str(getattr(model, "base_model_prefix", "") or "")
+    return name.removeprefix(f"{prefix}.") if prefix else name
 
 
 def _value(
@@ -81,7 +147,7 @@ def _value(
     plain = slot is not None and not is_quantized(slots.slots[slot].module)
     held = slots.slots[slot].tensor.detach() if slot is not None and plain else None
     dtype = held.dtype if held is not None and held.is_floating_point() else target.dtype
-    value, _ = restored_tensor(repo, base, name, dtype)
+    value = restored_tensor(repo, base, name, dtype)
     unchanged = name not in repo.manifest.tensors
     if unchanged and held is not None and held.shape == value.shape and held.device.type == "cpu":
         # The base's own memory from the start, where it can be used as it is.
@@ -90,17 +156,16 @@ def _value(
 
 
 def _load(
-    repo: DeltaRepo, shared: Any, state: dict[str, torch.Tensor], target: Target
+    repo: DeltaRepo, kind: Any, shared: Any, state: dict[str, torch.Tensor], target: Target
 ) -> tuple[Any, dict[str, Any]]:
     """The model with these tensors, and what transformers says of loading them."""
     from transformers import AutoConfig
 
-    kind = type(shared)
     try:
         config = AutoConfig.from_pretrained(repo.folder, local_files_only=True)
         if not isinstance(config, type(shared.config)):
             raise TypeError(f"its configuration is a {type(config).__name__}")
-        with quiet():
+        with GATE.loading(), quiet():
             model, info = kind.from_pretrained(
                 None,
                 config=config,
@@ -110,6 +175,8 @@ def _load(
                 output_loading_info=True,
             )
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        if ran_out(error):
+            raise
         raise DeltafoldError(
             "engine-unsupported",
             f"{repo.folder} cannot be rebuilt as a {kind.__name__}: {error}",
@@ -150,7 +217,8 @@ def _share(model: nn.Module, slots: SlotMap) -> None:
     """Give the model the base's own parameters where they are equal."""
     for module_name, module in model.named_modules():
         for attribute, value in list(module._parameters.items()):
-            slot = slots.slots.get(f"{module_name}.{attribute}" if module_name else attribute)
+            name = slots.find(f"{module_name}.{attribute}" if module_name else attribute)
+            slot = slots.slots[name] if name is not None else None
             if value is None or slot is None or not isinstance(slot.tensor, nn.Parameter):
                 continue
             mine, held = value.detach(), slot.tensor.detach()
@@ -164,22 +232,22 @@ def _share_quantised(
     repo: DeltaRepo, model: Any, slots: SlotMap, state: Mapping[str, torch.Tensor]
 ) -> None:
     """Give the model the base's quantised layers where the fine-tune left the weights as they were."""
-    unchanged = set(repo.manifest.unchanged)
+    unchanged, modules = set(repo.manifest.unchanged), dict(model.named_modules())
+    prefix = str(getattr(model, "base_model_prefix", "") or "")
     for slot in slots.slots.values():
         layer = slot.module
         if not isinstance(layer, QuantizedLinear) or slot.attribute != "weight":
             continue
         name = renamed(repo.manifest.base_names, layer.tensor)
-        mine = _module(model, slot.module_name)
+        # The shared model may be the trunk of the variant's own class.
+        path = next(
+            (p for p in (slot.module_name, f"{prefix}.{slot.module_name}") if p in modules), ""
+        )
+        mine: Any = modules[path]
         if name not in unchanged or not (is_linear(mine) or is_transposed_linear(mine)):
             continue
         if mine.weight.shape == state[name].shape and _equal(mine.weight.detach(), state[name]):
-            model.set_submodule(slot.module_name, layer.beside(mine._parameters.get("bias")))
-
-
-def _module(model: nn.Module, name: str) -> Any:
-    """A module by its name; None where the model has none such."""
-    return dict(model.named_modules()).get(name)
+            model.set_submodule(path, layer.beside(mine._parameters.get("bias")))
 
 
 def _own_bytes(model: nn.Module, slots: SlotMap) -> int:

@@ -64,6 +64,15 @@ class Residency:
             seat.users -= 1
         self._shrink()
 
+    def drop_idle(self) -> bool:
+        """Drop every variant that nobody uses; whether there was one."""
+        with self._lock:
+            idle = [digest for digest, seat in self._seats.items() if seat.users == 0]
+            dropped = [self._seats.pop(digest).loaded for digest in idle]
+        for loaded in dropped:
+            self._on_drop(loaded)
+        return bool(dropped)
+
     def resident(self) -> dict[str, Resident]:
         """What is in memory, least recently used first."""
         with self._lock:

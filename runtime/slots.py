@@ -22,6 +22,7 @@ from deltafold.runtime.regions import Region, find_region
 from deltafold.runtime.renaming import renaming
 from deltafold.runtime.replay import rehearse
 from deltafold.runtime.reports import bypassed
+from deltafold.runtime.siblings import find_siblings
 from deltafold.runtime.uses import Answers, Uses, mixing
 
 #: Largest parameter that is moved to see whether its module can be run again for some requests.
@@ -166,6 +167,15 @@ class SlotMap:
         if find_idle:
             homeless = {n: self.slots[n].tensor for n in saved if not self._served(n)}
             self._idle = idle(model, inputs, answers, homeless)
+
+    def siblings(self, model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, ...]]:
+        """Names of linear layers that get the same input, after `observe`."""
+        layers = {
+            name: module
+            for name, module in self._modules.items()
+            if is_linear(module) or is_transposed_linear(module)
+        }
+        return find_siblings(model, inputs, layers)
 
     def is_idle(self, names: Iterable[str]) -> bool:
         """Whether the parameters of these slots have no say in any answer."""

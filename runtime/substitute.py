@@ -13,6 +13,7 @@ from deltafold.compress import DeltafoldError
 from deltafold.runtime.batch import BatchState, Group
 from deltafold.runtime.layers import Forward
 from deltafold.runtime.layout import Layout, Tree
+from deltafold.runtime.lent import lend
 from deltafold.runtime.replay import Recorder, Replay, recorded
 
 #: Parameters above this size are not copied for every row; each variant is called by itself.
@@ -36,7 +37,7 @@ class SubstituteHook:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own signature; tensors with the batch in front are cut to a variant's rows."""
         groups = self._state.groups
-        if self._again or not any(g.variant.vectors_of(self._name) for g in groups):
+        if self._again or not any(g.variant.changes(self._name) for g in groups):
             return self._original(*args, **kwargs)
         args, kwargs = recorded(args, kwargs)
         y = self._original(*args, **kwargs)
@@ -50,6 +51,8 @@ class SubstituteHook:
             self._again = False
 
     def _maps(self, call: _Call, y: Any) -> bool:
+        if any(g.variant.stacks.get(self._name) for g in self._state.groups):
+            return False
         small = all(
             v.numel() <= _MAPPED_BELOW
             for g in self._state.groups
@@ -100,7 +103,7 @@ class SubstituteHook:
             # Rows of one variant may have different scales; equal neighbours go together.
             while start < stop:
                 end = next((i for i in range(start, stop) if scales[i] != scales[start]), stop)
-                if group.variant.vectors_of(self._name):
+                if group.variant.changes(self._name):
                     again = self._rerun(call, rows[start:end], group, scales[start])
                     y = call.merge(y, again, rows[start:end])
                 start = end
@@ -115,6 +118,9 @@ class SubstituteHook:
                 own[attribute] = value
                 continue
             own[attribute] = (value.to(torch.float32) + scale * delta).to(value.dtype)
+        for attribute, stack in group.variant.stacks.get(self._name, {}).items():
+            value = own.get(attribute, _value(self._module, attribute))
+            own[attribute] = lend(value, stack, scale)
         args, kwargs = call.cut(rows)
         # Modules inside that are wrapped too now see these rows alone.
         with self._state.narrowed(group.variant, scale, len(rows)):

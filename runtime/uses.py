@@ -85,14 +85,15 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if not _tells_shape(func):
+        if not tells_shape(func):
             for tensor in _flat((*args, *(kwargs or {}).values())):
                 if id(tensor) in self._tensors:
                     self._readers.setdefault(id(tensor), set()).add(tuple(self._stack))
         return func(*args, **(kwargs or {}))
 
 
-def _tells_shape(func: Any) -> bool:
+def tells_shape(func: Any) -> bool:
+    """Whether a torch function asks for a tensor's shape, dtype or place, not for its values."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", "") not in _VALUES

@@ -55,7 +55,7 @@ def warm_up_inputs(model: nn.Module, *, cached: bool = True) -> Inputs:
     for inputs in _candidates(model, cached):
         try:
             model(**inputs)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, DeltafoldError):
             raise
         except _FAILURES as error:
             failure = failure or error
@@ -85,7 +85,8 @@ def _candidates(model: nn.Module, cached: bool) -> Iterator[Inputs]:
     """Inputs worth a try, richest first."""
     named = set(inspect.signature(model.forward).parameters)
     has_cache = bool({"use_cache", "past_key_values", "cache_params"} & named)
-    for inputs in _without_cache(model, named):
+    plain = list(_without_cache(model, named))
+    for inputs in (*plain, *(_ended(model, inputs) for inputs in plain if "input_ids" in inputs)):
         if not cached:
             # Decoders keep a cache unless they are told not to.
             yield {**inputs, "use_cache": False} if "use_cache" in named else inputs
@@ -109,6 +110,26 @@ def _without_cache(model: nn.Module, named: set[str]) -> Iterator[Inputs]:
     if text and not (signals and _main_input(model) in signals[0]):
         yield text
     yield from signals
+
+
+def _ended(model: nn.Module, inputs: Inputs) -> Inputs:
+    """The same with texts that end in the end token, which some heads look for."""
+    end = end_token(_config(model))
+    return inputs if end is None else {**inputs, "input_ids": ended(inputs["input_ids"], end)}
+
+
+def end_token(config: Any) -> int | None:
+    """The token that ends a text; None where there is none that the model knows."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    end, words = getattr(text, "eos_token_id", None), getattr(text, "vocab_size", None)
+    known = isinstance(end, int) and isinstance(words, int) and 0 <= end < words
+    return end if known else None
+
+
+def ended(ids: torch.Tensor, end: int) -> torch.Tensor:
+    """Tokens `[..., T]` with the end token in their last place and in no other."""
+    ids = torch.where(ids == end, ids.roll(1, -1), ids)
+    return torch.cat([ids[..., :-1], torch.full_like(ids[..., -1:], end)], dim=-1)
 
 
 def _text(model: nn.Module, named: set[str]) -> Inputs:

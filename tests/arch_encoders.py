@@ -42,13 +42,14 @@ class Encoder:
     Attributes:
         name: of its bare class without "Model".
         config: its configuration's arguments.
-        refused: why the engine refuses it (part of the error's text); empty where it is served.
-        why: the same for people to read.
+        rebuilt: the tensor (its name's end) for which a variant gets a dense model of its own; empty
+            where deltas are applied to the shared one.
+        why: what stands in the way.
     """
 
     name: str
     config: dict[str, Any] = field(default_factory=lambda: _TEXT)
-    refused: str = ""
+    rebuilt: str = ""
     why: str = ""
 
     @property
@@ -199,10 +200,10 @@ ENCODERS = [
     Encoder(
         "XLNet",
         {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
-        refused="layer_1.bias",
+        rebuilt="layer_1.bias",
         why="tokens are in front, not requests",
     ),
-    Encoder("NomicBert", refused="Wqkv.weight", why="the loader splits it in three"),
+    Encoder("NomicBert", rebuilt="Wqkv.weight", why="the loader splits it in three"),
 ]
 
 _HEAD = """\
@@ -216,7 +217,8 @@ lengths share a batch. Heads come on top; see [serving.md](serving.md).
 
 *Idle* are tensors that have no say in any answer to such requests, as moving them has shown: the token
 for masked patches in training, the scale between texts and images. A variant may bring other ones.
-Nothing is remembered here, so state space models are served too.
+Nothing is remembered here, so state space models are applied too. What is rebuilt has a forward pass of
+its own beside the shared model's.
 
 | architecture | reads | products | tables | run again for a variant's rows | idle | served |
 |---|---|---|---|---|---|---|
@@ -242,7 +244,7 @@ def _line(family: Encoder) -> list[str]:
     tables = {n for n, m in modules.items() if is_embedding(m)}
     again = sorted({type(m).__name__ for n, m in modules.items() if n not in products | tables})
     idle = sorted({n.rpartition(".")[2] for n in saved if slots.is_idle([n])})
-    served = f"refused: `{family.refused}`, {family.why}" if family.refused else "yes"
+    served = f"rebuilt: `{family.rebuilt}`, {family.why}" if family.rebuilt else "applied"
     reads = {"text": "texts", "image": "images"}
     return [
         family.name,

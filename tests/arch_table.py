@@ -252,8 +252,9 @@ changed parameter gives. Attention sinks and short convolutions pass, state spac
 Fine-tunes of such models that leave these parameters alone are applied. The table names the first
 tensor in the way.
 
-Experts are held dense in memory, and the rows of the base are then equal to what the plain model
-computes up to the last bits of float32: an expert multiplies the tokens of all requests at once.
+The deltas of fused experts stay packed, expert by expert ([kernels.md](kernels.md#fused-experts)). The
+rows of the base are then equal to what the plain model computes up to the last bits of float32: an
+expert multiplies the tokens of all requests at once.
 Everywhere else rows of the base are bit for bit the plain model's.
 
 | architecture | tied | experts | products | tables | run again for a variant's rows | served |

@@ -20,8 +20,10 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def deltafold_home(tmp_path_factory, monkeypatch):
-    """The cache of digests, empty and private to one test."""
-    home = tmp_path_factory.mktemp("home")
+    """The cache of digests, empty and private to one test; compiled code is every test's."""
+    home, native = tmp_path_factory.mktemp("home"), tmp_path_factory.getbasetemp() / "native"
+    native.mkdir(exist_ok=True)
+    (home / "native").symlink_to(native)
     monkeypatch.setenv("DELTAFOLD_HOME", str(home))
     for name in ("NO_COLOR", "DELTAFOLD_PROGRESS"):
         monkeypatch.delenv(name, raising=False)

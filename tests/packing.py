@@ -31,8 +31,9 @@ def restored(pair: Pair, **options) -> Tensors:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
+    """Every file, but for what tells how much memory a run took when."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != "memory.csv"
     }

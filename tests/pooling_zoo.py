@@ -59,24 +59,44 @@ class Made:
         cls = getattr(transformers, config["architectures"][0])
         return cls.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def tune(self, cls: Any, name: str, codec: str, files: Any = None, **config: Any) -> None:
-        """Make, pack and restore a fine-tune of another class, every tensor moved."""
+    def tune(
+        self,
+        cls: Any,
+        name: str,
+        codec: str,
+        files: Any = None,
+        moved: Any = None,
+        against: str | None = None,
+        **config: Any,
+    ) -> None:
+        """Make, pack and restore a fine-tune of another class.
+
+        Every tensor is moved (`moved`: these are), and taken against the base, quantised or not.
+        """
         torch.manual_seed(len(name))
         model = cls.from_pretrained(self.base, **config)
-        jitter(model, 0.05)
+        jitter(model, 0.05, moved)
         full = self.folder / f"{name}-full"
         model.save_pretrained(full)
         if files is not None:
             files(full)
         recipe = Recipe(default=parse_spec(codec))
-        compress_checkpoint(self.base, full, self.zoo / name, recipe=recipe, accept=ACCEPT)
+        compress_checkpoint(
+            self.base,
+            full,
+            self.zoo / name,
+            recipe=recipe,
+            accept=ACCEPT,
+            base_quantization=against,
+        )
         restore_checkpoint(self.zoo / name, self.base, self.folder / name, dtype=torch.float32)
 
 
-def jitter(model: Any, size: float) -> None:
+def jitter(model: Any, size: float, moved: Any = None) -> None:
     with torch.no_grad():
-        for value in model.parameters():
-            value.add_(torch.randn(value.shape) * size)
+        for name, value in model.named_parameters():
+            if moved is None or moved(name):
+                value.add_(torch.randn(value.shape) * size)
 
 
 def tokenizer(folder: Path) -> None:
@@ -158,12 +178,12 @@ def save(cls: Any, config: Any, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def processor(folder: Path, mean: float = 0.5) -> None:
-    """Pictures to 32 x 32, then `(x - mean) / 0.5`."""
+def processor(folder: Path, mean: float = 0.5, side: int = 32) -> None:
+    """Pictures to `side` x `side`, then `(x - mean) / 0.5`."""
     content = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
-        "size": {"height": 32, "width": 32},
+        "size": {"height": side, "width": side},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

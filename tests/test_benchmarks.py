@@ -49,12 +49,63 @@ def test_kernels_on_tiny_layers(tmp_path: Path) -> None:
     cases = {row["case"] for row in rows}
     assert {"base alone", "base + 1 bit", "base + DARE 99 %", "base + rank 64"} <= cases
     checked = [row for row in rows if row["error"] is not None]
-    assert len(checked) == 2 * 12
+    # Twelve forms and the base's own rows in both layers; a table's rows where it is not merged.
+    assert len(checked) == 2 * 13 + 1
     assert all(row["error"] < 1e-5 for row in checked)
     # What is left out says why, and everything else was timed.
     for row in rows:
         assert (row["least"] is not None) != bool(row["note"]), row
     assert "base + BitDelta's public kernel" in done.stdout
+
+
+def interpreted(script: str, *options: str) -> str:
+    """What a benchmark prints when the GPU kernels run in Triton's interpreter."""
+    call = [sys.executable, str(ROOT / "benchmarks" / script), "--device", "cpu", *options]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(call, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux alone")
+def test_a_whole_step_of_a_tiny_model(tmp_path: Path) -> None:
+    """It compares a mixed step with one of dense weights by itself."""
+    out = tmp_path / "step.json"
+    printed = interpreted("decode_step.py", "--rounds", "1", "--json", str(out))
+    rows = json.loads(out.read_text("utf-8"))["rows"]
+    assert [row["case"] for row in rows] == [
+        "the base's step",
+        "1 bit, one token a variant",
+        "base rows, through the mixed path",
+    ]
+    assert all(row["ms"] > 0 for row in rows)
+    assert "largest error" in printed
+
+
+def test_layers_and_experts_of_a_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "linear.json"
+    printed = interpreted(
+        "linear.py", "--size", "96", "--variants", "2", "--rounds", "1", "--json", str(out)
+    )
+    found = json.loads(out.read_text("utf-8"))
+    assert {row["case"] for row in found["rows"]} >= {"base", "dense copies", "bitdelta:bits=1"}
+    assert {load["case"] for load in found["loads"]} >= {"bitdelta:bits=1", "int:bits=4,group=128"}
+    assert "goal" in printed
+    small = (
+        "--experts",
+        "4",
+        "--hidden",
+        "32",
+        "--inner",
+        "16",
+        "--variants",
+        "2",
+        "--rounds",
+        "1",
+    )
+    printed = interpreted("experts.py", *small, "--tokens", "1", "--json", str(out))
+    cases = {row["case"] for row in json.loads(out.read_text("utf-8"))["rows"]}
+    assert {"base", "packed, bitdelta", "dense delta added in every step"} <= cases
 
 
 def test_the_cost_of_a_method_is_that_of_a_real_run(tmp_path: Path) -> None:

@@ -62,6 +62,33 @@ def test_compress_knows_no_transformers_and_no_web():
         assert not {name.partition(".")[0] for name in imports(path)} & (known - forgiven), path
 
 
+#: Kinds of layers in configurations of transformers that are names of architectures as well.
+LAYERS = {"mamba"}
+
+
+def test_no_architecture_is_known_by_name():
+    """Names, shapes and module types decide. The demo makes the one model that it trains."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kinds = set(CONFIG_MAPPING_NAMES) - LAYERS
+    ends = ("Model", "ForCausalLM", "ForConditionalGeneration", "Classification", "Config")
+    general = {"GenerationConfig", "AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    general |= {"AutoModelForSeq2SeqLM"}
+    classes = {name for name in dir(transformers) if name.endswith(ends)} - general
+    assert len(kinds) > 300
+    assert len(classes) > 1000
+    for path in every_source:
+        if (ROOT / "server" / "demo") in path.parents:
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant):
+                named = isinstance(node.value, str) and node.value in kinds | classes
+            else:
+                named = getattr(node, "attr", getattr(node, "id", None)) in classes
+            assert not named, f"{path}:{node.lineno} names an architecture"
+
+
 def test_the_package_list_is_the_folders():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
     folders = {path.parent for path in every_source} - {ROOT / "runtime" / "_api"}

@@ -21,12 +21,17 @@ from deltafold.compress.calibration.quality import batch_logits, predictions
 from deltafold.compress.calibration.sequence import first_tensor, stages
 from deltafold.compress.checkpoint import TensorSource
 from deltafold.compress.evidence import NEEDS, Evidence, Need
+from deltafold.compress.model_memory import (
+    GROUP_BYTES,
+    SAMPLE,
+    evidence_bytes,
+    gradient_bytes,
+    model_bytes,
+    moment_bytes,
+    on_cpu,
+)
 from deltafold.compress.references import Reference, names_of, tensors_of
 
-#: Bytes that one group's moments or gradients may take.
-_GROUP_BYTES: Final = 2 * 2**30
-#: Inputs that are kept of each layer as they are.
-_SAMPLE: Final = 256
 _ROWS: Final = 8
 #: What is learnt of the fine-tune as it is, whatever becomes of it.
 AT_THE_FINE_TUNE: Final[tuple[Need, ...]] = tuple(n for n in NEEDS if n != "sequential")
@@ -89,7 +94,7 @@ class CalibratedEvidence:
         wanted: Iterable[Need] = AT_THE_FINE_TUNE,
         references: Mapping[str, Reference] | None = None,
         device: str = "cpu",
-        group_bytes: int = _GROUP_BYTES,
+        group_bytes: int = GROUP_BYTES,
         model: Any = None,
     ) -> None:
         self.source, self.data, self.references = source, data, dict(references or {})
@@ -126,6 +131,16 @@ class CalibratedEvidence:
     def restart(self) -> None:
         """Forget what was settled; the fine-tune is loaded again when it is next asked for."""
         self._following = None
+
+    def upcoming_bytes(self) -> int:
+        """Memory of the CPU that the run will take beyond what it holds now, activations left out."""
+        if not on_cpu(self.device):
+            return 0
+        whole = evidence_bytes(self.source, self.provides, self._group_bytes)
+        loaded = [run for run in (self._run, self._following) if run is not None]
+        if self._given is not None and self._run is None:
+            return max(whole - model_bytes(self.source), 0)
+        return max(whole - len(loaded) * model_bytes(self.source), 0)
 
     def record(self) -> dict[str, Any]:
         """What a manifest says about the run."""
@@ -213,13 +228,12 @@ class _Run:
         return self._gradients.get(name)
 
     def _moment_bytes(self, name: str) -> int:
-        width = _width(self._layers[name][0])
-        return 4 * width * (width + _SAMPLE)
+        return moment_bytes(_width(self._layers[name][0]))
 
     def _gradient_bytes(self, name: str) -> int:
         parameter = self.names.parameter(name)
         assert parameter is not None
-        return 2 * 4 * parameter.numel()
+        return gradient_bytes(parameter.numel())
 
 
 @dataclass
@@ -245,7 +259,7 @@ class _Watch:
         """None where the layer was never called."""
         if not self.seen:
             return None
-        inputs = torch.cat(self.kept or [])[:_SAMPLE]
+        inputs = torch.cat(self.kept or [])[:SAMPLE]
         return Moment((self.total / self.seen).cpu(), inputs, self.turned)
 
 
@@ -264,7 +278,7 @@ def second_moments(
         Moments of the layers that were called.
     """
     device = next(model.parameters()).device
-    stride = max(1, math.ceil(data.tokens / _SAMPLE))
+    stride = max(1, math.ceil(data.tokens / SAMPLE))
     watches: dict[str, _Watch] = {}
     handles = []
     for name, modules in layers.items():

@@ -28,11 +28,14 @@ from deltafold.compress.checkpoint import Checkpoint, TensorSource
 from deltafold.compress.companions import named
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import EvidenceSource
+from deltafold.compress.memory import resident
+from deltafold.compress.model_memory import fitting_bytes, on_cpu
 from deltafold.compress.naming import NamedBase
 from deltafold.compress.pipeline import Job, PackReport, compress_checkpoint, pack
 from deltafold.compress.progress import OnProgress, Progress, ignore
 from deltafold.compress.recipe import Recipe
 from deltafold.compress.repo import DeltaRepo, pad_rows
+from deltafold.compress.sizes import human, parse_size
 from deltafold.compress.source import open_variant
 from deltafold.compress.staging import Staging
 from deltafold.compress.terms import Context, Encoded
@@ -101,6 +104,8 @@ def compress_and_fit(
     """`compress_checkpoint`, then `fit_scales`; nothing stands at `out` before both are done."""
     place = Path(out)
     Staging(place, overwrite=overwrite)  # refuses what exists before any work
+    if on_cpu(device):
+        _check_memory(open_variant(variant, Checkpoint.open(base)), max_memory)
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fit-", dir=place.parent) as folder:
         first = Path(folder) / place.name
@@ -127,6 +132,22 @@ def compress_and_fit(
             command=command,
             device=device,
             progress=progress,
+        )
+
+
+def _check_memory(target: TensorSource, bound: int | str | None) -> None:
+    """Raises `not-enough-memory` where the models alone would take more than a run may."""
+    limit = parse_size(bound, "--max-memory 4GiB") if isinstance(bound, str) else bound
+    needed = resident() + fitting_bytes(target)
+    if limit is not None and needed > limit:
+        raise DeltafoldError(
+            "not-enough-memory",
+            "scales cannot be fitted within the memory that this run may take.",
+            facts=[
+                ("bound", human(limit)),
+                ("needed", f"{human(needed)}, activations not counted"),
+            ],
+            fix="raise --max-memory, run the models on --device cuda, or leave --fit-scales out",
         )
 
 

@@ -4,6 +4,7 @@ from deltafold.compress.methods.axis_signs import AxisSigns
 from deltafold.compress.methods.base import (
     METHODS,
     Method,
+    PairMethod,
     SurveyedMethod,
     bits_per_weight,
     build,
@@ -51,6 +52,7 @@ __all__ = [
     "LosslessMethod",
     "Method",
     "NMMethod",
+    "PairMethod",
     "QuantizeAndDrop",
     "ShiftScale",
     "SparseMethod",

@@ -14,12 +14,14 @@ from typing import Any, ClassVar, Final, Protocol, Self, runtime_checkable
 import torch
 
 from deltafold.compress.evidence import Need
+from deltafold.compress.fast import Pair
 from deltafold.compress.spec import Kind, spec_of, split_outside
 from deltafold.compress.terms import Context, Encoded, Term
 
 __all__ = [
     "METHODS",
     "Method",
+    "PairMethod",
     "SurveyedMethod",
     "bits_per_weight",
     "build",
@@ -68,6 +70,15 @@ class SurveyedMethod(Method, Protocol):
         there where the run has reference checkpoints. It can be gone through several times; each time
         the model is read anew. What is filled in is no part of the spec.
         """
+        ...
+
+
+@runtime_checkable
+class PairMethod(Method, Protocol):
+    """A method that is quicker where it sees both models than where it is given their difference."""
+
+    def encode_pair(self, pair: Pair, context: Context) -> list[Encoded]:
+        """What `encode` gives for `pair.delta()`, bit for bit, where the method is `blockwise`."""
         ...
 
 

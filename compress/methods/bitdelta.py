@@ -16,6 +16,7 @@ import torch
 
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import Need
+from deltafold.compress.fast import Pair
 from deltafold.compress.methods.base import method
 from deltafold.compress.terms import ColumnPlanes, Context, Encoded, Planes, Term, scaled
 
@@ -57,12 +58,20 @@ class BitDelta:
 
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
         """One term of planes."""
-        encoded = self._term().encode(delta, context)
-        return [encoded if self.factor == 1 else scaled(encoded, self.factor)]
+        return [self._scaled(self._term().encode(delta, context))]
+
+    def encode_pair(self, pair: Pair, context: Context) -> list[Encoded]:
+        """The same for the difference of two matrices; not with a scale a column."""
+        term = self._term()
+        assert isinstance(term, Planes)
+        return [self._scaled(term.encode_pair(pair))]
 
     def plan(self, shape: tuple[int, ...], dtype: str) -> list[Term]:
         """One term of planes."""
         return [self._term()]
+
+    def _scaled(self, encoded: Encoded) -> Encoded:
+        return encoded if self.factor == 1 else scaled(encoded, self.factor)
 
     def _term(self) -> Planes | ColumnPlanes:
         # A scale a tensor or row is too few bytes to save on; groups are where half pays.

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from deltafold.compress.evidence import Need
+from deltafold.compress.fast import Pair
 from deltafold.compress.methods.base import method
 from deltafold.compress.terms import (
     Context,
@@ -34,6 +35,10 @@ class ExactMethod:
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
         """One `exact` term."""
         return [Exact().encode(delta, context)]
+
+    def encode_pair(self, pair: Pair, context: Context) -> list[Encoded]:
+        """The same."""
+        return [Exact().encode(pair.variant, context)]
 
     def plan(self, shape: tuple[int, ...], dtype: str) -> list[Term]:
         """One `exact` term."""
@@ -65,6 +70,10 @@ class LosslessMethod:
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
         """One `lossless` term."""
         return [self._term("BF16").encode(delta, context)]
+
+    def encode_pair(self, pair: Pair, context: Context) -> list[Encoded]:
+        """The same."""
+        return [self._term("BF16").encode(pair.variant, context)]
 
     def plan(self, shape: tuple[int, ...], dtype: str) -> list[Term]:
         """One `lossless` term; its size is known only when it is made."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from deltafold.compress.evidence import Need
+from deltafold.compress.fast import Pair
 from deltafold.compress.methods.base import method
 from deltafold.compress.terms import Codes, Context, Encoded, Term
 
@@ -38,6 +39,10 @@ class Integer:
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
         """One `codes` term."""
         return [self._term().encode(delta, context)]
+
+    def encode_pair(self, pair: Pair, context: Context) -> list[Encoded]:
+        """The same for the difference of two matrices."""
+        return [self._term().encode_pair(pair)]
 
     def plan(self, shape: tuple[int, ...], dtype: str) -> list[Term]:
         """One `codes` term."""

@@ -32,6 +32,7 @@ import torch
 
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import Evidence
+from deltafold.compress.fast import Pair
 from deltafold.compress.shapes import rows_and_columns
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Context",
     "Encoded",
     "ExactTerm",
+    "MeasuredTerm",
     "PartSpec",
     "Parts",
     "Term",
@@ -127,6 +129,15 @@ class ExactTerm(Term, Protocol):
         self, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype, context: Context
     ) -> torch.Tensor:
         """The fine-tune's tensor in its own dtype."""
+        ...
+
+
+@runtime_checkable
+class MeasuredTerm(Term, Protocol):
+    """A term that can tell what it misses of a matrix without decoding it to memory."""
+
+    def missed(self, pair: Pair, parts: Parts) -> float:
+        """`||D - decode||_F^2` of the difference of two matrices."""
         ...
 
 

@@ -91,21 +91,22 @@ class Blocks(Checked):
             prefix = f"{index}."
             inner = {k[len(prefix) :]: v for k, v in parts.items() if k.startswith(prefix)}
             block = block_context(context, start, self.rows, index)
-            yield self._term(index), inner, (stop - start, columns), block
+            yield self.term(index), inner, (stop - start, columns), block
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, PartSpec]:
         """Dtype and shape of each part."""
         rows, columns = rows_and_columns(shape)
         specs: dict[str, PartSpec] = {}
         for index, (start, stop) in enumerate(self._spans(rows)):
-            for key, spec in self._term(index).parts((stop - start, columns)).items():
+            for key, spec in self.term(index).parts((stop - start, columns)).items():
                 specs[f"{index}.{key}"] = spec
         return specs
 
     def _spans(self, rows: int) -> list[tuple[int, int]]:
         return [(start, min(start + self.rows, rows)) for start in range(0, rows, self.rows)]
 
-    def _term(self, index: int) -> Term:
+    def term(self, index: int) -> Term:
+        """The term of a block."""
         return self.inner[index if len(self.inner) > 1 else 0]
 
 

@@ -13,6 +13,8 @@ from typing import ClassVar
 import torch
 
 from deltafold.compress import bits as packing
+from deltafold.compress import fast_grid
+from deltafold.compress.fast import Pair
 from deltafold.compress.terms import scales
 from deltafold.compress.terms.base import (
     Checked,
@@ -59,30 +61,34 @@ class Codes(Checked):
 
     def encode(self, delta: torch.Tensor, context: Context) -> Encoded:
         """Codes of a float32 delta of any shape."""
-        rows, columns = rows_and_columns(tuple(delta.shape))
-        width = self._width(columns)
-        groups = self._groups(columns)
-        padded = torch.nn.functional.pad(
-            delta.reshape(rows, columns), (0, groups * width - columns)
-        ).reshape(rows, groups, width)
-        stored = scales.store(self._best_scales(padded), self.scale_format, "scales")
-        scale = scales.load(stored, self.scale_format, "scales").unsqueeze(-1)
-        codes = self._quantise(padded, scale) + 2 ** (self.bits - 1)
-        codes = codes.to(torch.uint8).reshape(rows, groups * width)[:, :columns]
-        return Encoded(self, {"codes": packing.pack(codes.contiguous(), self.bits), **stored})
+        return self.encode_pair(Pair.of(delta.reshape(rows_and_columns(tuple(delta.shape)))))
+
+    def encode_pair(self, pair: Pair) -> Encoded:
+        """Codes of the difference of two matrices."""
+        width, half = self._width(pair.shape[1]), 2 ** (self.bits - 1)
+        shares = [-share / half for share in _SHRINK[self.bits]]
+        best = fast_grid.best_scales(pair, width, self.bits, shares)
+        stored = scales.store(best, self.scale_format, "scales")
+        scale = scales.load(stored, self.scale_format, "scales")
+        codes = fast_grid.codes(pair, width, self.bits, scale)
+        return Encoded(self, {"codes": codes, **stored})
+
+    def missed(self, pair: Pair, parts: Parts) -> float:
+        """`||D - decode||_F^2` of the difference of two matrices; neither is written to memory."""
+        width, scale = self._width(pair.shape[1]), self._scale(parts)
+        return fast_grid.codes_missed(pair, width, self.bits, scale, parts["codes"])
 
     def decode(self, parts: Parts, shape: tuple[int, ...], context: Context) -> torch.Tensor:
         """The levels, float32 of `shape`."""
-        codes, scale = self.grid(parts, shape)
-        return (codes.to(torch.float32) * scale).reshape(shape)
+        _, columns = rows_and_columns(shape)
+        width, scale = self._width(columns), self._scale(parts)
+        return fast_grid.values(parts["codes"], columns, width, self.bits, scale).reshape(shape)
 
     def grid(self, parts: Parts, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """(int16 `[N, M]` centred codes, float32 `[N, M]`-broadcastable scales)."""
         _, columns = rows_and_columns(shape)
         codes = packing.unpack(parts["codes"], self.bits, columns).to(torch.int16)
-        scale = scales.load(dict(parts), self.scale_format, "scales")
-        if scale.shape[1] > 1:
-            scale = scale.repeat_interleave(self._width(columns), dim=1)[:, :columns]
+        scale = fast_grid.spread(self._scale(parts), self._width(columns), columns)
         return codes - 2 ** (self.bits - 1), scale
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, PartSpec]:
@@ -102,21 +108,6 @@ class Codes(Checked):
     def _groups(self, columns: int) -> int:
         return -(-columns // self._width(columns)) if columns else 0
 
-    def _quantise(self, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        half = 2 ** (self.bits - 1)
-        safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-        return torch.round(values / safe).clamp(-half, half - 1)
-
-    def _best_scales(self, groups: torch.Tensor) -> torch.Tensor:
-        half = 2 ** (self.bits - 1)
-        if groups.shape[-1] == 0 or groups.numel() == 0:
-            return torch.zeros(groups.shape[:-1])
-        peak = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
-        best, least = torch.zeros_like(peak), torch.full_like(peak, torch.inf)
-        for share in _SHRINK[self.bits]:
-            scale = peak * (-share / half)
-            error = groups - self._quantise(groups, scale.unsqueeze(-1)) * scale.unsqueeze(-1)
-            loss = error.square().sum(dim=-1)
-            better = loss < least
-            best, least = torch.where(better, scale, best), torch.where(better, loss, least)
-        return best
+    def _scale(self, parts: Parts) -> torch.Tensor:
+        """float32 `[N, groups]`."""
+        return scales.load(dict(parts), self.scale_format, "scales")

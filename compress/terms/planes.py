@@ -15,7 +15,8 @@ from typing import ClassVar, Literal
 import torch
 
 from deltafold.compress import bits as packing
-from deltafold.compress import fast
+from deltafold.compress import fast_planes
+from deltafold.compress.fast import Pair
 from deltafold.compress.terms import scales
 from deltafold.compress.terms.base import (
     Checked,
@@ -62,32 +63,35 @@ class Planes(Checked):
 
     def encode(self, delta: torch.Tensor, context: Context) -> Encoded:
         """Planes of a float32 delta of any shape."""
-        matrix = delta.reshape(rows_and_columns(tuple(delta.shape)))
-        rest = fast.scratch("planes", tuple(matrix.shape)).copy_(matrix)
-        signs, levels = [], []
+        return self.encode_pair(Pair.of(delta.reshape(rows_and_columns(tuple(delta.shape)))))
+
+    def encode_pair(self, pair: Pair) -> Encoded:
+        """Planes of the difference of two matrices."""
+        rows, columns = pair.shape
+        signs = torch.empty(self.bits, rows, packing.packed_width(columns, 1), dtype=torch.uint8)
+        stored: list[dict[str, torch.Tensor]] = []
+        levels: list[torch.Tensor] = []
         for _ in range(self.bits):
-            parts = scales.store(self._means(rest), self.scale_format, "scales")
+            known = torch.stack(levels) if levels else torch.empty(0)
+            sums = fast_planes.take_plane(pair, self._width(columns), known, signs)
+            parts = scales.store(self._means(sums, columns), self.scale_format, "scales")
             # The next plane must see what a reader will see, so it works from the stored scale.
-            level = scales.load(parts, self.scale_format, "scales")
-            signs.append(fast.take_plane(rest, self._per_group(level), self._width(rest.shape[1])))
-            levels.append(parts)
-        return Encoded(self, {"signs": torch.stack(signs), **self._stack(levels)})
+            levels.append(self._per_group(scales.load(parts, self.scale_format, "scales")))
+            stored.append(parts)
+        return Encoded(self, {"signs": signs, **self._stack(stored)})
 
     def decode(self, parts: Parts, shape: tuple[int, ...], context: Context) -> torch.Tensor:
         """The sum of the planes, float32 of `shape`."""
         rows, columns = rows_and_columns(shape)
         total = torch.zeros(rows, columns)
         for plane, level in zip(parts["signs"], self.levels(parts), strict=True):
-            fast.add_plane(total, plane, self._per_group(level), self._width(columns))
+            fast_planes.add_plane(total, plane, self._per_group(level), self._width(columns))
         return total.reshape(shape)
 
-    def squared_error(self, delta: torch.Tensor, parts: Parts) -> float:
-        """`||D - decode||_F^2` of a float32 delta, without decoding it to memory of its own."""
-        rows, columns = rows_and_columns(tuple(delta.shape))
-        levels = self.levels(parts)
-        per_group = torch.stack([self._per_group(level) for level in levels])
-        matrix = delta.reshape(rows, columns)
-        return fast.planes_error(matrix, parts["signs"], per_group, self._width(columns))
+    def missed(self, pair: Pair, parts: Parts) -> float:
+        """`||D - decode||_F^2` of the difference of two matrices; neither is written to memory."""
+        levels = torch.stack([self._per_group(level) for level in self.levels(parts)])
+        return fast_planes.planes_missed(pair, self._width(pair.shape[1]), levels, parts["signs"])
 
     def planes(
         self, parts: Parts, shape: tuple[int, ...]
@@ -127,23 +131,21 @@ class Planes(Checked):
             specs["scales_unit"] = PartSpec(torch.float32, (self.bits,))
         return specs
 
-    def _means(self, rest: torch.Tensor) -> torch.Tensor:
-        """Mean magnitudes: a scalar, `[N]` or `[N, groups]`."""
-        rows, columns = rest.shape
-        width = self._width(columns)
-        sums = fast.magnitude_sums(rest, width)
+    def _means(self, sums: torch.Tensor, columns: int) -> torch.Tensor:
+        """Mean magnitudes of sums `[N, groups]`: a scalar, `[N]` or `[N, groups]`."""
+        rows, groups = sums.shape
         if self.scale == "tensor":
             # Exactly rounded: a float32 sum over 10^8 weights would lose the mean's last digits.
-            return torch.tensor(math.fsum(sums.flatten().tolist()) / max(rest.numel(), 1))
+            return torch.tensor(math.fsum(sums.flatten().tolist()) / max(rows * columns, 1))
         if self.scale == "row":
             return sums[:, 0] / columns if columns else torch.zeros(rows)
-        widths = torch.full((sums.shape[1],), float(width))
-        if sums.shape[1]:
-            widths[-1] = columns - (sums.shape[1] - 1) * width
+        widths = torch.full((groups,), float(self._width(columns)))
+        if groups:
+            widths[-1] = columns - (groups - 1) * self._width(columns)
         return sums / widths
 
     def _per_group(self, level: torch.Tensor) -> torch.Tensor:
-        """Levels as `fast` takes them: one, or `[N, groups]`."""
+        """Levels as the loops take them: one, or `[N, groups]`."""
         return level.unsqueeze(1) if self.scale == "row" else level
 
     def _spread(self, levels: torch.Tensor, columns: int) -> torch.Tensor:

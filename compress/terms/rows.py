@@ -85,7 +85,7 @@ class Rows(Checked):
     def decode(self, parts: Parts, shape: tuple[int, ...], context: Context) -> torch.Tensor:
         """Zero but for the changed and added rows, float32 of `shape`."""
         out = torch.zeros(shape)
-        index = self._index(parts, shape[0] - self.added, context.name)
+        index = self.checked_index(parts, shape[0] - self.added, context.name)
         inner_parts = self.inner_parts(parts)
         inner_shape = (self.count, *shape[1:])
         out[index] = self.inner.decode(
@@ -102,7 +102,7 @@ class Rows(Checked):
         assert context.base is not None
         assert isinstance(self.inner, ExactTerm)
         out = context.base.to(dtype, copy=True)
-        index = self._index(parts, shape[0] - self.added, context.name)
+        index = self.checked_index(parts, shape[0] - self.added, context.name)
         out[index] = self.inner.restore(
             self.inner_parts(parts),
             (self.count, *shape[1:]),
@@ -137,7 +137,8 @@ class Rows(Checked):
         kept = base[:shared].to(variant.dtype)
         return changed | (_row_bytes(kept) != _row_bytes(variant[:shared])).any(dim=1)
 
-    def _index(self, parts: Parts, rows: int, name: str) -> torch.Tensor:
+    def checked_index(self, parts: Parts, rows: int, name: str) -> torch.Tensor:
+        """int64 `[count]`: which rows changed. Raises `bad-manifest` unless it ascends below `rows`."""
         index = parts["index"].long()
         ascending = bool((index[1:] > index[:-1]).all())
         if index.numel() and not (ascending and index[0] >= 0 and index[-1] < rows):

@@ -7,6 +7,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from deltafold.compress.errors import DeltafoldError
 from deltafold.runtime.embedded.heads import Head
 from deltafold.runtime.embedded.trunk import Encoder, Way, row_of
 from deltafold.runtime.engine import Stats
+from deltafold.runtime.gate import GATE
 from deltafold.runtime.host import DeltaHost, Row, Variant
 
 _log = logging.getLogger(__name__)
@@ -29,9 +31,10 @@ class Task:
         variant: served name.
         digest: of what answers.
         holder: the loaded variant; None is the base.
+        asked: the shared trunk, or a part of the variant's own dense model.
         way: text or image.
         inputs: see `Encoder.batch`.
-        head: runs on the trunk's output; None leaves that as it is.
+        head: runs on the shared trunk's output; None leaves the output as it is.
         finish: makes the answer of the head's (the trunk's) output, on the worker's thread.
         lacks_pooler: the variant has no pooler of its own.
         future: the answer.
@@ -40,12 +43,18 @@ class Task:
     variant: str
     digest: str
     holder: Variant | None
+    asked: Encoder
     way: Way
     inputs: Mapping[str, torch.Tensor]
     head: Head | None
     finish: Callable[[Task, Any], Any]
     lacks_pooler: bool = False
     future: Future[Any] = field(default_factory=Future)
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the class that answers."""
+        return self.asked.config if self.head is None else self.head.config
 
     @property
     def tokens(self) -> int:
@@ -60,6 +69,9 @@ class Task:
 
 class Batcher:
     """A thread that gathers what waits and runs it.
+
+    Requests to the shared trunk share its batches, whatever their variants. Requests to a variant's own
+    dense model share batches among themselves. Whoever waits longest is in the next one.
 
     Args:
         encoder: the wrapped trunk.
@@ -120,9 +132,13 @@ class Batcher:
         self._thread.join()
 
     def _run(self) -> None:
+        # The current device belongs to a thread, and kernels start on the current one.
+        if self._encoder.device.type == "cuda":
+            torch.cuda.set_device(self._encoder.device)
         while self._take():
             try:
-                self._step(self._running)
+                with GATE.computing():
+                    self._step(self._running)
             except Exception as error:  # a bug of ours: nobody may be left waiting
                 _log.exception("a batch failed")
                 _fail(self._running, error)
@@ -155,10 +171,8 @@ class Batcher:
             return True
 
     def _kind(self, task: Task) -> object:
-        """Tasks of one kind fit into one tensor."""
-        if task.way == "image":
-            return tuple(task.inputs["pixel_values"].shape)
-        return "text" if self._encoder.pads else task.tokens
+        """Tasks of one kind fit into one batch."""
+        return id(task.asked), task.asked.kind(task.way, task.inputs)
 
     def _step(self, tasks: list[Task]) -> None:
         try:
@@ -179,10 +193,11 @@ class Batcher:
 
     @torch.inference_mode()
     def _forward(self, tasks: Sequence[Task]) -> tuple[Mapping[str, Any], Any]:
-        way = tasks[0].way
-        inputs = self._encoder.batch(way, [t.inputs for t in tasks])
-        with self._host.batch([Row(t.holder) for t in tasks]):
-            output = self._encoder.run(way, inputs)
+        way, asked = tasks[0].way, tasks[0].asked
+        inputs = asked.batch(way, [t.inputs for t in tasks])
+        shared = asked is self._encoder
+        with self._host.batch([Row(t.holder) for t in tasks]) if shared else nullcontext():
+            output = asked.run(way, inputs)
         self._steps += 1
         self._base_only += all(t.holder is None for t in tasks)
         self._tokens += sum(t.tokens for t in tasks)

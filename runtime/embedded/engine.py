@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
-import uuid
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,25 +14,15 @@ import torch
 from deltafold.compress.errors import DeltafoldError
 from deltafold.runtime.deltas import Rebuild
 from deltafold.runtime.embedded.batches import Batches
-from deltafold.runtime.embedded.checks import (
-    check_overlay,
-    check_prompt,
-    check_sampling,
-    check_scale,
-    check_whole,
-    output_limit,
-)
 from deltafold.runtime.embedded.delivery import Delivery
-from deltafold.runtime.embedded.drafts import Drafts, output_context
+from deltafold.runtime.embedded.drafts import output_context
 from deltafold.runtime.embedded.gather import gather
-from deltafold.runtime.embedded.inputs import is_plain
 from deltafold.runtime.embedded.job import Job
 from deltafold.runtime.embedded.lanes import Lanes
 from deltafold.runtime.embedded.opening import open_model
-from deltafold.runtime.embedded.overlay import Overlay, read_prompt
+from deltafold.runtime.embedded.reception import Reception
 from deltafold.runtime.embedded.runner import Runner
 from deltafold.runtime.embedded.scheduler import Limits
-from deltafold.runtime.embedded.text import TextFront, TextFronts
 from deltafold.runtime.engine import (
     OnChunk,
     Output,
@@ -44,8 +32,8 @@ from deltafold.runtime.engine import (
     Ticket,
     VariantInfo,
 )
-from deltafold.runtime.host import DeltaHost, Variant
-from deltafold.runtime.mixtures import variant_name
+from deltafold.runtime.gate import GATE
+from deltafold.runtime.host import DeltaHost
 
 _log = logging.getLogger(__name__)
 
@@ -105,8 +93,6 @@ class EmbeddedEngine:
         length = min(x for x in (context, max_model_len, max_batch_tokens) if x)
         self.base_name = host.base_name
         self._host, self._model = host, model
-        self._base_vocabulary: int = model.config.get_text_config(decoder=True).vocab_size
-        self._embedding_width = None if runner is None else runner.embedding_width
         self._limits = Limits(
             rows=max_batch,
             tokens=max_batch_tokens or max_batch * length,
@@ -114,12 +100,10 @@ class EmbeddedEngine:
             chunk=prefill_chunk,
             whole_prompts=runner is not None and runner.recurrent,
         )
-        self._fronts = TextFronts(host.base_name, host.base_folder)
-        self._drafts = Drafts(model, host.base_folder)
+        self._reception = Reception(model, host, runner, self._limits)
         delivery = Delivery(self._on_end)
         batches = Batches(model, host, max_batch, delivery)
         self._lanes = Lanes(runner, self._limits, delivery, batches)
-        self._numbers = itertools.count()
         # Guards what follows; the thread sleeps on it.
         self._wake = threading.Condition()
         self._inbox: deque[Job] = deque()
@@ -212,7 +196,8 @@ class EmbeddedEngine:
         jobs: list[Job] = []
         try:
             for request, on_chunk in requests:
-                jobs.append(self._prepare(request, on_chunk))
+                self._need_open()
+                jobs.append(self._reception.job(request, on_chunk))
             with self._wake:
                 self._need_open()
                 self._live.update((job.ticket.id, job) for job in jobs)
@@ -223,19 +208,6 @@ class EmbeddedEngine:
                 self._host.release(job.variant)
             raise
         return [job.ticket for job in jobs]
-
-    def _prepare(self, request: Request, on_chunk: OnChunk) -> Job:
-        """A request that holds its variant and waits to be put in line."""
-        self._need_open()
-        check_sampling(request.sampling)
-        name = variant_name(request.variant)
-        info = self._host.resolve(name)
-        variant = self._host.acquire(name)
-        try:
-            return self._accept(request, on_chunk, info, variant)
-        except BaseException:
-            self._host.release(variant)
-            raise
 
     def cancel(self, ticket_id: str) -> None:
         """Stop a request at the next step; unknown or finished ids are ignored."""
@@ -256,41 +228,6 @@ class EmbeddedEngine:
         """
         return gather(self.submit_together, self.cancel, requests, window=2 * self._limits.rows)
 
-    def _accept(
-        self, request: Request, on_chunk: OnChunk, info: VariantInfo, variant: Variant | None
-    ) -> Job:
-        front, sampling = self._front_of(variant), request.sampling
-        own = None if variant is None else variant.model
-        if own is not None:
-            check_scale(sampling, info)
-        writing, runner, room = None, None, self._limits.model_len
-        overlay: Overlay | None = None
-        if self._lanes.by_token and is_plain(request.prompt):
-            ids, overlay = read_prompt(front, request.prompt, self._embedding_width)
-            check_overlay(overlay is not None, sampling)
-            runner = None if own is None else Runner(own, None)
-            room = room if runner is None else min(room, runner.context)
-            limit = output_limit(len(ids), sampling.max_tokens, room)
-        else:
-            check_whole(sampling)
-            writing = self._drafts.make(request.prompt, front, variant)
-            ids = list(writing.brought.ids)
-            limit = self._drafts.limit(writing, sampling.max_tokens, room)
-        check_prompt(ids, front.vocabulary or self._base_vocabulary)
-        digest = info.digest if variant is None else variant.digest
-        return Job(
-            ticket=Ticket(uuid.uuid4().hex, info.name, digest, tuple(ids)),
-            sampling=sampling,
-            variant=variant,
-            front=front,
-            on_chunk=on_chunk,
-            order=next(self._numbers),
-            limit=limit,
-            runner=runner,
-            writing=writing,
-            overlay=overlay,
-        )
-
     # Variants and text.
 
     def variants(self) -> list[VariantInfo]:
@@ -303,27 +240,11 @@ class EmbeddedEngine:
 
     def encode(self, variant: str, prompt: Prompt) -> list[int]:
         """Token ids by the variant's own tokenizer and chat template."""
-        return self._front(variant).encode(prompt)
+        return self._reception.front(variant).encode(prompt)
 
     def decode(self, variant: str, token_ids: Sequence[int]) -> str:
         """Text by the variant's own tokenizer, special tokens left out."""
-        return self._front(variant).decode(token_ids)
-
-    def _front(self, name: str) -> TextFront:
-        front = self._fronts.known(self._host.resolve(name).digest)
-        if front is not None:
-            return front
-        # Only a loaded variant tells its folder; after this once the front is kept.
-        variant = self._host.acquire(name)
-        try:
-            return self._front_of(variant)
-        finally:
-            self._host.release(variant)
-
-    def _front_of(self, variant: Variant | None) -> TextFront:
-        if variant is None:
-            return self._fronts.base()
-        return self._fronts.get(variant.digest, variant.name, variant.folder)
+        return self._reception.front(variant).decode(token_ids)
 
     # State.
 
@@ -385,7 +306,8 @@ class EmbeddedEngine:
             if self._model.device.type == "cuda":
                 torch.cuda.set_device(self._model.device)
             while self._collect():
-                self._lanes.step(lambda: self._closing)
+                with GATE.computing():
+                    self._lanes.step(lambda: self._closing)
         except Exception as problem:  # a bug of ours: nobody may be left waiting
             _log.exception("the engine's thread stopped")
             error = problem

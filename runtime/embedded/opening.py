@@ -15,6 +15,8 @@ import torch
 from deltafold.compress import Checkpoint, DeltafoldError
 from deltafold.compress.fingerprint import digest_source
 from deltafold.runtime.deltas import Deltas, Rebuild
+from deltafold.runtime.embedded.products import quicken
+from deltafold.runtime.gate import GATE
 from deltafold.runtime.quantizing import check_quantization, quantize_base
 from deltafold.runtime.quiet import quiet
 from deltafold.runtime.zoo import check_folder
@@ -69,14 +71,15 @@ def open_model(
     checkpoint = Checkpoint.open(base)
     where = _device(device)
     if base_quantization is not None:
-        check_quantization(checkpoint, base_quantization)
-    with quiet(checkpoint.nbytes() < _WORTH_A_BAR):
+        check_quantization(checkpoint, base_quantization, where)
+    with GATE.loading(), quiet(checkpoint.nbytes() < _WORTH_A_BAR):
         model = _generating_class(checkpoint.folder).from_pretrained(
             checkpoint.folder, dtype=_dtype(dtype, checkpoint, where), local_files_only=True
         )
     if base_quantization is not None:
         quantize_base(model, checkpoint, base_quantization)
     model = model.to(where).eval()
+    quicken(model)
     deltas = Deltas(
         model,
         checkpoint,
@@ -91,31 +94,51 @@ def open_model(
 
 
 def generates(base: str | Path) -> bool:
-    """Whether a base was saved as a model that generates text; True where it does not say."""
+    """Whether a base was saved as a model that text can be generated with here; True where it does
+    not say.
+    """
     need_transformers()
-    from deltafold.runtime.embedded.heads import named_class
+    from deltafold.runtime.embedded.plans import named_class
+    from deltafold.runtime.embedded.runner import cache_argument
 
-    _, cls = named_class(Checkpoint.open(base).folder)
-    return cls is None or bool(cls.can_generate())
+    config, cls = named_class(Checkpoint.open(base).folder)
+    if cls is None:
+        return True
+    pairs = bool(getattr(config, "is_encoder_decoder", False))
+    return bool(cls.can_generate()) and (pairs or bool(cache_argument(cls)))
 
 
 def load_bare(
-    checkpoint: Checkpoint, cls: Any, *, device: str, dtype: str | torch.dtype | None
+    checkpoint: Checkpoint,
+    cls: Any,
+    *,
+    device: str,
+    dtype: str | torch.dtype | None,
+    base_quantization: str | None = None,
 ) -> tuple[Any, list[str]]:
     """Load a checkpoint as a class that may leave its head out, or have more than it.
+
+    Raises:
+        DeltafoldError: as `open_model`.
 
     Returns:
         The model, in eval mode, and the names of its tensors that the checkpoint does not bring.
     """
     where = _device(device)
-    with quiet(checkpoint.nbytes() < _WORTH_A_BAR), _no_report():
+    if base_quantization is not None:
+        check_quantization(checkpoint, base_quantization, where)
+    with GATE.loading(), quiet(checkpoint.nbytes() < _WORTH_A_BAR), _no_report():
         model, info = cls.from_pretrained(
             checkpoint.folder,
             dtype=_dtype(dtype, checkpoint, where),
             local_files_only=True,
             output_loading_info=True,
         )
-    return model.to(where).eval(), sorted(info["missing_keys"])
+    if base_quantization is not None:
+        quantize_base(model, checkpoint, base_quantization)
+    model = model.to(where).eval()
+    quicken(model)
+    return model, sorted(info["missing_keys"])
 
 
 def _generating_class(folder: Path) -> Any:

@@ -9,16 +9,15 @@ from typing import Any, Self
 
 import torch
 
-from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
+from deltafold.compress import Checkpoint, DeltafoldError
 from deltafold.compress.fingerprint import digest_source
-from deltafold.runtime.deltas import Deltas
+from deltafold.runtime.deltas import Beside, Deltas, Rebuild
 from deltafold.runtime.embedded.batcher import Batcher, Task
-from deltafold.runtime.embedded.checks import check_prompt
-from deltafold.runtime.embedded.heads import Head, Heads, Trunk
-from deltafold.runtime.embedded.images import ImageFronts, is_picture
+from deltafold.runtime.embedded.heads import Heads, Trunk
+from deltafold.runtime.embedded.intake import Intake, Want
 from deltafold.runtime.embedded.opening import load_bare, need_transformers
-from deltafold.runtime.embedded.text import TextFront, TextFronts
-from deltafold.runtime.embedded.trunk import Encoder, trunk_class, zero_missing
+from deltafold.runtime.embedded.scoring import outputs_of, scores_of
+from deltafold.runtime.embedded.trunk import Encoder, trunk_class
 from deltafold.runtime.embedded.vectors import (
     POOLINGS,
     Pooling,
@@ -27,9 +26,10 @@ from deltafold.runtime.embedded.vectors import (
     vector_of,
 )
 from deltafold.runtime.engine import Prompt, Stats, VariantInfo
-from deltafold.runtime.host import Variant
 from deltafold.runtime.idle import dispensable
 from deltafold.runtime.pooled import Outputs, PoolRequest, Scores, Vector
+from deltafold.runtime.rebuilding import zero_missing
+from deltafold.runtime.uses import Answers
 from deltafold.runtime.zoo import check_folder
 
 
@@ -37,7 +37,8 @@ class PoolingEngine:
     """Serves a base that does not generate and its variants in mixed batches.
 
     The base is opened without its head, as the bare model of its architecture (the trunk), and runs
-    once for a batch. A variant's own class, from its configuration, reads its rows; see `heads`.
+    once for a batch. A variant's own class, from its configuration, reads its rows; see `heads`. A
+    variant for which that would not be right has a dense model of its own, and batches of its own.
 
     Threads: everything may be called from any thread. Requests that wait at the same time share
     batches; forward passes happen on the engine's thread alone.
@@ -64,8 +65,7 @@ class PoolingEngine:
         self.base_name = deltas.base_name
         self._encoder, self._deltas, self._heads = encoder, deltas, heads
         self._max_tokens = min(encoder.max_tokens, max_model_len or encoder.max_tokens)
-        self._fronts = TextFronts(deltas.base_name, deltas.base_folder)
-        self._pictures = ImageFronts(deltas.base_folder)
+        self._intake = Intake(encoder, deltas, heads, self._max_tokens)
         self._batcher = Batcher(encoder, deltas, max_batch, max_batch_tokens)
 
     @classmethod
@@ -79,6 +79,8 @@ class PoolingEngine:
         served_model_name: str | None = None,
         max_deltas: int | None = None,
         strict: bool = True,
+        base_quantization: str | None = None,
+        rebuild: Rebuild = "auto",
         max_batch: int = 32,
         max_model_len: int | None = None,
         max_batch_tokens: int = 16384,
@@ -93,6 +95,9 @@ class PoolingEngine:
             served_model_name: what the base answers to besides "base".
             max_deltas: most variants in memory; None keeps all that were used.
             strict: refuse to start while a delta of the zoo is broken or for another base.
+            base_quantization: `nf4` or `int8` keeps the base's linear layers in 4 or 8 bits.
+            rebuild: "auto" serves a variant that cannot be run on the shared trunk by a dense model
+                of its own in memory; "never" refuses it.
             max_batch: most requests in one forward pass.
             max_model_len: most tokens of a text; never more than the model's own.
             max_batch_tokens: most places in one, in rows times the longest text.
@@ -105,11 +110,16 @@ class PoolingEngine:
         check_folder(zoo)
         checkpoint = Checkpoint.open(base)
         model, missing = load_bare(
-            checkpoint, trunk_class(checkpoint.folder), device=device, dtype=dtype
+            checkpoint,
+            trunk_class(checkpoint.folder),
+            device=device,
+            dtype=dtype,
+            base_quantization=base_quantization,
         )
         lacking = zero_missing(model, missing)
         encoder = Encoder.of(model)
         heads = Heads(checkpoint, _trunk(encoder, lacking))
+        beside = Beside(heads.tensors, heads.problem, heads.blueprint)
         deltas = Deltas(
             model,
             checkpoint,
@@ -117,9 +127,10 @@ class PoolingEngine:
             name=served_model_name or checkpoint.reference.name,
             max_deltas=max_deltas,
             strict=strict,
+            rebuild=rebuild,
             digests=digest_source(checkpoint),
             inputs=encoder.inputs,
-            beside=heads.beside,
+            beside=beside,
         )
         return cls(
             encoder,
@@ -140,7 +151,7 @@ class PoolingEngine:
                 a variant that does not classify; `context-length`; `busy` after `close`; and every
                 code that loading a delta can give.
         """
-        return self._all(requests, self._head, _scores)
+        return self._all(requests, "answer", scores_of)
 
     def run(self, requests: Sequence[PoolRequest]) -> list[Outputs]:
         """What each variant's own class returns: scores of every token, of spans, or whatever.
@@ -148,7 +159,7 @@ class PoolingEngine:
         Raises:
             DeltafoldError: as `classify`, for a variant without a head.
         """
-        return self._all(requests, self._head, _outputs)
+        return self._all(requests, "answer", outputs_of)
 
     def embed(
         self,
@@ -177,7 +188,7 @@ class PoolingEngine:
             )
 
         def finish(task: Task, output: Any) -> Vector:
-            kind = chosen(pooling, output, task.way, dual=self._encoder.dual)
+            kind = chosen(pooling, output, task.way, dual=task.asked.dual)
             if kind == "pooler" and task.lacks_pooler:
                 raise DeltafoldError(
                     "bad-argument",
@@ -186,13 +197,13 @@ class PoolingEngine:
                 )
             found = vector_of(output, kind)
             if dimensions not in (None, len(found)):
-                check_dimensions(dimensions, len(found), self._folder(task.holder))
+                check_dimensions(dimensions, len(found), self._intake.folder(task.holder))
                 found = found[:dimensions].clone()
             if normalize:
                 found = torch.nn.functional.normalize(found, dim=0)
             return Vector(*task.origin, vector=found)
 
-        return self._all(requests, lambda _: None, finish)
+        return self._all(requests, "states", finish)
 
     # Variants and text.
 
@@ -206,12 +217,12 @@ class PoolingEngine:
 
     def encode(self, variant: str, prompt: Prompt) -> list[int]:
         """Token ids by the variant's own tokenizer."""
-        ids: list[int] = self._with_front(variant, lambda front: front.encode(prompt))
+        ids: list[int] = self._intake.with_front(variant, lambda front: front.encode(prompt))
         return ids
 
     def decode(self, variant: str, token_ids: Sequence[int]) -> str:
         """Text by the variant's own tokenizer, special tokens left out."""
-        text: str = self._with_front(variant, lambda front: front.decode(token_ids))
+        text: str = self._intake.with_front(variant, lambda front: front.decode(token_ids))
         return text
 
     @property
@@ -241,18 +252,13 @@ class PoolingEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # From requests to tasks.
-
     def _all(
-        self,
-        requests: Sequence[PoolRequest],
-        head_of: Callable[[Variant | None], Head | None],
-        finish: Callable[[Task, Any], Any],
+        self, requests: Sequence[PoolRequest], want: Want, finish: Callable[[Task, Any], Any]
     ) -> list[Any]:
         tasks: list[Task] = []
         try:
             for request in requests:
-                tasks.append(self._prepare(request, head_of, finish))
+                tasks.append(self._intake.task(request, want, finish))
             self._batcher.submit(tasks)
             return [task.future.result() for task in tasks]
         finally:
@@ -261,91 +267,10 @@ class PoolingEngine:
             for task in tasks:
                 self._deltas.release(task.holder)
 
-    def _prepare(
-        self,
-        request: PoolRequest,
-        head_of: Callable[[Variant | None], Head | None],
-        finish: Callable[[Task, Any], Any],
-    ) -> Task:
-        info = self._deltas.resolve(request.variant)
-        holder = self._deltas.acquire(request.variant)
-        try:
-            digest = info.digest if holder is None else holder.digest
-            return Task(
-                variant=info.name,
-                digest=digest,
-                holder=holder,
-                head=head_of(holder),
-                finish=finish,
-                lacks_pooler=self._lacks_pooler(holder),
-                **self._inputs(request.input, holder),
-            )
-        except BaseException:
-            self._deltas.release(holder)
-            raise
-
-    def _folder(self, holder: Variant | None) -> Path:
-        return self._deltas.base_folder if holder is None else holder.folder
-
-    def _head(self, holder: Variant | None) -> Head:
-        if holder is None:
-            return self._heads.get(self._deltas.base_digest, None)
-        return self._heads.get(holder.digest, DeltaRepo.open(holder.folder))
-
-    def _lacks_pooler(self, holder: Variant | None) -> bool:
-        digest = self._deltas.base_digest if holder is None else holder.digest
-        folder = None if holder is None else holder.folder
-        return any(n.startswith("pooler.") for n in self._heads.without(digest, folder))
-
-    def _inputs(self, given: Any, holder: Variant | None) -> dict[str, Any]:
-        if is_picture(given):
-            self._need("image", "pictures")
-            folder = self._deltas.base_folder if holder is None else holder.folder
-            return {
-                "way": "image",
-                "inputs": {"pixel_values": self._pictures.pixels(folder, given)},
-            }
-        self._need("text", "texts")
-        front, types = self._front(holder), None
-        if isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, str) for x in given):
-            ids, types = front.encode_pair(*given)
-        else:
-            ids = front.encode(given)
-        config = self._encoder.config.get_text_config()
-        check_prompt(ids, front.vocabulary or int(config.vocab_size))
-        if len(ids) > self.max_model_len:
-            raise DeltafoldError(
-                "context-length",
-                "the text is longer than the model reads.",
-                facts=[("tokens", len(ids)), ("most", self.max_model_len)],
-                fix="shorten the text",
-            )
-        inputs = {"input_ids": torch.tensor(ids, dtype=torch.int64)}
-        if types is not None and "token_type_ids" in self._encoder.named:
-            inputs["token_type_ids"] = torch.tensor(types, dtype=torch.int64)
-        return {"way": "text", "inputs": inputs}
-
-    def _need(self, way: Any, what: str) -> None:
-        if way not in self._encoder.ways:
-            name = type(self._encoder.model).__name__
-            raise DeltafoldError("bad-argument", f"{self.base_name} ({name}) does not read {what}.")
-
-    def _front(self, holder: Variant | None) -> TextFront:
-        if holder is None:
-            return self._fronts.base()
-        return self._fronts.get(holder.digest, holder.name, holder.folder)
-
-    def _with_front(self, name: str, use: Callable[[TextFront], Any]) -> Any:
-        self._need("text", "texts")
-        holder = self._deltas.acquire(name)
-        try:
-            return use(self._front(holder))
-        finally:
-            self._deltas.release(holder)
-
 
 def _trunk(encoder: Encoder, lacking: frozenset[str]) -> Trunk:
-    model, place = encoder.model, encoder.answers.places[0]
+    model = encoder.model
+    answers = Answers.observe(model, encoder.inputs)
     parameters: dict[int, set[str]] = {}
     for name, value in (
         *model.named_parameters(remove_duplicate=False),
@@ -353,43 +278,11 @@ def _trunk(encoder: Encoder, lacking: frozenset[str]) -> Trunk:
     ):
         parameters.setdefault(id(value), set()).add(name)
     return Trunk(
+        kind=type(model),
         tensors={n: frozenset(names) for names in parameters.values() for n in names},
         lacking=lacking,
-        dispensable=dispensable(model, encoder.inputs, encoder.answers, place),
+        dispensable=dispensable(model, encoder.inputs, answers, answers.places[0]),
         device=encoder.device,
         dtype=encoder.dtype,
         sample=encoder.sample(),
-    )
-
-
-def _outputs(task: Task, output: Any) -> Outputs:
-    tensors = {n: v[0].cpu().clone() for n, v in output.items() if isinstance(v, torch.Tensor)}
-    return Outputs(*task.origin, outputs=tensors)
-
-
-def _scores(task: Task, output: Any) -> Scores:
-    logits = output.get("logits")
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
-        raise DeltafoldError(
-            "bad-argument",
-            f"{task.variant} does not classify: its class gives no scores of a whole request.",
-            fix="ask it for embeddings, or use PoolingEngine.run for all that it returns",
-        )
-    assert task.head is not None
-    config, scores = task.head.config, logits[0].to("cpu", torch.float32)
-    names = getattr(config, "id2label", None) or {}
-    labels = tuple(str(names.get(i, f"LABEL_{i}")) for i in range(len(scores)))
-    kind = getattr(config, "problem_type", None)
-    if kind == "regression":
-        probabilities = scores
-    elif kind == "multi_label_classification" or len(scores) == 1:
-        probabilities = scores.sigmoid()
-    else:
-        probabilities = scores.softmax(0)
-    return Scores(
-        *task.origin,
-        label=labels[int(scores.argmax())],
-        probabilities=tuple(probabilities.tolist()),
-        logits=tuple(scores.tolist()),
-        labels=labels,
     )

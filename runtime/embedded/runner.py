@@ -27,6 +27,12 @@ def stated_context(config: Any, names: Sequence[str]) -> int | None:
     return next((int(length) for length in found if length), None)
 
 
+def cache_argument(cls: type) -> str:
+    """What a class calls the memory that its forward is given; empty where it takes none."""
+    known = inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
+    return next((name for name in _CACHES if name in known), "")
+
+
 class Runner:
     """Calls a causal language model of transformers through its public arguments alone.
 
@@ -46,12 +52,12 @@ class Runner:
             DeltafoldError: `engine-unsupported` where a model cannot continue from a cache.
         """
         known = set(inspect.signature(type(model).forward).parameters)
-        self._takes_cache = next((n for n in _CACHES if n in known), "")
+        self._takes_cache = cache_argument(type(model))
         if not self._takes_cache:
             raise DeltafoldError(
                 "engine-unsupported",
                 f"{type(model).__name__} takes no key-value cache, so it cannot generate here.",
-                fix="serve a decoder-only causal language model",
+                fix="serve it for labels and vectors: --runner pooling",
             )
         self._model = model.eval()
         self._host = host

@@ -19,7 +19,7 @@ from deltafold.compress.errors import DeltafoldError
 from deltafold.runtime.embedded.stream import Decode
 from deltafold.runtime.engine import Message, Prompt
 
-#: Files that decide what a tokenizer does; one of `_VOCABULARIES` must be there.
+#: Files that decide which ids a text becomes; one of `_VOCABULARIES` must be there.
 _VOCABULARIES: Final = (
     "tokenizer.json",
     "tokenizer.model",
@@ -34,9 +34,8 @@ _TOKENIZER_FILES: Final = (
     "special_tokens_map.json",
     "added_tokens.json",
     "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
 )
+_TEMPLATE_FILES: Final = ("chat_template.jinja", "chat_template.json")
 #: Front ends kept ready; loading one again takes about a second.
 _KEPT: Final = 256
 
@@ -220,7 +219,7 @@ class TextFronts:
         self._tokenizers = {k: t for k, t in self._tokenizers.items() if id(t) in used}
 
     def _load(self, name: str, folder: Path) -> TextFront:
-        own = next((f for f in (folder, self._base_folder) if _has_tokenizer(f)), None)
+        own = next((f for f in (folder, self._base_folder) if has_tokenizer(f)), None)
         tokenizer = self._tokenizer(own) if own else None
         eos = _eos(folder) or _eos(self._base_folder)
         if tokenizer is not None and tokenizer.eos_token_id is not None:
@@ -228,7 +227,7 @@ class TextFronts:
         return TextFront(name, tokenizer, eos, _vocabulary(folder))
 
     def _tokenizer(self, folder: Path) -> Any:
-        key = _content_key(folder)
+        key = content_key(folder) + template_key(folder)
         if key not in self._tokenizers:
             # transformers takes seconds to import; only engines that meet text need this part.
             from transformers import AutoTokenizer
@@ -241,18 +240,36 @@ class TextFronts:
         return self._tokenizers[key]
 
 
-def _has_tokenizer(folder: Path) -> bool:
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer's files."""
     return any((folder / name).is_file() for name in _VOCABULARIES)
 
 
-def _content_key(folder: Path) -> str:
-    """A hash of everything that shapes the tokenizer."""
+def content_key(folder: Path) -> str:
+    """A hash of everything that shapes the tokenizer but its chat template."""
     digest = hashlib.sha256()
     for name in _TOKENIZER_FILES:
         path = folder / name
-        if path.is_file():
-            digest.update(f"{name}\0{path.stat().st_size}\0".encode())
-            digest.update(path.read_bytes())
+        if not path.is_file():
+            continue
+        content = path.read_bytes()
+        if name == "tokenizer_config.json":
+            settings = json.loads(content)
+            settings.pop("chat_template", None)
+            content = json.dumps(settings, sort_keys=True).encode()
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def template_key(folder: Path) -> str:
+    """A hash of a tokenizer's chat template, wherever it is kept."""
+    digest = hashlib.sha256()
+    for name in _TEMPLATE_FILES:
+        if (folder / name).is_file():
+            digest.update((folder / name).read_bytes())
+    inline = read_json(folder / "tokenizer_config.json").get("chat_template")
+    digest.update(json.dumps(inline).encode())
     return digest.hexdigest()
 
 

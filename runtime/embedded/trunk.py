@@ -13,12 +13,15 @@ from torch import nn
 
 from deltafold.compress import DeltafoldError
 from deltafold.compress.errors import name_some
-from deltafold.runtime.embedded.heads import named_class, plan_of
-from deltafold.runtime.uses import Answers
-from deltafold.runtime.warm_up import Inputs, warm_up_inputs
+from deltafold.compress.memory import ran_out
+from deltafold.runtime.embedded.plans import named_class, plan_of, refused_input
+from deltafold.runtime.warm_up import Inputs, end_token, ended, warm_up_inputs
 
 #: What a request is made of.
 Way: TypeAlias = Literal["text", "image"]
+#: Requests share a batch with none, with those of equal length, or with any: short texts are padded.
+Together: TypeAlias = Literal["alone", "equal", "padded"]
+_COMPANY: tuple[Together, ...] = ("alone", "equal", "padded")
 _INPUT: dict[Way, str] = {"text": "input_ids", "image": "pixel_values"}
 _FEATURES: dict[Way, str] = {"text": "get_text_features", "image": "get_image_features"}
 
@@ -26,15 +29,20 @@ _FEATURES: dict[Way, str] = {"text": "get_text_features", "image": "get_image_fe
 def trunk_class(folder: Path) -> Any:
     """The class to run for a base: its architecture's bare model, with all that variants may use.
 
-    A base that was saved with a head is opened without it. Bare models with names of their own (one
-    tower of two, an encoder without its decoder) stay what they are.
+    A base that was saved with a head is opened without it, one with a decoder as its encoder where
+    transformers has a class for that. Bare models with names of their own (one tower of two) stay what
+    they are.
 
     Raises:
         DeltafoldError: `engine-unsupported` where transformers knows neither.
     """
-    from transformers import MODEL_MAPPING
+    from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING
 
     config, named = named_class(folder)
+    if getattr(config, "is_encoder_decoder", False):
+        encoder = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+        if encoder is not None:
+            return encoder
     auto = MODEL_MAPPING.get(type(config), None) if config is not None else None
     auto = auto[0] if isinstance(auto, tuple) else auto
     plan = plan_of(folder) if named is not None else None
@@ -47,23 +55,23 @@ def trunk_class(folder: Path) -> Any:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A bare model and the ways of asking it.
+    """A model and the ways of asking it.
 
     Attributes:
         model: wrapped or not, in eval mode.
         inputs: of a warm-up batch.
-        answers: which of its outputs keep requests apart.
         ways: what requests may be made of.
         named: arguments that its forward knows.
-        pads: texts of different lengths may share a batch.
+        together: which requests may share a batch.
+        dual: texts and images go through towers of their own into one space, and are asked so.
     """
 
     model: nn.Module
     inputs: Inputs
-    answers: Answers
     ways: tuple[Way, ...]
     named: frozenset[str]
-    pads: bool = True
+    together: Together = "equal"
+    dual: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> Encoder:
@@ -72,30 +80,35 @@ class Encoder:
         Raises:
             DeltafoldError: `engine-unsupported` where it cannot be asked for texts or images alone.
         """
-        named = set(inspect.signature(model.forward).parameters)
+        named = _named(model)
         types = getattr(_config(model).get_text_config(), "type_vocab_size", None)
         if not isinstance(types, int) or types < 2:
             named.discard("token_type_ids")
         inputs = _as_asked(warm_up_inputs(model, cached=False), named)
-        answers = Answers.observe(model, inputs)
         ways = tuple(way for way, name in _INPUT.items() if name in inputs)
-        encoder = cls(model, inputs, answers, ways, frozenset(named))
-        for way in ways:
-            encoder._try(way)
-        if "text" in ways:
-            encoder = replace(encoder, pads=encoder._ignores_padding())
+        encoder = cls(model, inputs, ways, frozenset(named), dual=len(ways) == 2)
         if not ways:
             raise DeltafoldError(
                 "engine-unsupported",
                 f"{type(model).__name__} reads neither texts nor images.",
                 facts=[("it reads", name_some(sorted(inputs), len(inputs)))],
             )
-        return encoder
+        return encoder._tried()
 
-    @property
-    def dual(self) -> bool:
-        """Whether texts and images go through towers of their own into one space."""
-        return len(self.ways) == 2
+    def around(self, model: nn.Module) -> Encoder:
+        """A class whose trunk this is, to be asked for all that it returns.
+
+        Raises:
+            DeltafoldError: `engine-unsupported` where it cannot be asked what its trunk can.
+        """
+        named = frozenset(_named(model))
+        return replace(self, model=model, named=named, together="equal", dual=False)._tried()
+
+    def _tried(self) -> Encoder:
+        for way in self.ways:
+            self._try(way)
+        found = [self._company(way) for way in self.ways]
+        return replace(self, together=min(found, key=_COMPANY.index))
 
     @property
     def device(self) -> torch.device:
@@ -105,26 +118,43 @@ class Encoder:
     @property
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
-        return next(self.model.parameters()).dtype
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     def sample(self) -> tuple[Inputs, Any]:
         """The warm-up batch's first request, and what the model returns for it."""
         way = self.ways[0]
-        value = self.inputs[_INPUT[way]][:1]
-        inputs: Inputs = {_INPUT[way]: value}
-        if way == "text" and "attention_mask" in self.named:
-            inputs["attention_mask"] = torch.ones_like(value)
+        inputs = self.batch(way, [self._row(way, 0)])
         with torch.inference_mode():
             return inputs, self.run(way, inputs)
 
     def run(self, way: Way, inputs: Mapping[str, Any]) -> Any:
-        """The model's output for a batch; of a dual encoder, that of one tower with its features."""
-        if self.dual:
-            return getattr(self.model, _FEATURES[way])(**inputs)
-        given = dict(inputs)
-        if "use_cache" in self.named:
+        """The model's output for a batch; of a dual encoder, that of one tower with its features.
+
+        Args:
+            way: of the batch.
+            inputs: as `batch` makes them.
+
+        Raises:
+            DeltafoldError: `bad-argument` where the model refuses them.
+        """
+        given = {name: value for name, value in inputs.items() if name in self.named}
+        if not self.dual and "use_cache" in self.named:
             given["use_cache"] = False
-        return self.model(**given)
+        ask = getattr(self.model, _FEATURES[way]) if self.dual else self.model
+        try:
+            return ask(**given)
+        except ValueError as error:
+            if isinstance(error, DeltafoldError):
+                raise
+            raise refused_input(self.model, error) from error
+
+    def kind(self, way: Way, row: Mapping[str, torch.Tensor]) -> object:
+        """Requests of one kind fit into one batch."""
+        if self.together == "alone":
+            return object()
+        if way == "image":
+            return tuple(row["pixel_values"].shape)
+        return "text" if self.together == "padded" else len(row["input_ids"])
 
     def batch(self, way: Way, rows: Sequence[Mapping[str, torch.Tensor]]) -> Inputs:
         """Requests as one batch on the model's device; texts are padded on the right.
@@ -170,36 +200,58 @@ class Encoder:
         offsets = [m.padding_idx + 1 for m in tables if m.num_embeddings == most and m.padding_idx]
         return most - max(offsets, default=0)
 
-    def _ignores_padding(self) -> bool:
-        """Whether a short text says the same alone and beside a longer one."""
-        ids = self.inputs["input_ids"].cpu()
-        long, short = {"input_ids": ids[0]}, {"input_ids": ids[1, :-1]}
+    def _row(self, way: Way, index: int, cut: int = 0) -> dict[str, torch.Tensor]:
+        """A request of the warm-up batch; a text ends as texts do, and has that token once."""
+        value = self.inputs[_INPUT[way]][index].cpu()
+        if way == "text":
+            value, end = value[: len(value) - cut], end_token(self.config)
+            value = value if end is None else ended(value, end)
+        return {_INPUT[way]: value}
+
+    def _company(self, way: Way) -> Together:
+        """Whether a request is answered alike alone, beside another one, and beside a longer one."""
+        first, second = self._row(way, 0), self._row(way, 1)
+        if not self._agree(way, first, second):
+            return "alone"
+        if way == "image":
+            return "padded"
+        return "padded" if self._agree(way, first, self._row(way, 1, cut=1)) else "equal"
+
+    def _agree(self, way: Way, *rows: Mapping[str, torch.Tensor]) -> bool:
+        """Whether the last request is answered in a batch as it is alone."""
+        tokens = len(rows[-1]["input_ids"]) if way == "text" else None
         try:
             with torch.inference_mode():
-                together = self.run("text", self.batch("text", [long, short]))
-                alone = self.run("text", self.batch("text", [short]))
-        except (RuntimeError, ValueError, IndexError):
+                together = self.run(way, self.batch(way, rows))
+                alone = answers_in(self.run(way, self.batch(way, rows[-1:])))
+        except (RuntimeError, ValueError, IndexError) as error:
+            if ran_out(error):
+                raise
             return False
-        found, expected = answers_in(row_of(together, 1, ids.shape[1] - 1)), answers_in(alone)
+        found = answers_in(row_of(together, len(rows) - 1, tokens))
         limit = 1e-4 if self.dtype == torch.float32 else 5e-2
-        return found.keys() == expected.keys() and all(
+        return found.keys() == alone.keys() and all(
             found[n].shape == e.shape
             and bool(((found[n] - e).abs() <= limit * e.abs().max()).all())
-            for n, e in expected.items()
+            for n, e in alone.items()
         )
 
     def _try(self, way: Way) -> None:
-        value = self.inputs[_INPUT[way]]
-        rows = [{_INPUT[way]: value[i].cpu()} for i in range(2)]
         try:
             with torch.inference_mode():
-                self.run(way, self.batch(way, rows))
+                self.run(way, self.batch(way, [self._row(way, 0)]))
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            if ran_out(error):
+                raise
             raise DeltafoldError(
                 "engine-unsupported",
                 f"{type(self.model).__name__} cannot be asked about a {way} alone.",
                 facts=[("it says", str(error).splitlines()[0] if str(error) else repr(error))],
             ) from error
+
+
+def _named(model: nn.Module) -> set[str]:
+    return set(inspect.signature(model.forward).parameters)
 
 
 def _as_asked(inputs: Inputs, named: set[str]) -> Inputs:
@@ -247,17 +299,3 @@ def answers_in(output: Any) -> dict[str, torch.Tensor]:
 
 def _padded(rows: Sequence[torch.Tensor], padding: int = 0) -> torch.Tensor:
     return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=padding)
-
-
-def zero_missing(model: nn.Module, missing: Sequence[str]) -> frozenset[str]:
-    """Zero what a checkpoint does not bring, so that a variant's difference is its value.
-
-    Returns:
-        The names of these tensors in the model.
-    """
-    state = model.state_dict()
-    with torch.no_grad():
-        for name in missing:
-            if name in state:
-                state[name].zero_()
-    return frozenset(n for n in missing if n in state)

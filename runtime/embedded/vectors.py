@@ -12,7 +12,7 @@ from deltafold.compress.errors import DeltafoldError
 from deltafold.runtime.embedded.text import read_json
 
 #: `auto` is the model's own features where it has some, the mean for other texts, and the first
-#: place (convolutional models: the pooled map) for other images.
+#: place for other images (convolutional models: the pooled map, or its mean where nobody pools).
 Pooling: TypeAlias = Literal["auto", "cls", "mean", "last", "pooler"]
 POOLINGS: Final = ("auto", "cls", "mean", "last", "pooler")
 
@@ -25,7 +25,9 @@ def chosen(pooling: Pooling, output: Any, way: str, *, dual: bool) -> Pooling:
         return "pooler"
     if way == "text":
         return "mean"
-    return "cls" if _states(output).dim() == 3 else "pooler"
+    if _states(output).dim() == 3:
+        return "cls"
+    return "pooler" if isinstance(output.get("pooler_output"), torch.Tensor) else "mean"
 
 
 def vector_of(output: Any, pooling: Pooling) -> torch.Tensor:

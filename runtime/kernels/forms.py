@@ -116,7 +116,18 @@ def _product(
         chosen = term.chosen(parts, matrix[0], context.name)
         return ColumnSubset(index, chosen.to(target.device, target.dtype), matrix[1])
     delta = term.decode(parts, shape, context).reshape(matrix)
-    if target.device.type == "cpu" and _is_sparse(term, delta):
+    return form_of_delta(delta, share_kept(term, delta), target)
+
+
+def form_of_delta(delta: torch.Tensor, share: float, target: Target) -> DeltaMatrix:
+    """The form of a decoded float32 delta `[N, M]` that keeps a share of its entries."""
+    if share < _SPARSE_BELOW and applies_packed(target.device):
+        from deltafold.runtime.kernels.triton.sparse import sparse_rows
+
+        found = sparse_rows(delta, target.device)
+        if found is not None:
+            return found
+    elif share < _SPARSE_BELOW and target.device.type == "cpu" and delta.numel() >= _SPARSE_FROM:
         return csr(delta, target.device)
     return Dense(delta.to(target.device, target.dtype))
 
@@ -130,19 +141,13 @@ def _on_gpu(
 ) -> DeltaMatrix | None:
     """The form for our GPU kernels, or None where they have none."""
     from deltafold.runtime.kernels.triton.forms import bit_slices
-    from deltafold.runtime.kernels.triton.sparse import sparse_rows, strata
+    from deltafold.runtime.kernels.triton.sparse import strata
 
     term, parts = encoded
     if isinstance(term, Planes | Codes | ColumnPlanes | Codebook):
         return bit_slices(term, parts, matrix, target.device)
     if isinstance(term, NM):
-        found = strata(term, parts, matrix, target.device, context.name)
-        if found is not None:
-            return found
-    if isinstance(term, NM | Sparse | SparseCodes):
-        delta = term.decode(parts, shape, context).reshape(matrix)
-        if _share(term, delta) < _SPARSE_BELOW:
-            return sparse_rows(delta, target.device)
+        return strata(term, parts, matrix, target.device, context.name)
     return None
 
 
@@ -230,11 +235,11 @@ def _table(
 
 
 def _is_sparse(term: Term, delta: torch.Tensor) -> bool:
-    return _share(term, delta) < _SPARSE_BELOW and delta.numel() >= _SPARSE_FROM
+    return share_kept(term, delta) < _SPARSE_BELOW and delta.numel() >= _SPARSE_FROM
 
 
-def _share(term: Term, delta: torch.Tensor) -> float:
-    """The share of entries that a term keeps."""
+def share_kept(term: Term, delta: torch.Tensor) -> float:
+    """The share of a delta's entries that a term keeps."""
     if isinstance(term, NM):
         return term.keep / term.of
     if isinstance(term, Sparse | SparseCodes):

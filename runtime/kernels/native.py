@@ -24,6 +24,24 @@ def signs_library() -> ctypes.CDLL | None:
         pointer, integer, integer,  # x, tokens, columns
         pointer, pointer, pointer,  # signs, levels, offsets
         integer, integer, integer, integer, integer,  # planes, groups, width, words, rows
-        pointer, pointer,  # scratch, y
+        integer, pointer, pointer,  # columns of a lookup, scratch, y
+    ]  # fmt: skip
+    library.signs_lay.restype = None
+    library.signs_lay.argtypes = [
+        pointer, integer, integer, integer,  # fields, planes, rows, columns
+        integer, integer, integer, integer, integer,  # groups, width, words, padded rows, columns of
+        pointer,  # a lookup, out
+    ]  # fmt: skip
+    library.signs_dense.restype = None
+    library.signs_dense.argtypes = [
+        pointer, pointer, pointer,  # signs, levels, offsets
+        integer, integer, integer, integer, integer,  # planes, groups, width, words, rows
+        integer, integer, integer, integer,  # columns of a lookup, first and last block, columns
+        pointer,  # out
     ]  # fmt: skip
     return library
+
+
+def lookup_columns(library: ctypes.CDLL) -> int:
+    """Columns of one lookup that this CPU is fastest at: 3, or 4 with AVX-512."""
+    return int(library.signs_columns())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -112,10 +113,10 @@ def shared_rows(
     return SharedRows(table, index, mask, term.scale)
 
 
-def shared_bytes() -> int:
-    """Memory that all shared tables take, in bytes."""
+def shared_bytes(families: Collection[str]) -> int:
+    """Memory that the tables of some families take, in bytes; families by their digests."""
     with _lock:
-        tables = list(_tables.values())
+        tables = [table for (family, *_), table in _tables.items() if family in families]
     return sum(t.weight.numel() * t.weight.element_size() for t in tables)
 
 

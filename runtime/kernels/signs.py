@@ -8,16 +8,27 @@ and the half that is left is a constant for each group, times the sum of the gro
 from __future__ import annotations
 
 import ctypes
+import sys
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 
+from deltafold.compress import bits as packing
 from deltafold.compress.terms import Codebook, Codes, ColumnPlanes, Planes, scales
 from deltafold.compress.terms.base import Parts
-from deltafold.runtime.kernels.native import signs_library
+from deltafold.runtime.kernels.native import lookup_columns, signs_library
+from deltafold.runtime.kernels.onednn import product
 
-_ROWS, _LOOKUPS, _COLUMNS, _ENTRIES = 32, 10, 3, 8
-_WORD = _LOOKUPS * _COLUMNS
+#: Rows that lie together.
+BLOCK_ROWS: Final = 32
+_WORD_BITS: Final = 32
+#: Tokens above which rebuilding costs less, by columns of a lookup and planes, as
+#: `benchmarks/linear.py --crossings` measured it; one plane is always applied.
+_REBUILT_ABOVE: Final = {3: {2: 32, 3: 16, 4: 12}, 4: {2: 256, 3: 40, 4: 24}}
+_MANY_PLANES: Final = {3: 8, 4: 12}
+#: Entries that are rebuilt at a time: few enough for a CPU's caches.
+_PIECE: Final = 2**20
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,7 @@ class SignWords:
         width: columns of a group.
         rows: N.
         columns: M.
+        each: columns of one lookup, 3 or 4; a word holds 30 or 32 columns.
         library: the compiled kernel.
     """
 
@@ -40,6 +52,7 @@ class SignWords:
     width: int
     rows: int
     columns: int
+    each: int
     library: ctypes.CDLL = field(repr=False)
 
     @property
@@ -51,9 +64,15 @@ class SignWords:
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         """`x @ D^T`; computed in float32."""
         flat = x.to(torch.float32).contiguous()
+        many = len(flat) > self.rebuilt_above
+        return (self.rebuilt(flat) if many else self.applied(flat)).to(x.dtype)
+
+    def applied(self, flat: torch.Tensor) -> torch.Tensor:
+        """`x @ D^T` from the words, for few tokens; x float32, contiguous."""
         planes, groups, rows = self.levels.shape
         words = self.words.shape[2] // groups
-        scratch = torch.empty(groups * (words * _LOOKUPS * _ENTRIES + 1))
+        lookups = _WORD_BITS // self.each
+        scratch = torch.empty(groups * (words * lookups * 2**self.each + 1))
         y = torch.empty(len(flat), rows)
         self.library.signs_product(
             flat.data_ptr(),
@@ -67,14 +86,57 @@ class SignWords:
             self.width,
             words,
             rows,
+            self.each,
             scratch.data_ptr(),
             y.data_ptr(),
         )
-        return y[:, : self.rows].to(x.dtype)
+        return y[:, : self.rows]
 
     def gather(self, index: torch.Tensor) -> torch.Tensor:
         """Not for tables: the packed layout has no cheap rows."""
         raise AssertionError("sign words are made for products only")
+
+    @property
+    def rebuilt_above(self) -> int:
+        """Tokens above which a plain product by the rebuilt matrix is the faster one."""
+        planes = self.levels.shape[0]
+        if planes == 1:
+            return sys.maxsize
+        return _REBUILT_ABOVE[self.each].get(planes, _MANY_PLANES[self.each])
+
+    def dense(self, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """Blocks `[first, last)` of 32 rows of D (all by default), float32."""
+        planes, groups, rows = self.levels.shape
+        last = rows // BLOCK_ROWS if last is None else last
+        out = torch.empty((last - first) * BLOCK_ROWS, self.columns)
+        self.library.signs_dense(
+            self.words.data_ptr(),
+            self.levels.data_ptr(),
+            None if self.offsets is None else self.offsets.data_ptr(),
+            planes,
+            groups,
+            self.width,
+            self.words.shape[2] // groups,
+            rows,
+            self.each,
+            first,
+            last,
+            self.columns,
+            out.data_ptr(),
+        )
+        return out[: max(self.rows - first * BLOCK_ROWS, 0)]
+
+    def rebuilt(self, x: torch.Tensor) -> torch.Tensor:
+        """`x @ D^T` by the matrix, for many tokens; x float32. It is rebuilt piece by piece and never
+        lies in memory as a whole.
+        """
+        blocks = self.levels.shape[2] // BLOCK_ROWS
+        step = max(1, _PIECE // max(BLOCK_ROWS * self.columns, 1))
+        pieces = [
+            product(x, self.dense(start, min(start + step, blocks)), None)
+            for start in range(0, blocks, step)
+        ]
+        return torch.cat(pieces, 1) if pieces else x.new_zeros(len(x), 0)
 
 
 def planes_words(term: Planes, parts: Parts, shape: tuple[int, int]) -> SignWords | None:
@@ -84,13 +146,15 @@ def planes_words(term: Planes, parts: Parts, shape: tuple[int, int]) -> SignWord
         return None
     rows, columns = shape
     width = term.group if term.scale == "group" else max(columns, 1)
-    plus = torch.stack([signs for signs, _ in term.planes(parts, shape)])
+    fields = torch.zeros(shape, dtype=torch.uint8)
+    for i, plane in enumerate(parts["signs"]):
+        fields |= packing.unpack(plane, 1, columns) << i
     levels = term.levels(parts)
     if levels.dim() == 1:
         levels = levels.unsqueeze(1).expand(-1, rows)
     if levels.dim() == 2:
         levels = levels.unsqueeze(2)
-    return _packed(plus, levels.transpose(1, 2), None, width, library)
+    return _packed(fields, levels.transpose(1, 2), None, width, library)
 
 
 def codes_words(term: Codes, parts: Parts, shape: tuple[int, int]) -> SignWords | None:
@@ -99,13 +163,10 @@ def codes_words(term: Codes, parts: Parts, shape: tuple[int, int]) -> SignWords 
     if library is None:
         return None
     columns = shape[1]
-    width = term.group or max(columns, 1)
-    codes, scale = term.grid(parts, shape)
-    shifted = codes.to(torch.int32) + 2 ** (term.bits - 1)
-    plus = torch.stack([(shifted >> i & 1).bool() for i in range(term.bits)])
-    per_group = (scale[:, ::width] if scale.shape[1] > 1 else scale).T
+    fields = packing.unpack(parts["codes"], term.bits, columns)
+    per_group = scales.load(dict(parts), term.scale_format, "scales").T
     levels = torch.stack([per_group * 2.0 ** (i - 1) for i in range(term.bits)])
-    return _packed(plus, levels, per_group * -0.5, width, library)
+    return _packed(fields, levels, per_group * -0.5, term.group or max(columns, 1), library)
 
 
 def codebook_words(term: Codebook, parts: Parts, shape: tuple[int, int]) -> SignWords | None:
@@ -114,7 +175,10 @@ def codebook_words(term: Codebook, parts: Parts, shape: tuple[int, int]) -> Sign
     if library is None:
         return None
     planes, levels = codebook_planes(term, parts, shape)
-    return _packed(planes, levels, None, max(shape[1], 1), library)
+    fields = torch.zeros(shape, dtype=torch.uint8)
+    for i, plane in enumerate(planes):
+        fields |= plane.to(torch.uint8) << i
+    return _packed(fields, levels, None, max(shape[1], 1), library)
 
 
 def codebook_planes(
@@ -186,28 +250,36 @@ def column_words(term: ColumnPlanes, parts: Parts, shape: tuple[int, int]) -> Co
 
 
 def _packed(
-    plus: torch.Tensor,
+    fields: torch.Tensor,
     levels: torch.Tensor,
     offsets: torch.Tensor | None,
     width: int,
     library: ctypes.CDLL,
 ) -> SignWords:
-    """Pack bool `[planes, N, M]` with levels `[planes, groups, N]` and offsets `[groups, N]`."""
-    planes, rows, columns = plus.shape
-    padding = -rows % _ROWS
-    groups = levels.shape[1]
-    words = -(-width // _WORD)
-    pad = torch.nn.functional.pad
-    bits = pad(plus.to(torch.uint8), (0, groups * width - columns, 0, padding))
-    bits = bits.reshape(planes, rows + padding, groups, width)
-    bits = pad(bits, (0, words * _WORD - width)).reshape(
-        planes, rows + padding, groups * words, _WORD
+    """Lay uint8 `[N, M]` out, bit i of which is the sign of plane i, with levels `[planes, groups, N]`
+    and offsets `[groups, N]`.
+    """
+    planes, groups, _ = levels.shape
+    rows, columns = fields.shape
+    padding = -rows % BLOCK_ROWS
+    each = lookup_columns(library)
+    words = -(-width // (_WORD_BITS // each * each))
+    blocks = (rows + padding) // BLOCK_ROWS
+    packed = torch.zeros(planes, blocks, groups * words, BLOCK_ROWS, dtype=torch.int32)
+    fields = fields.contiguous()
+    library.signs_lay(
+        fields.data_ptr(),
+        planes,
+        rows,
+        columns,
+        groups,
+        width,
+        words,
+        rows + padding,
+        each,
+        packed.data_ptr(),
     )
-    packed = torch.zeros(bits.shape[:-1], dtype=torch.int32)
-    for i in range(_WORD):
-        packed |= bits[..., i].to(torch.int32) << i
-    blocks = (rows + padding) // _ROWS
-    packed = packed.reshape(planes, blocks, _ROWS, groups * words).transpose(2, 3).contiguous()
+    pad = torch.nn.functional.pad
     return SignWords(
         words=packed,
         levels=pad(levels.to(torch.float32), (0, padding)).contiguous(),
@@ -215,5 +287,6 @@ def _packed(
         width=width,
         rows=rows,
         columns=columns,
+        each=each,
         library=library,
     )

@@ -48,12 +48,12 @@ class PackedTable:
         """Rows of D."""
         rows = index.to("cpu")
         shape = (len(rows), self.columns)
-        decoded = self.term.decode(_rows(self.term, self.parts, rows), shape, Context(""))
+        decoded = self.term.decode(parts_of_rows(self.term, self.parts, rows), shape, Context(""))
         return decoded.to(device=self.device, dtype=self.dtype)
 
 
-def _rows(term: object, parts: Parts, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The parts that stand for some rows."""
+def parts_of_rows(term: object, parts: Parts, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The parts of one of `TABLES` that stand for some rows, int64 `[n]`."""
     out = dict(parts)
     if isinstance(term, Planes | ColumnPlanes):
         out["signs"] = parts["signs"].index_select(1, rows)

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from deltafold.compress.errors import DeltafoldError
+from deltafold.compress import Checkpoint, dtypes
+from deltafold.compress.errors import DeltafoldError, name_some
 from deltafold.runtime.vllm.rows import StepRows
 
 _TOKENS = 8
@@ -21,7 +22,6 @@ def check_config(vllm_config: Any) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     compilation = vllm_config.compilation_config
     refused = [
-        (vllm_config.quant_config is not None, "a quantised base (--quantization)"),
         (
             getattr(model, "head_dtype", model.dtype) != model.dtype,
             "a head in another dtype (head_dtype)",
@@ -49,6 +49,32 @@ def check_config(vllm_config: Any) -> None:
             "engine-unsupported",
             f"deltas cannot be served in vLLM with {' and '.join(found)}.",
             fix="start vLLM without it",
+        )
+
+
+def check_copy(served: Checkpoint, base: Checkpoint) -> None:
+    """Whether a quantised checkpoint is a copy of the base in all that it did not quantise.
+
+    Some quantisers move scales from linear layers into the norms before them. Deltas of the base would
+    then meet other activations than they were made for.
+
+    Raises:
+        DeltafoldError: `base-mismatch`, naming the tensors.
+    """
+    if served.folder == base.folder:
+        return
+    both = [n for n in served.names() if n in base.names() and served.spec(n).dtype in dtypes.TORCH]
+    odd = []
+    for name in both:
+        mine, other = served.tensor(name), base.tensor(name)
+        if mine.is_floating_point() and not torch.equal(mine, other.to(mine.dtype)):
+            odd.append(name)
+    if odd or not both:
+        raise DeltafoldError(
+            "base-mismatch",
+            f"{served.folder} is not a quantised copy of {base.folder}.",
+            facts=[("differ", name_some(odd, len(odd)) if odd else "no tensor has the same name")],
+            fix="give the checkpoint that it was made of, quantised without moving scales to norms",
         )
 
 

@@ -6,8 +6,9 @@ the value of a small CPU tensor that the layer owns: a name in the graph would m
 a different one.
 
 A hook works on slots. In the `forms` layout a slot holds whatever form the CPU applies fastest, and
-the step's rows are visited as segments. In the `dense` layout slots are tensors that are allocated
-once, and all shapes are fixed, so that a CUDA graph captured with one variant serves any other.
+the step's rows are visited as segments. In the `packed` and `dense` layouts slots are memory that is
+allocated once, and all shapes are fixed, so that a CUDA graph captured with one variant serves any
+other. What has no packed form is dense in the packed layout too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
@@ -23,22 +24,32 @@ from torch import nn
 from deltafold.runtime.vllm.rows import Segment, StepRows
 from deltafold.runtime.vllm.windows import Piece, TablePiece
 
+if TYPE_CHECKING:
+    from deltafold.runtime.kernels.triton.segments import Segments
+    from deltafold.runtime.vllm.packed import PackedSlots
+    from deltafold.runtime.vllm.tiles import Tiles
+
+#: Rows of one variant above which a step rebuilds its delta: more than graphs are captured for.
+LONG: Final = 512
+
 
 @dataclass
 class Content:
     """What one variant adds at one hook.
 
     Attributes:
-        pieces: forms for products, by output rows.
+        pieces: forms for products (in the packed layout for lookups too), by output rows.
         tables: forms for lookups.
         vectors: differences of one-dimensional parameters, float32, by attribute.
         dense: the whole difference of the weight in the model's dtype, in the dense layout.
+        experts: forms for experts, by attribute and expert.
     """
 
     pieces: list[Piece] = field(default_factory=list)
     tables: list[TablePiece] = field(default_factory=list)
     vectors: dict[str, torch.Tensor] = field(default_factory=dict)
     dense: torch.Tensor | None = None
+    experts: dict[tuple[str, int], list[Piece]] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,31 +88,79 @@ class LayerHook:
         self.name, self.is_head, self.calls = name, is_head, Calls()
         self._rows = rows
         self._slots: list[Content | None] = [None] * slots
+        self._fixed = False
+        self._packed: PackedSlots | None = None
+        self._tiles: Tiles | None = None
         self._dense: torch.Tensor | None = None
         self._bias: torch.Tensor | None = None
 
-    def allocate(self, shape: tuple[int, ...], like: torch.Tensor, biased: bool) -> None:
-        """Take the memory of the dense layout: a copy of the weight a slot, and the bias's."""
+    def allocate(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        biased: bool,
+        dense: bool,
+        packed: PackedSlots | None,
+        tiles: Tiles | None,
+    ) -> None:
+        """Take the memory of a fixed layout.
+
+        Args:
+            shape: of the weight.
+            dtype: of the model.
+            device: of the model.
+            biased: whether a bias may change.
+            dense: whether a copy of the weight a slot is needed.
+            packed: the packed deltas' places, or None.
+            tiles: what sorts rows for them.
+        """
         slots = len(self._slots)
-        self._dense = torch.zeros(slots, *shape, dtype=like.dtype, device=like.device)
+        self._fixed, self._packed, self._tiles = True, packed, tiles
+        if dense:
+            self._dense = torch.zeros(slots, *shape, dtype=dtype, device=device)
         if biased:
-            self._bias = torch.zeros(slots, shape[0], dtype=like.dtype, device=like.device)
+            self._bias = torch.zeros(slots, shape[0], dtype=dtype, device=device)
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether its slots hold copies of the weight."""
+        return self._dense is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its slots, in bytes."""
+        held = [t for t in (self._dense, self._bias) if t is not None]
+        packed = 0 if self._packed is None else self._packed.nbytes
+        return packed + sum(t.numel() * t.element_size() for t in held)
 
     def put(self, slot: int, content: Content | None) -> None:
         """Fill a slot, or empty it."""
         self._slots[slot] = content
+        if self._packed is not None:
+            self._packed.put(slot, [] if content is None else content.pieces)
         if self._dense is not None:
             _copy(self._dense[slot], None if content is None else content.dense)
         if self._bias is not None:
             _copy(self._bias[slot], None if content is None else content.vectors.get("bias"))
 
+    def rests(self, x: torch.Tensor) -> bool:
+        """Whether no row of a product's input runs a variant; counts the call if so."""
+        idle = self._rows.rests_at_head if self.is_head else self._rows.rests
+        if idle:
+            self.calls.products += 1
+            self.calls.rows = x.shape[0]
+        return idle
+
     def add_products(self, y: torch.Tensor, x: torch.Tensor, biased: bool) -> None:
         """`y[rows] += x[rows] D^T (+ b)`; y `[tokens, N]`, x `[tokens, M]`."""
+        if self.rests(x):
+            return
         self.calls.products += 1
         self.calls.rows = x.shape[0]
-        if self._dense is not None:
-            slots = self._rows.head_slots(x) if self.is_head else self._rows.token_slots
-            self._add_dense(y, x, slots[: x.shape[0]], biased)
+        if self._fixed:
+            self._add_fixed(y, x, biased)
             return
         for segment in self._rows.head_segments(x) if self.is_head else self._rows.tokens:
             content = self._slots[segment.slot]
@@ -123,26 +182,58 @@ class LayerHook:
                 total[:, piece.row : piece.row + piece.rows] += piece.form.matmul(mine)
         segment.add(y, (total if bias is None else total + bias).to(y.dtype))
 
-    def _add_dense(
-        self, y: torch.Tensor, x: torch.Tensor, slots: torch.Tensor, biased: bool
-    ) -> None:
-        assert self._dense is not None
-        for slot in range(len(self._slots)):
+    def _add_fixed(self, y: torch.Tensor, x: torch.Tensor, biased: bool) -> None:
+        """All slots, whatever is in them: the same work for the same number of rows."""
+        rows = self._rows
+        slots = (rows.head_slots(x) if self.is_head else rows.token_slots)[: x.shape[0]]
+        if self._packed is not None and self._is_long(x):
+            self._add_long(y, x, self._packed)
+        elif self._packed is not None:
+            self._packed.add(y, x, self._segments(slots))
+        for slot in [] if self._dense is None else range(len(self._slots)):
+            assert self._dense is not None
             mine = torch.where((slots == slot).unsqueeze(1), x, 0)
             y.add_(nn.functional.linear(mine, self._dense[slot]))
         if biased and self._bias is not None:
             y.add_(_of_slots(self._bias, slots))
 
+    def _segments(self, slots: torch.Tensor) -> Segments:
+        assert self._tiles is not None
+        if self.is_head:
+            return self._tiles.fresh(slots)
+        return self._tiles.of(slots, self._rows.step)
+
+    def _is_long(self, x: torch.Tensor) -> bool:
+        """Whether a variant has so many rows that its delta is better rebuilt. Graphs are not captured
+        for such steps: they depend on what the host knows.
+        """
+        return not self.is_head and self._rows.longest > LONG and not is_capturing(x)
+
+    def _add_long(self, y: torch.Tensor, x: torch.Tensor, packed: PackedSlots) -> None:
+        for segment in self._rows.tokens:
+            pieces = packed.forms(segment.slot)
+            if pieces:
+                mine = segment.take(x)
+                total = y.new_zeros(len(mine), y.shape[1])
+                for piece in pieces:
+                    total[:, piece.row : piece.row + piece.rows] += piece.form.matmul(mine)
+                segment.add(y, total)
+
     def add_rows(self, y: torch.Tensor, ids: torch.Tensor) -> None:
         """`y[rows] += D[ids[rows]]`; ids `[tokens]`, local to this rank."""
         self.calls.lookups += 1
         self.calls.rows = ids.shape[0]
+        if self._rows.rests:
+            return
+        slots = self._rows.token_slots[: len(ids)]
+        if self._packed is not None:
+            assert self._tiles is not None
+            segments = self._tiles.of(slots, self._rows.step)
+            self._packed.add_rows(y, ids.contiguous(), segments)
         if self._dense is not None:
-            slots = self._rows.token_slots[: len(ids)]
             known = self._dense[slots.clamp_min(0), ids]
             y.add_(torch.where((slots >= 0).unsqueeze(1), known, 0))
-            return
-        for segment in self._rows.tokens:
+        for segment in [] if self._fixed else self._rows.tokens:
             content = self._slots[segment.slot]
             for table in [] if content is None else content.tables:
                 segment.add(y, table.gather(segment.take(ids)).to(y.dtype))
@@ -169,9 +260,14 @@ class NormHook:
         self._plain = _plain_forward(module)
 
     def allocate(self) -> None:
-        """Take the memory of the dense layout."""
+        """Take the memory of a fixed layout."""
         for name, value in self._values().items():
             self._dense[name] = value.repeat(len(self._slots), *[1] * value.dim())
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its slots, in bytes."""
+        return sum(t.numel() * t.element_size() for t in self._dense.values())
 
     def put(self, slot: int, content: Content | None) -> None:
         """Fill a slot, or empty it."""
@@ -184,8 +280,18 @@ class NormHook:
         for name, held in self._dense.items():
             held[slot].copy_((moved or self._values())[name])
 
+    def rests(self, x: torch.Tensor) -> bool:
+        """Whether no row runs a variant; counts the call if so."""
+        idle = self._rows.rests
+        if idle:
+            self.calls.norms += 1
+            self.calls.rows = x.shape[0]
+        return idle
+
     def renorm(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Replace the variants' rows of y; x `[tokens, ...]` is what was normed."""
+        if self.rests(x):
+            return
         self.calls.norms += 1
         self.calls.rows = x.shape[0]
         if self._dense:
@@ -240,6 +346,11 @@ def _plain_forward(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     return native
 
 
+def is_capturing(x: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _copy(held: torch.Tensor, value: torch.Tensor | None) -> None:
     if value is None:
         held.zero_()
@@ -255,7 +366,7 @@ def _of_slots(held: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
 HOOKS: Final[list[Any]] = []
 
 
-def register(hook: LayerHook | NormHook) -> torch.Tensor:
+def register(hook: Any) -> torch.Tensor:
     """Number a hook; the number is what its layer hands to the operators."""
     HOOKS.append(hook)
     return torch.tensor(len(HOOKS) - 1, dtype=torch.int64, device="cpu")

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,13 +19,15 @@ import torch
 from torch import nn
 
 from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
-from deltafold.runtime.vllm.checks import check_config, probe
+from deltafold.runtime.vllm.aside import reading_pool, short_turns
+from deltafold.runtime.vllm.checks import check_config, check_copy, probe
 from deltafold.runtime.vllm.routes import find_routes
 from deltafold.runtime.vllm.rows import StepRows
 from deltafold.runtime.vllm.settings import Settings
-from deltafold.runtime.vllm.sites import install
+from deltafold.runtime.vllm.sites import find_sites, install
+from deltafold.runtime.vllm.slots import SlotMaker, layout_of, zoo_repos
 from deltafold.runtime.vllm.source import Source
-from deltafold.runtime.vllm.variant import LoadedVariant, Loader
+from deltafold.runtime.vllm.variant import FORMS, PACKED, LoadedVariant, Loader, pinned
 
 _log = logging.getLogger(__name__)
 
@@ -58,21 +60,23 @@ class DeltaManager:
         device: torch.device,
     ) -> None:
         check_config(vllm_config)
-        self._runner, self._model = runner, model
+        self._runner, self._model, self._device = runner, model, device
         slots = vllm_config.lora_config.max_loras
         self._capacity = max(vllm_config.lora_config.max_cpu_loras or slots, slots)
-        self.dense = settings.slots == "dense" or (
-            settings.slots == "auto" and device.type != "cpu"
-        )
+        layout = layout_of(settings.slots, device, zoo=bool(settings.zoo))
         tokens = _most_tokens(vllm_config)
         self.rows = StepRows.make(tokens, tokens, device)
-        self._source = Source(Checkpoint.open(vllm_config.model_config.model))
+        served = Checkpoint.open(vllm_config.model_config.model)
+        self._source = Source(Checkpoint.open(settings.base) if settings.base else served)
+        check_copy(served, self._source.base)
         routes = find_routes(vllm_config, self._source.base)
-        sites = install(model, routes, self.rows, slots, dense=self.dense)
+        sites = find_sites(model, routes, self.rows, slots, fixed=layout != FORMS)
+        install(model, sites)
         self._sites = sites
-        self._loader = Loader(
-            self._source.base, routes, sites, vllm_config.model_config.dtype, self.dense
-        )
+        base, dtype = self._source.base, vllm_config.model_config.dtype
+        self.slots = SlotMaker(base, routes, sites, slots, layout, dtype, device)
+        self.slots.allocate(zoo_repos(self._source, settings) if layout == PACKED else [])
+        self._loader = Loader(base, routes, sites, dtype, layout)
         self._repos: dict[int, DeltaRepo] = {}
         self._host: OrderedDict[int, LoadedVariant] = OrderedDict()
         self._pinned: set[int] = set()
@@ -81,7 +85,8 @@ class DeltaManager:
         self._used: OrderedDict[int, int] = OrderedDict()  # variant -> slot, least recent first
         self._reading: dict[str, Future[tuple[DeltaRepo, LoadedVariant]]] = {}
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="deltafold-read")
+        self._pool = reading_pool("deltafold-read")
+        self._leaving = reading_pool("deltafold-leave")
 
     # What vLLM's runners call.
 
@@ -116,10 +121,11 @@ class DeltaManager:
         return {*self._repos, *self._dummies}
 
     def pin_adapter(self, number: int) -> bool:
-        """Keep a variant in host memory."""
+        """Keep a variant in host memory, and in its slot as long as another one's can be taken."""
         if number not in self._repos:
             return False
         self._pinned.add(number)
+        self._host_copy(number)
         return True
 
     def set_active_adapters(self, requests: Iterable[Any], mapping: Any) -> None:
@@ -160,17 +166,24 @@ class DeltaManager:
 
     def prefetch(self, path: str, drop: bool = False) -> str:
         """Begin to read a variant beside the running steps, or with `drop` forget what was read.
-        Returns `reading`, `ready`, or the error as text.
+
+        No path readies the worker itself: it learns the base's digests and which hooks are called.
+
+        Returns:
+            `reading`, `ready`, or the error as text.
         """
         if drop:
             with self._lock:
                 self._reading.pop(path, None)
             return "ready"
         self._probe()
+        if not path:
+            self._pool.submit(self._source.digests)
+            return "ready"
         with self._lock:
             future = self._reading.get(path)
             if future is None:
-                future = self._reading[path] = self._pool.submit(self._load, path)
+                future = self._reading[path] = self._pool.submit(self._load_aside, path)
         if not future.done():
             return "reading"
         error = future.exception()
@@ -187,7 +200,15 @@ class DeltaManager:
 
     def _load(self, path: str) -> tuple[DeltaRepo, LoadedVariant]:
         repo = self._source.open(path)
-        return repo, self._loader.load(repo)
+        loaded = self._loader.load(repo)
+        self.slots.check(loaded, str(repo.folder))
+        if self._device.type == "cuda":
+            loaded = pinned(loaded)
+        return repo, loaded
+
+    def _load_aside(self, path: str) -> tuple[DeltaRepo, LoadedVariant]:
+        with short_turns():
+            return self._load(path)
 
     def _probe(self) -> None:
         """See once which hooks the model calls; vLLM's own warm-up may have shown it already."""
@@ -201,7 +222,7 @@ class DeltaManager:
         for old in [n for n in self._host if n not in in_use]:
             if len(self._host) <= self._capacity:
                 break
-            del self._host[old]
+            self._let_go(self._host.pop(old))
 
     def _host_copy(self, number: int) -> LoadedVariant:
         loaded = self._host.get(number)
@@ -215,8 +236,8 @@ class DeltaManager:
             self._used.move_to_end(number)
             return
         if None not in self._slots:
-            old = next(n for n in self._used if n not in wanted)
-            self._vacate(old)
+            free = [n for n in self._used if n not in wanted]
+            self._vacate(next((n for n in free if n not in self._pinned), free[0]))
         loaded = None if number in self._dummies else self._host_copy(number)
         slot = self._slots.index(None)
         for name, hook in self._sites.hooks.items():
@@ -233,10 +254,16 @@ class DeltaManager:
 
     def _forget(self, number: int) -> None:
         self._vacate(number)
-        self._repos.pop(number, None)
-        self._host.pop(number, None)
+        self._let_go(self._repos.pop(number, None), self._host.pop(number, None))
         self._pinned.discard(number)
         self._dummies.discard(number)
+
+    def _let_go(self, *things: object) -> None:
+        """Free memory and files beside the steps: giving gigabytes back takes the system a while."""
+        held = [thing for thing in things if thing is not None]
+        if held:
+            del things
+            self._leaving.submit(held.clear)
 
 
 def _most_tokens(vllm_config: Any) -> int:

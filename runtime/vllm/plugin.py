@@ -9,10 +9,12 @@ import inspect
 import logging
 import multiprocessing
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
-from deltafold.runtime.vllm.settings import settings_of
+from deltafold.runtime.vllm.settings import Settings, settings_of
 
 _log = logging.getLogger(__name__)
 _DONE = "_deltafold_installed"
@@ -28,6 +30,7 @@ def install() -> None:
         return
     setattr(LoRAModelRunnerMixin, _DONE, True)
     _patch_loading(LoRAModelRunnerMixin)
+    _patch_experts()
     _patch_requests(EngineCore)
     if multiprocessing.parent_process() is None:  # engines and workers have no use for it
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -45,13 +48,52 @@ def _patch_loading(mixin: Any) -> None:
         settings = settings_of(vllm_config.additional_config)
         if settings is None:
             return stock(self, model, vllm_config, device)
-        from deltafold.runtime.vllm.manager import DeltaManager
-
-        self.lora_manager = DeltaManager(self, model, vllm_config, settings, device)
-        _follow_logits(self, self.lora_manager)
-        return model
+        return load_deltas(self, model, vllm_config, device, settings)
 
     mixin.load_lora_model = load_lora_model
+
+
+def load_deltas(runner: Any, model: Any, vllm_config: Any, device: Any, settings: Settings) -> Any:
+    """Give a model runner our manager, in the place of vLLM's own."""
+    from deltafold.runtime.vllm.manager import DeltaManager
+
+    with _pool(vllm_config):
+        runner.lora_manager = DeltaManager(runner, model, vllm_config, settings, device)
+    _follow_logits(runner, runner.lora_manager)
+    return model
+
+
+def _pool(vllm_config: Any) -> AbstractContextManager[Any]:
+    """Where slots live: from 0.33 on, level-2 sleep discards what lies in the pool of the weights."""
+    from vllm import __version_tuple__
+    from vllm.platforms import current_platform
+
+    sleeps = vllm_config.model_config.enable_sleep_mode and current_platform.is_cuda_alike()
+    if not sleeps or __version_tuple__[:2] < (0, 33):
+        return nullcontext()
+    from vllm.device_allocator import get_mem_allocator_instance
+
+    pool: AbstractContextManager[Any] = get_mem_allocator_instance().use_memory_pool(tag="runtime")
+    return pool
+
+
+def _patch_experts() -> None:
+    """Experts as an engine without LoRA has them: our hook needs none of LoRA's kernels, which run on
+    some GPUs alone.
+    """
+    from vllm.config import get_current_vllm_config_or_none
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+
+    made = FusedMoEConfig.__post_init__
+
+    @wraps(made)
+    def __post_init__(self: Any) -> None:  # noqa: N807
+        config = get_current_vllm_config_or_none()
+        if config is not None and settings_of(config.additional_config) is not None:
+            self.is_lora_enabled = False
+        made(self)
+
+    FusedMoEConfig.__post_init__ = __post_init__
 
 
 def _follow_logits(runner: Any, manager: Any) -> None:
@@ -115,10 +157,19 @@ def _patch_requests(core: Any) -> None:
 
     @wraps(remove)
     def remove_lora(self: Any, lora_id: int) -> Any:
+        ours = settings_of(self.vllm_config.additional_config) is not None
+        if ours and _runs(self.scheduler, lora_id):
+            return False
         _forget(self, lora_id)
         return remove(self, lora_id)
 
     core.add_request, core.remove_lora = add_request, remove_lora
+
+
+def _runs(scheduler: Any, lora_id: int) -> bool:
+    """Whether a request of a variant is waiting or running: a step must never miss its variant."""
+    loras = (request.lora_request for request in scheduler.requests.values())
+    return any(lora is not None and lora.lora_int_id == lora_id for lora in loras)
 
 
 def _patch_offline(engine: Any) -> None:
@@ -129,7 +180,8 @@ def _patch_offline(engine: Any) -> None:
     def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(stock).bind(self, *args, **kwargs).arguments
         lora = given.get("lora_request")
-        _load_once(self, self.vllm_config, lora, self.engine_core.add_lora)
+        if _load_once(self, self.vllm_config, lora, self.engine_core.add_lora):
+            _read_text(self, lora)
         return stock(self, *args, **kwargs)
 
     @wraps(remove)
@@ -140,14 +192,29 @@ def _patch_offline(engine: Any) -> None:
     engine.add_request, engine.remove_lora = add_request, remove_lora
 
 
-def _load_once(owner: Any, vllm_config: Any, lora: Any, add: Callable[[Any], Any]) -> None:
-    """Have a request's variant loaded, if this owner never did."""
+def _load_once(owner: Any, vllm_config: Any, lora: Any, add: Callable[[Any], Any]) -> bool:
+    """Have a request's variant loaded, if this owner never did; whether it did not."""
     if lora is None or settings_of(vllm_config.additional_config) is None:
-        return
+        return False
     known = _known(owner)
-    if (lora.lora_int_id, lora.lora_path) not in known:
-        add(lora)
-        known.add((lora.lora_int_id, lora.lora_path))
+    if (lora.lora_int_id, lora.lora_path) in known:
+        return False
+    add(lora)
+    known.add((lora.lora_int_id, lora.lora_path))
+    return True
+
+
+def _read_text(engine: Any, lora: Any) -> None:
+    """End tokens, sampling defaults and detokenising by the variant's own files, if it has them."""
+    from deltafold.compress import Checkpoint
+    from deltafold.runtime.vllm.source import untagged
+    from deltafold.runtime.vllm.texts import texts_of
+
+    settings = settings_of(engine.vllm_config.additional_config)
+    assert settings is not None
+    base = Checkpoint.open(settings.base or engine.vllm_config.model_config.model).folder
+    folder = Path(untagged(lora.lora_path)[0]).expanduser()
+    texts_of(engine, base).read(lora.lora_path, folder)
 
 
 def _known(owner: Any) -> set[tuple[int, str]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +80,16 @@ class Move:
             return None
         return Window(row, rows, column, columns), self.target.offset // max(width, 1)
 
+    def as_expert_rows(self, shape: tuple[int, ...]) -> tuple[int, Window, int] | None:
+        """As `as_rows` for a parameter `[experts, N, M]`: the expert, the window, the first row."""
+        if len(self.shape) != 3:
+            return None
+        size = self.shape[1] * self.shape[2]
+        expert, offset = divmod(self.target.offset, max(size, 1))
+        target = Region(self.target.size, self.target.stride, offset)
+        rows = Move(self.parameter, self.source, target, self.shape[1:]).as_rows(shape)
+        return None if rows is None else (expert, *rows)
+
 
 def _strides_fit(region: Region, width: int) -> bool:
     rows, columns = region.size
@@ -137,7 +148,11 @@ def _region(tensor: torch.Tensor) -> Region:
 
 def find_routes(vllm_config: Any, base: Checkpoint) -> Routes:
     """Watch a throw-away instance load the base's tensors, all without storage."""
-    model = _empty_model(vllm_config)
+    return routes_of(empty_model(vllm_config), base)
+
+
+def routes_of(model: Any, base: Checkpoint) -> Routes:
+    """What an instance without storage does with a base's tensors."""
     owners: dict[int, list[tuple[str, str]]] = {}
     parameters: dict[int, tuple[str, torch.Tensor]] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
@@ -182,7 +197,7 @@ def _weights(base: Checkpoint, recorder: _Recorder) -> Iterable[tuple[str, torch
         yield name, tensor
 
 
-def _empty_model(vllm_config: Any) -> Any:
+def empty_model(vllm_config: Any) -> Any:
     """A second instance of the served model that holds no memory and leaves no trace in `vllm_config`,
     where attention layers register by name.
     """
@@ -191,8 +206,28 @@ def _empty_model(vllm_config: Any) -> Any:
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     config = copy.copy(vllm_config)
+    # Of a quantised base too the routes are those of plain weights: its deltas are not quantised.
+    config.quant_config = None
     config.compilation_config = copy.copy(vllm_config.compilation_config)
     config.compilation_config.static_forward_context = {}
     config.compilation_config.mode = CompilationMode.NONE
-    with set_default_torch_dtype(vllm_config.model_config.dtype), torch.device("meta"):
+    with (
+        set_default_torch_dtype(vllm_config.model_config.dtype),
+        torch.device("meta"),
+        _own_rotations(),
+    ):
         return initialize_model(vllm_config=config)
+
+
+@contextmanager
+def _own_rotations() -> Iterator[None]:
+    """Rotary embeddings are shared by all models of a process: ours have no storage."""
+    from vllm.model_executor.layers import rotary_embedding
+
+    shared: dict[Any, Any] = getattr(rotary_embedding, "_ROPE_DICT", {})
+    kept = dict(shared)
+    try:
+        yield
+    finally:
+        shared.clear()
+        shared.update(kept)

@@ -26,6 +26,11 @@ class Segment:
     stop: int
     index: torch.Tensor | None = None
 
+    @property
+    def rows(self) -> int:
+        """How many they are."""
+        return self.stop - self.start if self.index is None else len(self.index)
+
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """Their rows of `x`; a view where they follow each other."""
         assert self.stop <= len(x), "a layer got fewer rows than the step has tokens"
@@ -67,12 +72,14 @@ class StepRows:
         logit_slots: the same for rows of logits.
         tokens: of the forward pass, as segments.
         logits: of the head's pass, as segments.
+        step: counts the steps.
     """
 
     token_slots: torch.Tensor
     logit_slots: torch.Tensor
     tokens: list[Segment] = field(default_factory=list)
     logits: list[Segment] = field(default_factory=list)
+    step: int = 0
     _host: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     _around: torch.Tensor | None = None
 
@@ -86,6 +93,7 @@ class StepRows:
 
     def set(self, tokens: Sequence[int], logits: Sequence[int]) -> None:
         """Begin a step: a slot for each token and each row of logits, -1 for the base."""
+        self.step += 1
         self._host = np.asarray(tokens, np.int64)
         _fill(self.token_slots, self._host)
         rows = np.asarray(logits, np.int64)
@@ -129,6 +137,23 @@ class StepRows:
         if start is None:
             return self.logit_slots[: x.shape[0]]
         return self.token_slots[start : start + x.shape[0]]
+
+    @property
+    def rests(self) -> bool:
+        """Whether no token of the step runs a variant. Then there is nothing to launch, nor to capture:
+        vLLM keeps graphs of their own for steps without variants.
+        """
+        return not self.tokens
+
+    @property
+    def rests_at_head(self) -> bool:
+        """The same for rows of the head."""
+        return not self.tokens and not self.logits
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the variant that has most of them, as the host knows it."""
+        return max((segment.rows for segment in self.tokens), default=0)
 
     def _slice_start(self, x: torch.Tensor) -> int | None:
         whole = self._around

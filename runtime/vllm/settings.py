@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,22 +18,31 @@ class Settings:
 
     Attributes:
         zoo: folder of deltas that are served by name without being loaded first; "" is none.
-        slots: `forms` keeps every variant in its fastest CPU form; `dense` keeps `max_loras` dense
-            copies of every parameter, allocated at the start, which is what a GPU needs; `auto`
-            chooses by the device.
+        slots: `forms` keeps every variant in its fastest CPU form. On a GPU, whose slots are allocated
+            at the start: `packed` has room for what the zoo's variants need, `dense` a copy of every
+            parameter. `auto` is `forms` on a CPU, and on a GPU `packed` if there is a zoo.
         any_path: whether clients may load deltas from outside the zoo (where vLLM was told to let
             them load anything at all).
+        pin: names of the zoo that are loaded at the start and stay in host memory, whatever else is
+            asked for. A server's setting; offline there is `LLMEngine.pin_lora`.
+        base: folder or hub id of the checkpoint that the deltas were packed against, where vLLM serves
+            a quantised copy of it under other tensor names; "" where it is vLLM's own model.
     """
 
     zoo: str = ""
     slots: str = "auto"
     any_path: bool = True
+    pin: Sequence[str] = ()
+    base: str = ""
 
     def __post_init__(self) -> None:
-        if self.slots not in ("auto", "forms", "dense"):
-            raise _bad(f"slots cannot be {self.slots!r}; it is auto, forms or dense")
-        if not isinstance(self.zoo, str) or not isinstance(self.any_path, bool):
-            raise _bad("zoo is the name of a folder, any_path is true or false")
+        if self.slots not in ("auto", "forms", "packed", "dense"):
+            raise _bad(f"slots cannot be {self.slots!r}; it is auto, forms, packed or dense")
+        texts = isinstance(self.zoo, str) and isinstance(self.base, str)
+        if not texts or not isinstance(self.any_path, bool):
+            raise _bad("zoo and base are names of folders, any_path is true or false")
+        if isinstance(self.pin, str) or not all(isinstance(name, str) for name in self.pin):
+            raise _bad("pin is a list of names")
 
 
 def settings_of(additional_config: object) -> Settings | None:

@@ -6,15 +6,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
+from deltafold.runtime.vllm.experts import DOWN, GATE_UP, ExpertsHook, why_not
 from deltafold.runtime.vllm.hooks import LayerHook, NormHook
-from deltafold.runtime.vllm.ops import wrap_layer, wrap_norm
+from deltafold.runtime.vllm.ops import wrap_experts, wrap_layer, wrap_norm
 from deltafold.runtime.vllm.routes import Routes
 from deltafold.runtime.vllm.rows import StepRows
 
-Hook = LayerHook | NormHook
+Hook = LayerHook | NormHook | ExpertsHook
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,14 @@ class Site:
         attribute: of the parameter in the module.
         multiplies: whether the module multiplies by it.
         looks_up: whether the module looks rows of it up.
+        experts: whether it holds the matrices of many experts.
     """
 
     hook: Hook
     attribute: str
     multiplies: bool = False
     looks_up: bool = False
+    experts: bool = False
 
 
 @dataclass
@@ -75,15 +77,17 @@ class Sites:
         return odd
 
 
-def install(model: nn.Module, routes: Routes, rows: StepRows, slots: int, *, dense: bool) -> Sites:
-    """Wrap every module that a checkpoint's tensor can reach.
+def find_sites(
+    model: nn.Module, routes: Routes, rows: StepRows, slots: int, *, fixed: bool
+) -> Sites:
+    """A hook for every module that a checkpoint's tensor can reach.
 
     Args:
-        model: as vLLM loaded it.
+        model: as vLLM made it, or its instance without storage.
         routes: where tensors go.
         rows: of the running step.
         slots: most variants in one step.
-        dense: allocate the dense layout.
+        fixed: whether the layout has fixed shapes.
     """
     from vllm.distributed import get_pp_group
 
@@ -97,23 +101,30 @@ def install(model: nn.Module, routes: Routes, rows: StepRows, slots: int, *, den
             module = modules[module_name]
             if id(module) not in hooks:
                 why = "its weights are folded into attention" if id(module) in absorbed else ""
-                hooks[id(module)] = why or _hook(module_name, module, rows, slots)
+                hooks[id(module)] = why or _hook(module_name, module, rows, slots, fixed)
             hook = hooks[id(module)]
             site = hook if isinstance(hook, str) else _site(hook, module, attribute)
             if isinstance(site, str):
                 sites.bare.setdefault(parameter, []).append(f"{module_name} ({site})")
                 continue
-            sites.places.setdefault(parameter, []).append(site)
+            mine = sites.places.setdefault(parameter, [])
+            if site not in mine:  # a module may be there under two names
+                mine.append(site)
             sites.hooks[site.hook.name] = site.hook
+    return sites
+
+
+def install(model: nn.Module, sites: Sites) -> None:
+    """Have a model's modules call their hooks."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     for hook in sites.hooks.values():
         module = modules[hook.name]
-        if dense:
-            _allocate(hook, module, shapes, routes)
-        if isinstance(hook, LayerHook):
+        if isinstance(hook, ExpertsHook):
+            wrap_experts(module, hook)
+        elif isinstance(hook, LayerHook):
             wrap_layer(module, hook)
         else:
             wrap_norm(module, hook)
-    return sites
 
 
 def _absorbed(model: nn.Module) -> set[int]:
@@ -126,16 +137,21 @@ def _absorbed(model: nn.Module) -> set[int]:
     return found
 
 
-def _hook(name: str, module: Any, rows: StepRows, slots: int) -> Hook | str:
+def _hook(name: str, module: Any, rows: StepRows, slots: int, fixed: bool) -> Hook | str:
     """The hook for a module's kind, or why there is none."""
     from vllm.model_executor.layers import layernorm, linear, vocab_parallel_embedding
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 
     kind = type(module)
+    if isinstance(module, RoutedExperts):
+        return why_not(module, fixed=fixed) or ExpertsHook(name, module, rows, slots)
     if isinstance(module, linear.LinearBase):
         known = (
             linear.ReplicatedLinear.forward,
             linear.ColumnParallelLinear.forward,
             linear.RowParallelLinear.forward,
+            GateLinear.forward,
         )
         if kind.forward not in known:
             return f"{kind.__name__} multiplies in its own way"
@@ -157,19 +173,14 @@ def _hook(name: str, module: Any, rows: StepRows, slots: int) -> Hook | str:
 def _site(hook: Hook, module: Any, attribute: str) -> Site | str:
     if isinstance(hook, NormHook):
         return Site(hook, attribute)
+    if isinstance(hook, ExpertsHook):
+        known = attribute in (GATE_UP, DOWN)
+        return Site(hook, attribute, experts=True) if known else "experts' biases have no hook"
     if attribute == "bias":
         if getattr(module, "skip_bias_add", False):
             return "its bias is added elsewhere"
         return Site(hook, attribute)
     if attribute != "weight":
         return f"{attribute} is not a plain weight"
-    return Site(hook, attribute, multiplies=True, looks_up=hook.is_head)
-
-
-def _allocate(hook: Hook, module: Any, shapes: dict[str, tuple[int, ...]], routes: Routes) -> None:
-    if isinstance(hook, NormHook):
-        hook.allocate()
-        return
-    own = {a: p for p in shapes for m, a in routes.owners[p] if m == hook.name}
-    like: torch.Tensor = next(iter(module._parameters.values()))
-    hook.allocate(shapes[own["weight"]], like, "bias" in own)
+    table = hook.is_head and type(module).__name__ != "ParallelLMHead"  # which looks nothing up
+    return Site(hook, attribute, multiplies=True, looks_up=table)

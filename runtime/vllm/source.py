@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,10 @@ from deltafold.compress.fingerprint import Digests, digest_source
 from deltafold.compress.lora import cached_lora
 from deltafold.compress.manifest import MANIFEST_NAME
 from deltafold.compress.verify import check_coverage
+from deltafold.runtime.zoo import Zoo
 
+#: The names that stand for the base anywhere.
+_BASE = "base"
 _MARK = "#sha256:"
 
 
@@ -77,3 +81,21 @@ class Source:
                 fix="unload the variant and load it again",
             )
         return repo
+
+    def zoo(self, folder: Path | None, names: Iterable[str] = ()) -> Zoo:
+        """A zoo of deltas and LoRAs for the base.
+
+        Args:
+            folder: of the zoo; None is an empty one.
+            names: that stand for the base.
+
+        Raises:
+            DeltafoldError: `not-found`, `bad-argument`.
+        """
+        return Zoo(
+            folder,
+            self.digests(),
+            self.base.reference.name,
+            reserved={_BASE, *names},
+            import_lora=lambda lora: cached_lora(self.base, lora),
+        )

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Final
 
 import torch
 
 from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo
 from deltafold.compress.errors import name_some
 from deltafold.compress.terms import Context, Encoded
+from deltafold.runtime.kernels.base import Sum
 from deltafold.runtime.kernels.forms import Target, table_form
 from deltafold.runtime.kernels.reference import Dense, dense_delta
+from deltafold.runtime.vllm.experts import DOWN, GATE_UP, ExpertsHook
 from deltafold.runtime.vllm.hooks import Content
-from deltafold.runtime.vllm.routes import Move, Routes
+from deltafold.runtime.vllm.routes import Move, Routes, Window
 from deltafold.runtime.vllm.sites import Site, Sites
 from deltafold.runtime.vllm.windows import Piece, TablePiece, windowed_form
+
+#: Layouts of slots: what the CPU applies fastest, copies of the weights, the GPU kernels' forms.
+FORMS: Final = "forms"
+DENSE: Final = "dense"
+PACKED: Final = "packed"
 
 
 @dataclass
@@ -45,14 +55,14 @@ class Loader:
         routes: where its tensors go.
         sites: the hooks.
         dtype: of the model.
-        dense: whether slots are dense.
+        layout: of the slots.
     """
 
     base: Checkpoint
     routes: Routes
     sites: Sites
     dtype: torch.dtype
-    dense: bool
+    layout: str
 
     def load(self, repo: DeltaRepo) -> LoadedVariant:
         """Read a whole delta.
@@ -61,6 +71,11 @@ class Loader:
             DeltafoldError: `checksum`; `engine-unsupported` for a tensor that no hook can change.
         """
         loaded = LoadedVariant(repo.digest)
+        if repo.manifest.untied:
+            names = ", ".join(repo.manifest.untied)
+            raise _unsupported(
+                str(repo.folder), f"vLLM holds {names} and another tensor as one", []
+            )
         for tensor in sorted(repo.manifest.tensors):
             self._check(repo, tensor)
         with torch.no_grad():
@@ -113,14 +128,35 @@ class Loader:
                 self._at(loaded.content(site.hook.name), one, move, site)
 
     def _at(self, content: Content, one: _Tensor, move: Move, site: Site) -> None:
+        if site.experts:
+            self._at_experts(content, one, move, site)
+            return
         if not site.multiplies:
             held = content.vectors.setdefault(site.attribute, torch.zeros(move.shape))
             move.target.of(held).copy_(move.source.of(one.delta()))
             return
-        rows = None if self.dense else move.as_rows(one.shape)
-        if rows is None or (site.looks_up and (rows[1] or rows[0].columns != one.shape[1])):
+        rows = None if self.layout == DENSE else row_window(move, one.shape, site)
+        if rows is None or (self.layout == PACKED and not self._packed(content, one, rows, site)):
             self._whole(content, one, move, site)
-            return
+        elif self.layout == FORMS:
+            self._forms(content, one, rows, site)
+
+    def _packed(self, content: Content, one: _Tensor, rows: tuple[Window, int], site: Site) -> bool:
+        """Add the tensor's packed form, if it has one."""
+        from deltafold.runtime.vllm.places import packed_form
+
+        window, first = rows
+        matrix = (one.shape[0], one.shape[1])
+        found = packed_form(
+            one.encoded, matrix, one.context, self.dtype, window, looks_up=site.looks_up
+        )
+        if found is not None:
+            form = found[0] if len(found) == 1 else Sum(found)
+            content.pieces.append(Piece(first, window.rows, form))
+        return found is not None
+
+    def _forms(self, content: Content, one: _Tensor, rows: tuple[Window, int], site: Site) -> None:
+        """Add the forms that the CPU applies fastest."""
         window, first = rows
         target = Target(torch.device("cpu"), self.dtype)
         matrix = (one.shape[0], one.shape[1])
@@ -133,15 +169,84 @@ class Loader:
             table = table_form(one.encoded, matrix, one.context, target)
             content.tables.append(TablePiece(window.rows, window.row, table))
 
+    def _at_experts(self, content: Content, one: _Tensor, move: Move, site: Site) -> None:
+        """Forms for one expert, or dense parts where one tensor of the checkpoint holds several."""
+        self._read_base(site)
+        target = Target(torch.device("cpu"), self.dtype)
+        rows = move.as_expert_rows(one.shape)
+        if rows is not None:
+            expert, window, first = rows
+            matrix = (one.shape[0], one.shape[1])
+            form = windowed_form(one.encoded, matrix, one.context, target, window)
+            mine = content.experts.setdefault((site.attribute, expert), [])
+            mine.append(Piece(first, window.rows, form))
+            return
+        whole = torch.zeros(move.shape, dtype=self.dtype)
+        move.target.of(whole).copy_(move.source.of(one.delta()))
+        for expert, matrix_of in enumerate(whole):
+            if matrix_of.any():
+                mine = content.experts.setdefault((site.attribute, expert), [])
+                mine.append(Piece(0, move.shape[1], Dense(matrix_of)))
+
+    def _read_base(self, site: Site) -> None:
+        """The base's own experts in plain layout, once for all variants."""
+        hook = site.hook
+        assert isinstance(hook, ExpertsHook)
+        for attribute in (GATE_UP, DOWN):
+            if attribute in hook.base:
+                continue
+            parameter = f"{hook.name}.{attribute}"
+            held: torch.Tensor | None = None
+            for tensor, moves in self.routes.moves.items():
+                for move in moves:
+                    if move.parameter != parameter:
+                        continue
+                    held = torch.zeros(move.shape, dtype=self.dtype) if held is None else held
+                    move.target.of(held).copy_(move.source.of(self.base.tensor(tensor)))
+            assert held is not None, parameter
+            hook.base[attribute] = held
+
     def _whole(self, content: Content, one: _Tensor, move: Move, site: Site) -> None:
         """One dense difference of the whole parameter, filled part by part."""
         if content.dense is None:
             content.dense = torch.zeros(move.shape, dtype=self.dtype)
-            if not self.dense:
+            if self.layout == FORMS:
                 content.pieces.append(Piece(0, move.shape[0], Dense(content.dense)))
                 if site.looks_up:
                     content.tables.append(TablePiece(move.shape[0], 0, Dense(content.dense)))
         move.target.of(content.dense).copy_(move.source.of(one.delta()))
+
+
+def row_window(move: Move, shape: tuple[int, ...], site: Site) -> tuple[Window, int] | None:
+    """The window of a tensor and the first row of a parameter that it fills, where the loader put it
+    on whole rows as it is, and so that rows can be looked up if they must be.
+    """
+    rows = move.as_rows(shape)
+    if rows is not None and site.looks_up and (rows[1] or rows[0].columns != shape[1]):
+        return None
+    return rows
+
+
+def pinned(loaded: LoadedVariant) -> LoadedVariant:
+    """A variant in memory that a GPU copies from by itself, while the step goes on."""
+    contents = {
+        name: each_tensor(c, torch.Tensor.pin_memory) for name, c in loaded.contents.items()
+    }
+    return dataclasses.replace(loaded, contents=contents)
+
+
+def each_tensor(thing: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A copy of what a hook's content is made of, with every tensor changed."""
+    if isinstance(thing, torch.Tensor):
+        return change(thing)
+    if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        own = {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing) if f.init}
+        return dataclasses.replace(thing, **{n: each_tensor(v, change) for n, v in own.items()})
+    if isinstance(thing, dict):
+        return {name: each_tensor(value, change) for name, value in thing.items()}
+    if isinstance(thing, list | tuple):
+        return type(thing)(each_tensor(value, change) for value in thing)
+    return thing
 
 
 class _Tensor:

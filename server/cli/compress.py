@@ -137,6 +137,8 @@ def compress(
             accept=accept,
             base_quantization=base_quantization,
             limits=machine.limits(),
+            device=more["device"],
+            fit=fit_scales,
         )
         output.result(prediction_data(found), prediction_text(found))
         return

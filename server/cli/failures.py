@@ -45,10 +45,11 @@ def explain(error: Exception, output: Output) -> int:
 def _known(error: Exception) -> DeltafoldError | None:
     # Imported here, where something has failed: the package brings torch along.
     from deltafold.compress.errors import DeltafoldError
+    from deltafold.compress.memory import ran_out
 
     if isinstance(error, DeltafoldError):
         return error
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    if ran_out(error):
         return DeltafoldError(
             "not-enough-memory",
             "this machine's memory is not enough.",

@@ -10,7 +10,12 @@ import click
 
 from deltafold.compress.sizes import human
 from deltafold.server.cli.output import Output, facts, output_options, table
-from deltafold.server.cli.packed import against_text, names_data, quantization_data
+from deltafold.server.cli.packed import (
+    against_text,
+    names_data,
+    quantization_data,
+    untied_text,
+)
 
 if TYPE_CHECKING:
     from deltafold.compress import DeltaRepo, Manifest
@@ -119,6 +124,7 @@ def _summary(repo: DeltaRepo) -> dict[str, Any]:
         "base": manifest.base.model_dump(),
         "base_quantization": quantization_data(manifest),
         "base_names": names_data(manifest),
+        "untied": manifest.untied,
         "variant": manifest.variant.model_dump(),
         "codec": manifest.codec_summary(),
         "recipe": manifest.recipe,
@@ -214,6 +220,8 @@ def _text(data: dict[str, Any]) -> str:
     lines += [("shares", _shares(family)) for family in data["families"]]
     if data["base_names"]:
         lines.append(("names", BaseNames(**data["base_names"]).text()))
+    if data["untied"]:
+        lines.append(("unties", untied_text(data["untied"])))
     if data["accepted"]:
         lines.append(("accepted", ", ".join(data["accepted"])))
     lines += [(f"quality {key}", _figure(value)) for key, value in data["quality"].items()]

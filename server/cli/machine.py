@@ -80,8 +80,16 @@ def prediction_data(found: Prediction) -> dict[str, Any]:
         "ratio": found.ratio,
         "fixed": found.fixed,
         "seconds": round(found.seconds, 1),
+        "timed": found.timed,
         "memory_bytes": found.memory,
+        "model_bytes": found.model,
     }
+
+
+def _coding(found: Prediction) -> str:
+    if not found.timed:
+        return "time not known: a codec runs the model"
+    return f"about {found.seconds:.0f} s, besides reading both checkpoints"
 
 
 def prediction_text(found: Prediction) -> str:
@@ -90,7 +98,9 @@ def prediction_text(found: Prediction) -> str:
     lines = [
         ("size", f"{found.nbytes:,} bytes, {found.ratio:.2%} of {human(found.variant_bytes)}"),
         ("", sure if found.fixed else "an estimate: a codec's size depends on the data"),
-        ("coding", f"about {found.seconds:.0f} s, besides reading both checkpoints"),
+        ("coding", _coding(found)),
         ("memory", human(found.memory)),
     ]
+    if found.model:
+        lines.append(("", f"{human(found.model)} of it to run the model; activations come on top"))
     return f"nothing was read or written but headers\n{facts(lines)}"

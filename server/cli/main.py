@@ -56,6 +56,7 @@ COMMANDS: Final[Mapping[str, Lazy]] = {
     "zoo": Lazy(f"{_ROOM}.zoo:zoo", "Look after a zoo: add, list, rm, alias, gc, verify."),
     "pull": Lazy(f"{_ROOM}.pull:pull", "Fetch a delta from the hub, and verify it.", "hf"),
     "push": Lazy(f"{_ROOM}.push:push", "Verify a delta, and upload it to the hub.", "hf"),
+    "plan": Lazy(f"{_ROOM}.plan:plan", "Tell the memory that serving a zoo will take.", "vllm"),
     "serve": Lazy(f"{_ROOM}.serve:serve", "Serve a base and a zoo over the OpenAI API."),
     "chat": Lazy(f"{_ROOM}.chat:chat", "Talk to the variants of a running server."),
     "demo": Lazy(

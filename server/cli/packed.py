@@ -35,6 +35,7 @@ def pack_data(report: PackReport, seconds: float) -> dict[str, Any]:
         "base": manifest.base.model_dump(),
         "base_quantization": quantization_data(manifest),
         "base_names": names_data(manifest),
+        "untied": manifest.untied,
         "plan": report.plan.to_json() if report.plan else None,
         "quality": manifest.quality,
         "resumed": report.resumed,
@@ -68,6 +69,8 @@ def pack_text(report: PackReport, seconds: float) -> str:
         lines.append(("against", against_text(quantization)))
     if manifest.base_names is not None:
         lines.append(("names", manifest.base_names.text()))
+    if manifest.untied:
+        lines.append(("unties", untied_text(manifest.untied)))
     worst = report.worst(1)
     if worst and worst[0][1] > 0:
         lines.append(("largest error", f"{worst[0][1]:.3f} of its delta, {worst[0][0]}"))
@@ -99,6 +102,12 @@ def names_data(manifest: Manifest) -> dict[str, str] | None:
     """How the fine-tune calls the base's tensors, for programs; None where it calls them the same."""
     scheme = manifest.base_names
     return None if scheme is None else scheme.model_dump(mode="json")
+
+
+def untied_text(untied: Mapping[str, str]) -> str:
+    """What the fine-tune has of its own that is one tensor in the base."""
+    pairs = ", ".join(f"{name} from {tied}" for name, tied in untied.items())
+    return f"{pairs}: both are stored"
 
 
 def against_text(quantization: Mapping[str, Any]) -> str:

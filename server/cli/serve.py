@@ -82,6 +82,13 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
 @click.option("--max-batch", type=click.IntRange(1), help="Most requests that run together.")
 @click.option("--max-deltas", type=click.IntRange(1), help="Most variants kept in memory.")
 @click.option(
+    "--pin",
+    "pin",
+    multiple=True,
+    metavar="NAME",
+    help="With vllm: variant that is loaded at the start and stays; repeat for several.",
+)
+@click.option(
     "--strict/--no-strict",
     default=True,
     show_default=True,
@@ -112,6 +119,7 @@ def serve(
     served_model_name: str | None,
     log_level: str,
     runner: str,
+    pin: tuple[str, ...],
     **engine_options: Any,
 ) -> None:
     """Serve BASE and every delta of a zoo over HTTP.
@@ -125,7 +133,13 @@ def serve(
         own = _vllm_options(engine_options | {"runner": runner}) | {"uvicorn-log-level": log_level}
         if engine_options["strict"]:
             _check_zoo(base, zoo)
-        _become_vllm(base, zoo, host, port, api_keys, served_model_name, own, vllm_flags)
+        _become_vllm(base, zoo, host, port, api_keys, served_model_name, own, vllm_flags, pin)
+    if pin:
+        raise DeltafoldError(
+            "bad-argument",
+            "--pin is an option of --engine vllm",
+            fix="leave it out; --max-deltas is how many variants the embedded engine keeps",
+        )
     if vllm_flags:
         raise DeltafoldError(
             "bad-argument",
@@ -141,15 +155,7 @@ def serve(
         from deltafold.runtime import EmbeddedEngine, PoolingEngine
 
         text = _generates(base) if runner == "auto" else runner == "generate"
-        if not text and "base_quantization" in given:
-            raise DeltafoldError(
-                "bad-argument",
-                "models that give labels and vectors are served on a base as it is.",
-                fix="leave --base-quantization out",
-            )
         kind: Any = EmbeddedEngine if text else PoolingEngine
-        if not text:
-            given.pop("rebuild")  # heads share one trunk; there is nothing to choose
         engine: Served = kind.open(base, zoo=zoo, served_model_name=served_model_name, **given)
         return engine
 

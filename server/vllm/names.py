@@ -1,19 +1,21 @@
 """Names of variants in vLLM's OpenAI server: a second entry point of `vllm.general_plugins`.
 
-vLLM's own table of served models stays. Three of its methods are led through a `Front` where the engine
-was started with deltas: listing models also lists the zoo, an unknown name is looked up there, and what
-is loaded is read beside the running streams and known by its content.
+vLLM's own table of served models stays. Its methods are led through a `Front` where the engine was
+started with deltas: listing models also lists the zoo, an unknown name is looked up there, what is
+loaded is read beside the running streams and known by its content, and what is unloaded leaves memory.
 """
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import sys
 from functools import wraps
-from typing import Any
+from typing import Any, Final
 
 from deltafold.compress.errors import DeltafoldError
 from deltafold.runtime.vllm.settings import settings_of
+from deltafold.server.vllm import handlers
 from deltafold.server.vllm.front import Front, RefusedError
 
 _SERVING = "vllm.entrypoints.openai.models.serving"
@@ -30,7 +32,10 @@ def install() -> None:
         setattr(OpenAIServingModels, _DONE, True)
         _patch_listing(OpenAIServingModels)
         _patch_loading(OpenAIServingModels)
+        _patch_unloading(OpenAIServingModels)
         _patch_resolving(OpenAIServingModels)
+        _patch_starting(OpenAIServingModels)
+        handlers.install(_front)
 
 
 def _front(models: Any) -> Front | None:
@@ -94,11 +99,57 @@ def _patch_loading(models: Any) -> None:
         self.lora_requests.pop(request.lora_name, None)
         own = request.model_copy(update={"lora_path": path, "load_inplace": False})
         answer = await stock(self, own, base_model_name)
-        if not isinstance(answer, str) and kept is not None:
+        if kept is not None and isinstance(answer, str):
+            _release(self, front, kept)
+        elif kept is not None:
             self.lora_requests.setdefault(request.lora_name, kept)
         return answer
 
     models.load_lora_adapter = load_lora_adapter
+
+
+def _patch_unloading(models: Any) -> None:
+    stock = models.unload_lora_adapter
+
+    @wraps(stock)
+    async def unload_lora_adapter(self: Any, request: Any) -> Any:
+        front, kept = _front(self), self.lora_requests.get(request.lora_name)
+        answer = await stock(self, request)
+        if front is not None and kept is not None and isinstance(answer, str):
+            _release(self, front, kept)
+        return answer
+
+    models.unload_lora_adapter = unload_lora_adapter
+
+
+def _release(models: Any, front: Front, kept: Any) -> None:
+    """Begin to release a variant that lost its name; requests that run it go on."""
+    others = models.lora_requests.values()
+    task = asyncio.get_running_loop().create_task(front.release(kept, others))
+    _RELEASING.add(task)
+    task.add_done_callback(_RELEASING.discard)
+
+
+#: The event loop itself keeps tasks weakly.
+_RELEASING: Final[set[asyncio.Task[None]]] = set()
+
+
+def _patch_starting(models: Any) -> None:
+    stock = models.init_static_loras
+
+    @wraps(stock)
+    async def init_static_loras(self: Any) -> None:
+        front = _front(self)
+        if front is not None:
+            await front.ready()
+        await stock(self)
+        for name in () if front is None else front.settings.pin:
+            found = await self.resolve_lora(name)
+            if not hasattr(found, "lora_int_id"):
+                raise ValueError(f"pin: {found.error.message}")
+            await self.engine_client.pin_lora(found.lora_int_id)
+
+    models.init_static_loras = init_static_loras
 
 
 def _patch_resolving(models: Any) -> None:

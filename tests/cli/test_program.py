@@ -47,10 +47,11 @@ SURFACE = {
     "zoo list": "--json --debug",
     "zoo rm": "--force --json --debug",
     "zoo alias": "--rm --json --debug",
-    "zoo gc": "--dry-run --min-bytes --quiet --json --debug",
+    "zoo gc": "--dry-run --min-bytes --quiet --json --debug --unfinished",
     "zoo verify": "--base --full --quiet --json --debug",
     "pull": "-o --out --zoo --name --revision --overwrite --quiet --json --debug",
     "push": "--private --revision --dry-run --quiet --json --debug",
+    "plan": "--zoo --engine --max-loras --dtype --json --debug",
     "codecs": "--json --debug",
     "schema": "--json --debug",
     "version": "--json --debug",
@@ -70,7 +71,7 @@ NAMES = [
         "export",
     ),
     *("report", "zoo", "pull", "push"),
-    *("serve", "chat", "demo"),
+    *("plan", "serve", "chat", "demo"),
     *("codecs", "schema", "version"),
 ]
 
@@ -298,13 +299,14 @@ def test_colours(failing):
 
 def test_interrupting_a_real_run(pair):
     code = """
-import sys, time
+import signal, sys, time
+# A shell's background jobs ignore Ctrl-C, and their children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from deltafold.compress import streaming
 encode = streaming.encode_tensor
 def slow(*args):
     print("packing", file=sys.stderr, flush=True)
-    for _ in range(300):  # the system may hand the signal to another thread than the one that sleeps
-        time.sleep(0.1)
+    time.sleep(30)
     return encode(*args)
 streaming.encode_tensor = slow
 from deltafold.server.cli.main import main

@@ -7,7 +7,7 @@ import pytest
 import torch
 from checkpoints import bits
 
-from deltafold.compress import DeltafoldError, coded_blocks, rans, symbols
+from deltafold.compress import DeltafoldError, coded_blocks, dtypes, rans, symbols
 from deltafold.compress.coded_blocks import Block, Coding
 from deltafold.compress.terms import Context, Lossless
 from deltafold.compress.terms import lossless as module
@@ -69,6 +69,32 @@ def test_both_paths_write_and_read_the_same_bytes(dtype, portable):
     few = few.view(dtype)
     modes.add(same_both_ways(portable, Lossless(), None, few))
     assert modes == {"difference", "raw", "plain"}
+
+
+@needs_c
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d.is_floating_point], ids=str)
+@pytest.mark.parametrize("far", [False, True])
+def test_both_paths_use_the_same_contexts(dtype, far, portable):
+    """Exponents that are neighbours, and such as are far apart."""
+    draw = torch.Generator().manual_seed(4)
+    base = torch.randn(20_003, generator=draw)
+    wide = torch.finfo(dtype).max > 1e30
+    if far:
+        size = 2.0 ** (20 if wide else 4)
+        base = base.sign() * torch.where(torch.arange(20_003) % 2 > 0, 1 / size, size)
+    base = base.to(dtype)
+    words = words_of(base)
+    step = (torch.randn(20_003, generator=draw) * 3).round().numpy().astype(words.dtype)
+    variant = torch.from_numpy((words + step).view(np.uint8)).view(dtype)
+    found = module._plan(Lossless(dtype=dtypes.NAMES[dtype]), "difference", words + step, words)
+    assert int(found.own.max()) >= 2
+    span = np.flatnonzero(found.own)
+    assert (span[-1] - span[0] >= 32) == (far and wide)
+    assert same_both_ways(portable, Lossless(), base, variant) == "difference"
+
+
+def words_of(tensor: torch.Tensor):
+    return dtypes.raw_bytes(tensor).numpy().view(symbols.WORDS[tensor.dtype.itemsize])
 
 
 @needs_c

@@ -7,10 +7,23 @@ import itertools
 import pytest
 import torch
 
-from deltafold.compress import fast
+from deltafold.compress import fast, fast_grid, fast_planes
 from deltafold.compress.bits import pack
+from deltafold.compress.fast import Pair
 
-SHAPES = [(1, 1), (3, 7), (5, 16), (4, 33), (2, 130), (9, 640), (0, 4), (4, 0)]
+SHAPES = [
+    (1, 1),
+    (3, 7),
+    (5, 16),
+    (4, 33),
+    (2, 130),
+    (9, 640),
+    (3, 4096),
+    (2, 8230),
+    (0, 4),
+    (4, 0),
+]
+WIDTHS = [1, 5, 8, 16, 32, 64, 1000]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 needs_c = pytest.mark.skipif(fast.fast_library() is None, reason="needs AVX2 and a C compiler")
 
@@ -20,6 +33,8 @@ def portable(monkeypatch):
     def without(function, *args):
         with monkeypatch.context() as m:
             m.setattr(fast, "fast_library", lambda: None)
+            m.setattr(fast_planes, "planes_library", lambda: None)
+            m.setattr(fast_grid, "grid_library", lambda: None)
             return function(*args)
 
     return without
@@ -27,6 +42,14 @@ def portable(monkeypatch):
 
 def noise(shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pair(shape, first=torch.bfloat16, second=torch.bfloat16, step=0.01) -> Pair:
+    """Two models, of which a fifth of the entries are equal."""
+    base = noise(shape).to(second)
+    change = noise(shape, 1) * step
+    change[noise(shape, 2) > 0.8] = 0
+    return Pair.of((base.float() + change).to(first), base)
 
 
 @needs_c
@@ -51,38 +74,98 @@ def test_differences_of_every_half_precision_pattern():
 
 @needs_c
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("width", [1, 5, 16, 64, 1000])
-def test_sums_and_planes_have_the_same_bits(shape, width, portable):
-    matrix = noise(shape) * 1e-3
-    sums = fast.magnitude_sums(matrix, width)
-    assert torch.equal(sums, portable(fast.magnitude_sums, matrix, width))
-    groups = -(-shape[1] // width)
-    assert sums.shape == (shape[0], groups)
-    whole = torch.nn.functional.pad(matrix.abs().double(), (0, groups * width - shape[1]))
-    true = whole.reshape(shape[0], groups, width).sum(-1)
-    assert torch.allclose(sums.double(), true, rtol=1e-5, atol=1e-12)
-    for levels in (sums / width, torch.tensor([0.01])):
-        ours, theirs = matrix.clone(), matrix.clone()
-        signs = fast.take_plane(ours, levels, width)
-        assert torch.equal(signs, portable(fast.take_plane, theirs, levels, width))
-        assert torch.equal(ours, theirs)
-        assert torch.equal(signs, pack((matrix >= 0).to(torch.uint8), 1))
-        fast.add_plane(ours, signs, levels, width)
-        portable(fast.add_plane, theirs, signs, levels, width)
-        assert torch.equal(ours, theirs)
-        assert torch.allclose(ours, matrix, atol=1e-6)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(
+    ("first", "second"), [(DTYPES[2], DTYPES[2]), (DTYPES[1], DTYPES[0])], ids=str
+)
+def test_planes_have_the_same_bits(shape, width, first, second, portable):
+    models = pair(shape, first, second)
+    rows, columns = shape
+    width = min(width, columns) or 1
+    delta = models.delta()
+    ours, theirs = (torch.zeros(3, rows, -(-columns // 8), dtype=torch.uint8) for _ in range(2))
+    for one in (False, True):
+        levels = torch.empty(0)
+        for plane in range(3):
+            sums = fast_planes.take_plane(models, width, levels, ours)
+            again = portable(fast_planes.take_plane, models, width, levels, theirs)
+            assert torch.equal(sums, again)
+            assert torch.equal(ours[: plane + 1], theirs[: plane + 1])
+            level = torch.tensor(0.004) if one else sums / width
+            levels = torch.cat([levels.reshape(plane, *level.shape), level.unsqueeze(0)])
+        assert torch.equal(ours[0], pack((delta >= 0).to(torch.uint8), 1))
+        found = fast_planes.planes_missed(models, width, levels, ours)
+        assert found == portable(fast_planes.planes_missed, models, width, levels, theirs)
+        total, other = torch.zeros(shape), torch.zeros(shape)
+        for signs, level in zip(ours, levels, strict=True):
+            fast_planes.add_plane(total, signs, level, width)
+            portable(fast_planes.add_plane, other, signs, level, width)
+        assert torch.equal(total, other)
+        true = (delta.double() - total.double()).square().sum().item()
+        assert found == pytest.approx(true, rel=1e-4)
 
 
 @needs_c
-@pytest.mark.parametrize("count", [0, 1, 15, 4097, 50001])
-def test_totals_are_right(count, portable):
-    d, r = noise((count,)), noise((count,), 2) * 0.1
-    d[::7] = 0
-    found, expected = fast.totals(d, r), portable(fast.totals, d, r)
-    assert found.changed == expected.changed
-    assert found.largest == expected.largest
-    assert found[:3] == pytest.approx(expected[:3], rel=1e-5)
-    assert fast.totals(d).rest == 0
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_codes_have_the_same_bits(shape, width, bits, portable):
+    models = pair(shape, step=0.1)
+    rows, columns = shape
+    width, half = min(width, columns) or 1, 2 ** (bits - 1)
+    shares = [-share / half for share in (1.0, 0.95, 0.9, 0.6)]
+    scales = fast_grid.best_scales(models, width, bits, shares)
+    again = portable(fast_grid.best_scales, models, width, bits, shares)
+    assert bits_of(scales) == bits_of(again)
+    assert scales.shape == (rows, -(-columns // width))
+    if rows:
+        scales[0] = 0
+    codes = fast_grid.codes(models, width, bits, scales)
+    assert torch.equal(codes, portable(fast_grid.codes, models, width, bits, scales))
+    values = fast_grid.values(codes, columns, width, bits, scales)
+    assert torch.equal(values, portable(fast_grid.values, codes, columns, width, bits, scales))
+    found = fast_grid.codes_missed(models, width, bits, scales, codes)
+    arguments = (models, width, bits, scales, codes)
+    assert found == portable(fast_grid.codes_missed, *arguments)
+    true = (models.delta().double() - values.double()).square().sum().item()
+    assert found == pytest.approx(true, rel=1e-4)
+
+
+def bits_of(tensor: torch.Tensor) -> bytes:
+    return tensor.numpy().tobytes()
+
+
+@needs_c
+def test_the_first_of_equal_peaks_gives_its_sign(portable):
+    for entries in ([0.5, -0.5] * 20, [-0.5, 0.5] * 20, [0.0, -0.0] * 20, [-0.0, 0.0] * 20):
+        matrix = Pair.of(torch.tensor([entries[:37]]))
+        arguments = (matrix, 37, 4, [-0.125])
+        found = fast_grid.best_scales(*arguments)
+        assert bits_of(found) == bits_of(portable(fast_grid.best_scales, *arguments))
+        assert found.item() == -entries[0] / 8
+
+
+@needs_c
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(DTYPES, DTYPES)), ids=str)
+def test_totals_are_the_same_and_right(shape, first, second, portable):
+    models = pair(shape, first, second)
+    found, delta = fast.totals(models), models.delta().double()
+    assert found == portable(fast.totals, models)
+    assert found.changed == int((delta != 0).sum())
+    assert found.largest == (delta.abs().max().item() if delta.numel() else 0)
+    assert models.base is not None
+    right = [delta.abs().sum(), delta.square().sum(), models.base.double().square().sum()]
+    sums = (found.magnitude, found.square, found.base_square)
+    assert sums == pytest.approx([t.item() for t in right], rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e30])
+def test_squares_beyond_float32_are_summed_too(size, portable):
+    models = Pair.of(noise((40, 64)) * size)
+    right = models.variant.double().square().sum().item()
+    assert fast.totals(models).square == pytest.approx(right, rel=1e-9)
+    assert portable(fast.totals, models).square == pytest.approx(right, rel=1e-9)
 
 
 @needs_c
@@ -96,26 +179,6 @@ def test_rows_differ_by_any_bit(dtype, portable):
     for found in (fast.rows_changed(first, second), portable(fast.rows_changed, first, second)):
         assert found.nonzero().flatten().tolist() == [2, 8]
     assert fast.rows_changed(first[:0], second[:0]).shape == (0,)
-
-
-@needs_c
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("width", [1, 5, 16, 1000])
-def test_what_planes_miss(shape, width, portable):
-    delta, rows, columns = noise(shape), *shape
-    groups = -(-columns // width)
-    signs = torch.stack([pack((noise(shape, s) >= 0).to(torch.uint8), 1) for s in (1, 2)])
-    for levels in (torch.rand(2, rows, groups), torch.rand(2)):
-        total = torch.zeros(shape)
-        for plane, level in zip(signs, levels, strict=True):
-            fast.add_plane(total, plane, level, width)
-        expected = (delta - total).double().square().sum().item()
-        arguments = (delta, signs, levels, width)
-        assert fast.planes_error(*arguments) == pytest.approx(expected, rel=1e-5)
-        assert portable(fast.planes_error, *arguments) == pytest.approx(expected, rel=1e-5)
-    for dtype in DTYPES:
-        exact = delta.to(dtype).double().square().sum().item()
-        assert fast.square_sum(delta.to(dtype)) == pytest.approx(exact, rel=1e-5)
 
 
 def test_scratch_memory_is_lent_again():

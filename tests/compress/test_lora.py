@@ -326,6 +326,8 @@ def test_options_that_are_not_known(bench, config, words):
         ("coverage", {f"{Q}.lora_magnitude_vector": torch.ones(40)}, {}),
         ("coverage", {}, {"use_dora": True}),
         ("coverage", {}, {"modules_to_save": ["lm_head"]}),
+        ("coverage", {"score.weight": torch.ones(2, 40)}, {"modules_to_save": ["score", "norm"]}),
+        ("coverage", {}, {"modules_to_save": ["classifier", "score"]}),
         ("shape-mismatch", factors(UP, 40, 72), {}),
         ("shape-mismatch", factors(UP, 72, 40, rank=5), {}),
         ("shape-mismatch", {}, {"r": 5}),

@@ -156,6 +156,14 @@ def test_restoring_over_the_delta(pair):
     verify_delta(pair.out)
 
 
+@pytest.mark.parametrize("inner", ["inner", "inner/deep"])
+def test_an_output_inside_a_delta(pair, inner):
+    pack(pair)
+    with refused("bad-argument", "inside the delta", "side by side"):
+        compress_checkpoint(pair.base, pair.variant, pair.out / inner)
+    assert not (pair.out / "inner").exists()
+
+
 def test_a_file_in_the_way(pair):
     (pair.root / "out").write_text("a file")
     with refused("bad-argument", "cannot be written"):

@@ -294,6 +294,21 @@ def test_a_dry_run_knows_the_size_to_the_byte(models, tmp_path, codec):
     assert found.variant_bytes == report.manifest.totals.variant_bytes
 
 
+def test_a_dry_run_counts_the_model_that_calibration_runs(models):
+    weights = LAYERS * COLUMNS * (ROWS + 1)
+    plain = predict_checkpoint(*models)
+    assert (plain.model, plain.timed) == (0, True)
+    recipe = Recipe(default=parse_spec("int-hessian"))
+    found = predict_checkpoint(*models, recipe=recipe)
+    moments = LAYERS * 4 * COLUMNS * (COLUMNS + 256)
+    assert found.model == 4 * weights + moments > 3 * 4 * weights
+    assert found.memory >= plain.memory
+    assert not found.timed
+    assert predict_checkpoint(*models, recipe=recipe, device="cuda").model == 0
+    fitting = predict_checkpoint(*models, fit=True)
+    assert (fitting.model, fitting.timed) == (6 * 4 * weights, True)
+
+
 def hollow(folder: Path, layers: int) -> Path:
     """A checkpoint with the shapes of a 70B model, all holes: its files take no room."""
     folder.mkdir()

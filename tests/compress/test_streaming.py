@@ -10,7 +10,9 @@ from checkpoints import write_checkpoint
 
 from deltafold.compress import Checkpoint, Recipe, parse_spec
 from deltafold.compress.dtypes import sha256
+from deltafold.compress.fast import Pair
 from deltafold.compress.journal import Journal
+from deltafold.compress.methods import PairMethod
 from deltafold.compress.repo import pad_rows
 from deltafold.compress.streaming import Coder
 from deltafold.compress.terms import Blocks, Context, Rows, is_exact
@@ -100,3 +102,51 @@ def test_dtypes_may_differ(tmp_path):
     found, parts = coded(tmp_path, "bitdelta:bits=4")
     decoded = found.terms[0].decode(parts[0], (ROWS, COLUMNS), Context("w", base))
     assert (decoded - 0.01).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("spec", [*SPECS, "bitdelta", "bitdelta:bits=3,factor=0.9", "int:group=8"])
+def test_a_method_makes_the_same_of_both_models_as_of_their_difference(tmp_path, spec):
+    method = parse_spec(spec)
+    assert isinstance(method, PairMethod)
+    base, variant = pair(tmp_path, "few")
+    models, context = Pair.of(variant, base), Context("w", base, variant)
+    quick = method.encode_pair(models, context)
+    plain = method.encode(models.delta(), context)
+    assert [e.term for e in quick] == [e.term for e in plain]
+    for ours, theirs in zip(quick, plain, strict=True):
+        assert ours.parts.keys() == theirs.parts.keys()
+        assert all(torch.equal(ours.parts[k], theirs.parts[k]) for k in ours.parts)
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_rows_that_stay_equal_only_in_a_later_block(tmp_path, late):
+    """What was coded in the belief that all rows changed is given up, and leaves no trace."""
+    base, variant = pair(tmp_path, "all")
+    part = slice(18, None) if late else slice(0, 18)
+    variant[part] = base[part]
+    write_checkpoint(tmp_path / "variant", {"w": variant})
+    found, parts = coded(tmp_path, "int:bits=8")
+    (term,) = found.terms
+    assert isinstance(term, Rows)
+    changed = (variant.float() != base.float()).any(dim=1)
+    assert parts[0]["index"].tolist() == changed.nonzero().flatten().tolist()
+    assert found.stats is not None
+    delta = variant.float() - base.float()
+    rows = delta[changed]
+    assert found.stats.mean_abs == pytest.approx(rows.abs().mean().item(), rel=1e-4)
+    decoded = term.decode(parts[0], (ROWS, COLUMNS), Context("w", base))
+    assert ((decoded - delta).norm() / delta.norm()).item() < 0.05
+
+
+def test_what_a_job_is_given_of_a_large_tensor_is_kept(tmp_path):
+    """Scales that were fitted, say: they are not coded anew because the tensor is large."""
+    base, variant = pair(tmp_path, "all")
+    delta = variant.float() - base.float()
+    terms = parse_spec("int:bits=2").encode(delta, Context("w", base, variant))
+    source, target = Checkpoint.open(tmp_path / "base"), Checkpoint.open(tmp_path / "variant")
+    (tmp_path / "out").mkdir()
+    with Journal(tmp_path / "out", "test") as journal:
+        recipe = Recipe(default=parse_spec("int:bits=8"))
+        coder = Coder(source, target, recipe, journal.put, {}, given=lambda name: (terms, delta))
+        assert not coder.in_blocks("w")
+        assert coder.code("w").terms == [e.term for e in terms]

@@ -294,6 +294,35 @@ def test_leftovers_go_and_what_is_in_work_stays(zoo):
     assert not (zoo / ".families" / ("a" * 64)).exists()
 
 
+def test_what_a_run_would_go_on_with_is_kept(zoo, made):
+    """A journal with a finished tensor is worth keeping; one that begins anew anyway is not."""
+    models = made / "base", made / "ft-one"
+
+    def stop(event):
+        if event.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress_checkpoint(*models, zoo / "half", progress=stop)
+    half = zoo / "half.partial"
+    shutil.copytree(half, zoo / "torn.partial")
+    (zoo / "torn.partial" / ".journal").write_bytes(b"")
+    done = collect(zoo, dry_run=True)
+    assert (done.unfinished, [x.path.name for x in done.leftovers]) == ((half,), ["torn.partial"])
+    assert collect(zoo).unfinished == (half,)
+    assert half.is_dir()
+    assert not (zoo / "torn.partial").exists()
+    lock = on_disk.take_name(zoo, "half")
+    assert lock is not None
+    assert not collect(zoo, unfinished=True).leftovers, "it is being written"
+    on_disk.give_name(zoo, "half", lock)
+    report = compress_checkpoint(*models, zoo / "half")
+    assert report.resumed >= 2
+    with pytest.raises(KeyboardInterrupt):
+        compress_checkpoint(*models, zoo / "again", progress=stop)
+    assert [x.path.name for x in collect(zoo, unfinished=True).leftovers] == ["again.partial"]
+
+
 def test_what_deltas_share_by_digest_comes_along_and_stays(zoo, tmp_path):
     """Any mention of a family's digest in a manifest counts; here the recipe's, which is provenance."""
     family = "c" * 64

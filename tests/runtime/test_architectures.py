@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import arch_encoders
+import arch_sequences
 import arch_table
 import pytest
 import torch
@@ -44,17 +46,17 @@ def plain(folder: Path) -> Any:
     return model.eval()
 
 
-def fine_tune(family: Family, folder: Path) -> None:
+def fine_tune(family: Family, folder: Path, **saving: Any) -> None:
     """Save a base and a fine-tune of it, every tensor of which differs."""
     model = family.build()
-    model.save_pretrained(folder / "base")
+    model.save_pretrained(folder / "base", **saving)
     noise = torch.Generator().manual_seed(1)
     saved = set(model.state_dict())
     with torch.no_grad():
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
             if value.is_floating_point() and name in saved:
                 value += torch.randn(value.shape, generator=noise) * 0.05
-    model.save_pretrained(folder / "full")
+    model.save_pretrained(folder / "full", **saving)
 
 
 def pack(folder: Path) -> None:
@@ -97,7 +99,27 @@ def test_every_tensor_is_applied_or_the_variant_rebuilt(family: Family, tmp_path
         assert caught.value.code == "engine-unsupported"
         assert caught.value.tensor.endswith(family.rebuilt)
         return
-    got, alone = mixed(tmp_path, ids)
+    check(family, tmp_path, ids)
+
+
+@pytest.mark.parametrize("name", ["Qwen3Moe", "Mixtral", "DeepseekV3"])
+def test_experts_that_are_saved_fused(name: str, tmp_path: Path) -> None:
+    """As transformers holds them in memory: one tensor of three dimensions a layer."""
+    family = next(f for f in arch_table.FAMILIES if f.name == name)
+    fine_tune(family, tmp_path, save_original_format=False)
+    full = Checkpoint.open(tmp_path / "full")
+    fused = [n for n in full.names() if "experts" in n and len(full.spec(n).shape) == 3]
+    assert fused
+    pack(tmp_path)
+    exact = Checkpoint.open(tmp_path / "exact")
+    assert all(exact.sha256(n) == full.sha256(n) for n in full.names())
+    noise = torch.Generator().manual_seed(2)
+    check(family, tmp_path, torch.randint(0, arch_table.VOCABULARY, (3, 7), generator=noise))
+
+
+def check(family: Family, folder: Path, ids: torch.Tensor) -> None:
+    """A mixed batch of three rows against the plain and the restored dense models."""
+    got, alone = mixed(folder, ids)
     if family.experts:
         # An expert multiplies the tokens of all requests at once; where those of other rows go
         # changes the shape of that product, and with it the last bits.
@@ -106,7 +128,7 @@ def test_every_tensor_is_applied_or_the_variant_rebuilt(family: Family, tmp_path
         assert torch.equal(got[0], alone[0])
     for row, name in ((1, "lossy"), (2, "exact")):
         with torch.inference_mode():
-            dense = plain(tmp_path / name)(ids).logits[row].log_softmax(-1)
+            dense = plain(folder / name)(ids).logits[row].log_softmax(-1)
         assert (got[row].log_softmax(-1) - dense).abs().max() < 1e-4, name
         assert (alone[row].log_softmax(-1) - dense).abs().max() > 1e-3, name
 
@@ -225,6 +247,21 @@ def test_the_page_is_current() -> None:
     assert page.read_text("utf-8") == arch_table.document(), (
         "run: python tests/arch_table.py > docs/architectures.md"
     )
+
+
+def test_the_readme_counts_them() -> None:
+    decoders, encoders = arch_table.FAMILIES, arch_encoders.ENCODERS
+    rebuilt = sum(bool(f.rebuilt) for f in (*decoders, *encoders))
+    everyone = len(decoders) + len(arch_sequences.SEQUENCES) + len(encoders)
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text("utf-8").split())
+    for words in (
+        f"all of {len(decoders)} decoder architectures",
+        f"{len(arch_sequences.SEQUENCES)} with an encoder or eyes",
+        f"{len(encoders)} encoders and vision models",
+        f"In {everyone - rebuilt} of these {everyone} its delta is added",
+        f"in {rebuilt} it gets a dense model",
+    ):
+        assert words in readme, words
 
 
 def test_places_are_found_by_content() -> None:

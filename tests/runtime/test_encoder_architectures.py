@@ -1,7 +1,8 @@
-"""Any fine-tune of any encoder: every tensor moved, served as its dense model, or refused."""
+"""Any fine-tune of any encoder: every tensor moved, applied or rebuilt, as its dense model."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 
 from deltafold.compress import (
     Checkpoint,
-    DeltafoldError,
     Recipe,
     compress_checkpoint,
     parse_spec,
@@ -19,8 +19,11 @@ from deltafold.compress import (
 )
 from deltafold.compress.fingerprint import digest_source
 from deltafold.runtime.deltas import Deltas
+from deltafold.runtime.embedded import PoolingEngine
 from deltafold.runtime.embedded.trunk import Encoder, answers_in, row_of
 from deltafold.runtime.host import Row
+from deltafold.runtime.misfit import NotAppliableError
+from deltafold.runtime.pooled import PoolRequest
 
 LOSSY = Recipe(
     default=parse_spec("bitdelta:bits=2,group=16"),
@@ -75,13 +78,13 @@ def requests(encoder: Encoder, way: Any) -> list[dict[str, torch.Tensor]]:
         shape = tuple(encoder.inputs["pixel_values"].shape[1:])
         return [{"pixel_values": torch.randn(shape, generator=noise)} for _ in NAMES]
     # Without a mask texts of other lengths do not meet, nor where padding shows in the answer.
-    lengths = LENGTHS if encoder.pads else (7,) * len(LENGTHS)
+    lengths = LENGTHS if encoder.together == "padded" else (7,) * len(LENGTHS)
     words = arch_encoders.VOCABULARY
     return [{"input_ids": torch.randint(6, words, (n,), generator=noise)} for n in lengths]
 
 
 @pytest.mark.parametrize("family", arch_encoders.ENCODERS, ids=lambda f: f.name)
-def test_every_tensor_is_served_or_the_variant_refused(
+def test_every_tensor_is_applied_or_the_variant_rebuilt(
     family: arch_encoders.Encoder, tmp_path: Path
 ) -> None:
     fine_tune(family, tmp_path)
@@ -96,10 +99,12 @@ def test_every_tensor_is_served_or_the_variant_refused(
     deltas = Deltas(
         encoder.model, Checkpoint.open(tmp_path / "base"), tmp_path / "zoo", inputs=encoder.inputs
     )
-    if family.refused:
-        with pytest.raises(DeltafoldError, match=family.refused) as caught:
+    if family.rebuilt:
+        with pytest.raises(NotAppliableError, match=family.rebuilt) as caught:
             deltas.acquire("exact")
         assert caught.value.code in ("engine-unsupported", "coverage")
+        assert caught.value.tensor.endswith(family.rebuilt)
+        check_rebuilt(family, tmp_path, alone["text"])
         return
     rows = [Row(deltas.acquire(name)) for name in NAMES]
     dense = {name: plain(family, tmp_path / name) for name in set(NAMES)}
@@ -110,6 +115,30 @@ def test_every_tensor_is_served_or_the_variant_refused(
             check(row, name, mixed, alone[way], dense[name], encoder, way)
 
 
+def check_rebuilt(family: arch_encoders.Encoder, folder: Path, alone: Any) -> None:
+    """All rows at once: the base's share a pass, and each variant's share one of its own."""
+    dense = {name: plain(family, folder / name) for name in set(NAMES)}
+    with PoolingEngine.open(folder / "base", folder / "zoo", device="cpu") as engine:
+        asked = [r["input_ids"] for r in requests(engine._encoder, "text")]
+        found = engine.embed(
+            [PoolRequest(n, ids.tolist()) for n, ids in zip(NAMES, asked, strict=True)],
+            normalize=False,
+        )
+        infos = {info.name: info for info in engine.variants()}
+        held = engine.stats().resident
+    for row, (name, ids, vector) in enumerate(zip(NAMES, asked, found, strict=True)):
+        with torch.inference_mode():
+            expected = dense[name](ids[None]).last_hidden_state[0].mean(0)
+        limit = 1e-4 * max(1.0, float(expected.abs().max()))
+        assert (vector.vector - expected).abs().max() < limit, name
+        if name != "base":
+            assert infos[name].applied == "rebuilt"
+            assert infos[name].obstacle.endswith(family.rebuilt)
+            assert held[name] >= sum(4 * p.numel() for p in dense[name].parameters())
+            before = row_of(alone, row, len(ids))["last_hidden_state"][0].mean(0)
+            assert (vector.vector - before).abs().max() > 1e-3
+
+
 def check(
     row: int, name: str, mixed: Any, alone: Any, dense: Any, encoder: Encoder, way: Any
 ) -> None:
@@ -118,7 +147,7 @@ def check(
     got = answers_in(row_of(mixed, row, tokens))
     before = answers_in(row_of(alone, row, tokens))
     with torch.inference_mode():
-        other = Encoder(dense, encoder.inputs, encoder.answers, encoder.ways, encoder.named)
+        other = dataclasses.replace(encoder, model=dense)
         expected = answers_in(other.run(way, other.batch(way, [request])))
     assert got.keys() == expected.keys()
     for key, value in expected.items():

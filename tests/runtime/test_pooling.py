@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,6 @@ import numpy as np
 import pooling_zoo
 import pytest
 import torch
-import transformers
 from PIL import Image
 
 from deltafold.compress import DeltafoldError
@@ -192,16 +190,6 @@ def test_reward_models_on_a_decoder(tmp_path: Path) -> None:
             assert near(scores.logits, logits(made, request.variant, input_ids=ids))
             if request.variant == "reward":
                 assert near(scores.probabilities, torch.tensor(scores.logits).sigmoid())
-
-
-def test_a_variant_that_lacks_a_layer_is_refused(texts: pooling_zoo.Made, tmp_path: Path) -> None:
-    """The base's own layer would answer for the one that the fine-tune left out."""
-    made = pooling_zoo.Made(tmp_path)
-    shutil.copytree(texts.base, made.base)
-    made.tune(transformers.BertModel, "short", "lossless", num_hidden_layers=1)
-    with PoolingEngine.open(made.base, made.zoo, device="cpu") as opened:
-        ask = lambda: opened.embed([PoolRequest("short", [5])])  # noqa: E731
-        refused("engine-unsupported", ask, "num_hidden_layers")
 
 
 def test_pictures_by_each_variants_own_processor(

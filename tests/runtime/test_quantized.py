@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 import zoo_models
+from devices import DEVICES
 
 from deltafold.compress import (
     Checkpoint,
@@ -109,12 +110,19 @@ def answer(model: Any, ids: list[int], new: int) -> tuple[list[int], list[float]
     return tokens[len(ids) :], logprobs
 
 
-def test_a_mixed_batch_equals_dequantised_base_plus_delta(made: tuple[Path, str]) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_mixed_batch_equals_dequantised_base_plus_delta(
+    made: tuple[Path, str], device: str
+) -> None:
     folder, method = made
     names = ["base", *KINDS]
     sampling = Sampling(max_tokens=8, logprobs=0, ignore_eos=True)
     with EmbeddedEngine.open(
-        folder / "base", zoo=folder / "zoo", device="cpu", base_quantization=method
+        folder / "base",
+        zoo=folder / "zoo",
+        device=device,
+        dtype="float32",
+        base_quantization=method,
     ) as engine:
         outputs = list(engine.generate([Request(n, "hello there", sampling) for n in names]))
         ids = engine.encode("base", "hello there")
@@ -146,7 +154,10 @@ def test_deltas_against_the_dequantised_base_give_the_fine_tune(made: tuple[Path
     assert errors[2] < 0.5 * errors[1]
 
 
-def test_base_rows_are_bit_identical_to_the_plain_model(made: tuple[Path, str]) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_base_rows_are_bit_identical_to_the_plain_model(
+    made: tuple[Path, str], device: str
+) -> None:
     """For nf4 the plain model is made of bitsandbytes' own layers."""
     folder, method = made
     base = Checkpoint.open(folder / "base")
@@ -155,11 +166,13 @@ def test_base_rows_are_bit_identical_to_the_plain_model(made: tuple[Path, str]) 
     gpt2 = any(m.transposed for m in plain.modules() if isinstance(m, QuantizedLinear))
     if method == "nf4" and not gpt2:
         plain = _with_linear4bit(base)
-    opened = open_model(base.folder, folder / "zoo", device="cpu", base_quantization=method)
+    opened = open_model(
+        base.folder, folder / "zoo", device=device, dtype="float32", base_quantization=method
+    )
     rows = [Row(opened.deltas.acquire(n)) for n in ("sign", "base", "whole", "base")]
-    ids = torch.arange(32).reshape(4, 8)
+    ids = torch.arange(32).reshape(4, 8).to(device)
     with torch.inference_mode():
-        expected = plain.eval()(ids).logits
+        expected = plain.eval().to(device)(ids).logits
         with opened.deltas.batch(rows):
             mixed = opened.model(ids).logits
     assert torch.equal(mixed[[1, 3]], expected[[1, 3]])

@@ -89,7 +89,8 @@ def hooks_with(dense: bool) -> tuple[StepRows, LayerHook, torch.Tensor]:
     rows = StepRows.make(8, 8, torch.device("cpu"))
     hook = LayerHook("layer", rows, 2, is_head=True)
     if dense:
-        hook.allocate((6, 4), torch.zeros(1), biased=True)
+        cpu = torch.device("cpu")
+        hook.allocate((6, 4), torch.float32, cpu, biased=True, dense=True, packed=None, tiles=None)
     deltas = torch.randn(2, 6, 4, generator=noise)
     for slot in range(2):
         form = Dense(deltas[slot])

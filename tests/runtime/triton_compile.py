@@ -29,6 +29,7 @@ from deltafold.runtime.kernels.triton.apply import add_splits, apply_slices
 from deltafold.runtime.kernels.triton.expand import expand
 from deltafold.runtime.kernels.triton.launch import constants, options
 from deltafold.runtime.kernels.triton.layout import Kind
+from deltafold.runtime.kernels.triton.lookup import look_up
 from deltafold.runtime.kernels.triton.lowrank import shrink, stretch
 from deltafold.runtime.kernels.triton.sparse import apply_sparse
 from deltafold.runtime.kernels.triton.table import make_table
@@ -37,17 +38,20 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 #: Arguments that are addresses, by name; all other arguments are whole numbers.
 POINTERS = {
     **dict.fromkeys(["order", "tile_slot", "tile_start", "tile_length", "counts", "ranks"], "*i32"),
-    **dict.fromkeys(["begin"], "*i32"),
+    **dict.fromkeys(["begin", "slot_rows", "first", "first_block", "widths"], "*i32"),
     **dict.fromkeys(["scales", "partial", "ranked", "factors_table"], "*fp32"),
     **dict.fromkeys(["words_table", "levels_table", "columns_table", "a_table", "b_table"], "*i64"),
     **dict.fromkeys(["places_table", "values_table", "starts_table"], "*i64"),
     "index": "*i64",
+    "ids": "*i64",
 }
 #: Numbers that are multiples of 16 in every model worth a GPU.
 EVEN = {
-    *("rows", "columns", "base_stride", "x_stride", "y_stride"),
-    *("out_stride", "split_stride", "level_stride"),
+    *("rows", "columns", "base_stride", "x_stride", "place_stride", "split_stride", "level_stride"),
+    *("y0_stride", "y1_stride", "y2_stride", "y3_stride"),
 }
+#: Arguments of the activations' dtype.
+DATA = {"x", "y", "y0", "y1", "y2", "y3", "out", "base"}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -60,11 +64,8 @@ def compiled(
         if name in constexprs:
             signature[name] = "constexpr"
             continue
-        data = f"*{dtype}" if name in ("x", "y", "out", "base") else "i32"
+        data = f"*{dtype}" if name in DATA else "i32"
         signature[name] = POINTERS.get(name, data)
-        if name == "out" and not constexprs.get("DIRECT", True):
-            # Parts of sums that are added afterwards.
-            signature[name] = "*fp32"
         if signature[name].startswith("*") or name in EVEN:
             attributes[(place,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(name),): value for name, value in constexprs.items()}
@@ -126,19 +127,24 @@ def _run(tool: str, *arguments: str) -> str:
 def cases() -> Iterator[tuple[str, Any, dict[str, Any], str, dict[str, int]]]:
     """Every kernel with the constants that a model of real size gives it."""
     cpu = torch.device("cpu")
-    for bits, block, dtype, group, splits in [
-        (1, 8, torch.bfloat16, 4096, 1),
-        (1, 8, torch.float16, 128, 4),
-        (1, 64, torch.bfloat16, 4096, 1),
-        (2, 16, torch.bfloat16, 4096, 1),
-        (4, 16, torch.bfloat16, 128, 1),
-        (2, 8, torch.float32, 4096, 1),
+    for bits, block, dtype, group, splits, parts in [
+        (1, 8, torch.bfloat16, 4096, 1, 1),
+        (1, 8, torch.bfloat16, 4096, 1, 3),
+        (1, 8, torch.float16, 128, 4, 1),
+        (1, 64, torch.bfloat16, 4096, 1, 1),
+        (1, 64, torch.bfloat16, 4096, 1, 3),
+        (2, 16, torch.bfloat16, 4096, 1, 1),
+        (4, 16, torch.bfloat16, 128, 1, 2),
+        (2, 8, torch.float32, 4096, 1, 1),
     ]:
         kind = Kind(bits, 4096, 4096, group, False, torch.float16)
-        made = constants(make_table(kind, [[]], cpu), block, dtype, splits, False)
-        name = f"apply {bits} bit, {block} tokens, groups of {group}, {NAMES[dtype]}"
+        table = make_table(kind.of_blocks, [[[]]] * parts, cpu)
+        made = constants(table, block, dtype, splits, False)
+        name = f"apply {bits} bit, {block} tokens, groups of {group}, {parts} parts, {NAMES[dtype]}"
         yield name, apply_slices, made, NAMES[dtype], options(kind.block_rows, block, dtype)
-    yield "add splits", add_splits, {"SPLITS": 4, "BN": 1024}, "bf16", {}
+    for parts in (1, 3):
+        split = {"SPLITS": 4, "BN": 1024, "BLOCK_ROWS": 128, "PARTS": parts}
+        yield f"add splits, {parts} parts", add_splits, split, "bf16", {}
     for bits in (1, 4):
         kind = Kind(bits, 4096, 4096, 4096, False, torch.float16)
         flags = dict.fromkeys(["INDEXED", "BY_COLUMN"], False) | {
@@ -148,10 +154,21 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], str, dict[str, int]]]:
         shape = {"FIELDS": kind.fields, "USED": kind.used_fields, "TILES": kind.column_tiles}
         more = {"BITS": bits, "BN": 128, "BW": 32, "BR": 16, "ENTRIES": 1, "ONE_GROUP": True}
         yield f"expand {bits} bit", expand, {**flags, **shape, **more}, "bf16", {"num_warps": 2}
-    low = {"BT": 8, "R": 16, "ENTRIES": 1, "COMPUTE": tl.bfloat16}
+        flags = dict.fromkeys(["BY_COLUMN", "SCALED"], False) | {"HALF_LEVELS": True}
+        more = {
+            "BITS": bits,
+            "BN": 128,
+            "BW": 32,
+            "BT": 8,
+            "BR": 8,
+            "ENTRIES": 2,
+            "ONE_GROUP": True,
+        }
+        yield f"look up {bits} bit", look_up, {**flags, **shape, **more}, "bf16", {"num_warps": 1}
+    low = {"BT": 8, "R": 16, "ENTRIES": 1, "COMPUTE": tl.bfloat16, "PARTS": 3}
     yield "shrink", shrink, {**low, "BK": 128, "STEPS": 32}, "bf16", {}
-    yield "stretch", stretch, {**low, "BN": 64, "SCALED": True}, "bf16", {}
-    sparse = {"BLOCK": 32, "STEP": 32, "ENTRIES": 1, "SCALED": False}
+    yield "stretch", stretch, {**low, "BN": 64, "SCALED": True, "SPLITS": 8}, "bf16", {}
+    sparse = {"BLOCK": 32, "STEP": 32, "ENTRIES": 1, "SCALED": False, "PARTS": 3}
     yield "sparse lists", apply_sparse, {**sparse, "OF": 0, "HALF": 0}, "bf16", {}
     yield "sparse strata", apply_sparse, {**sparse, "OF": 16, "HALF": 8}, "bf16", {}
 

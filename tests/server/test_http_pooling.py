@@ -8,12 +8,15 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import openai
 import pooling_zoo
 import pytest
+import torch
+import transformers
 from PIL import Image
 
 from deltafold.runtime import PoolingEngine, PoolRequest
@@ -22,8 +25,16 @@ from deltafold.server.run import BackgroundServer
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolingEngine]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> pooling_zoo.Made:
+    """Heads of many kinds, and a variant with fewer layers than the base."""
     made = pooling_zoo.texts(tmp_path_factory.mktemp("texts"))
+    cls, sizes = transformers.BertForSequenceClassification, {"num_hidden_layers": 1}
+    made.tune(cls, "short", "lossless", pooling_zoo.tokenizer, num_labels=3, **sizes)
+    return made
+
+
+@pytest.fixture(scope="module")
+def engine(made: pooling_zoo.Made) -> Iterator[PoolingEngine]:
     with PoolingEngine.open(
         made.base, made.zoo, device="cpu", served_model_name="org/bert"
     ) as opened:
@@ -88,6 +99,45 @@ def test_labels_in_vllms_shape(pooling_url: str, engine: PoolingEngine) -> None:
         assert item["num_classes"] == 2
     _, raw, _ = post(f"{pooling_url}/classify", {**body, "use_activation": False})
     assert raw["data"][0]["probs"] == pytest.approx(expected[0].logits)
+
+
+def test_many_clients_and_models_at_once(
+    pooling_url: str, made: pooling_zoo.Made, engine: PoolingEngine
+) -> None:
+    """Applied and rebuilt variants, labels and vectors: each the restored dense model's."""
+    names = ["two", "five", "short"] * 8
+    texts = [" ".join(pooling_zoo.WORDS[i % 5 : i % 5 + 1 + i % 7]) for i in range(len(names))]
+    with ThreadPoolExecutor(12) as pool:
+        labels, vectors = (
+            pool.map(
+                lambda n, t, r=route: post(pooling_url + r, {"model": n, "input": t}), names, texts
+            )
+            for route in ("/classify", "/v1/embeddings")
+        )
+    dense = {name: made.dense(name) for name in set(names)}
+    for name, text, (a, scores, _), (b, vector, _) in zip(
+        names, texts, labels, vectors, strict=True
+    ):
+        assert (a, b) == (200, 200)
+        ids = torch.tensor([engine.encode(name, text)])
+        with torch.inference_mode():
+            logits = dense[name](ids).logits[0]
+            states = dense[name].bert(ids).last_hidden_state[0].mean(0)
+        probabilities = logits.sigmoid() if name == "five" else logits.softmax(0)
+        assert scores["data"][0]["probs"] == pytest.approx(probabilities.tolist(), abs=1e-5)
+        unit = torch.nn.functional.normalize(states, dim=0)
+        assert vector["data"][0]["embedding"] == pytest.approx(unit.tolist(), abs=1e-5)
+
+
+def test_a_rebuilt_variant_is_told_of(pooling_url: str, pooling_client: openai.OpenAI) -> None:
+    cards = {m.id: (m.model_extra or {})["deltafold"] for m in pooling_client.models.list()}
+    assert cards["two"]["applied"] == "delta"
+    assert cards["short"]["applied"] == "rebuilt"
+    assert cards["short"]["obstacle"] == "config.json: num_hidden_layers"
+    pooling_client.embeddings.create(model="short", input="a cat")
+    with urllib.request.urlopen(f"{pooling_url}/metrics") as reply:
+        text = reply.read().decode()
+    assert 'deltafold_delta_resident_bytes{variant="short"}' in text
 
 
 def test_errors_say_what_to_mend(pooling_url: str, pooling_client: openai.OpenAI) -> None:

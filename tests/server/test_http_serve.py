@@ -107,10 +107,12 @@ def test_a_base_that_cannot_be_loaded_ends_the_server(monkeypatch):
         ("LlamaForCausalLM", "pooling", "PoolingEngine"),
         ("BertForMaskedLM", "auto", "PoolingEngine"),
         ("ViTModel", "auto", "PoolingEngine"),
+        # It writes with a memory that is no cache.
+        ("XLNetLMHeadModel", "auto", "PoolingEngine"),
     ],
 )
 def test_the_base_decides_which_engine(monkeypatch, tmp_path, architecture, runner, opened):
-    kind = re.match("Llama|Bert|ViT", architecture)[0].lower()
+    kind = re.match("Llama|Bert|ViT|XLNet", architecture)[0].lower()
     config = {"model_type": kind, "architectures": [architecture]}
     write_checkpoint(tmp_path / "base", {"w": torch.zeros(1)}, config=config)
     for name in ("EmbeddedEngine", "PoolingEngine"):

@@ -19,6 +19,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {"head_dim": 32},
     "Qwen2": {"head_dim": ..., "num_attention_heads": 2, "num_key_value_heads": 1},
     "Qwen3": {"head_dim": 32},
+    "Qwen3Moe": {
+        "head_dim": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96,
+    },
 }
 #: Sign words, codes, a sparse and a low-rank delta, and everything exact.
 CODECS = {
@@ -47,8 +53,8 @@ def plain(folder: Path, *, in_process: bool = True, **options: Any) -> Iterator[
     from vllm.distributed import cleanup_dist_env_and_memory
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(not in_process))
-    given = {"enforce_eager": True, "max_num_seqs": 8, "block_size": 32, **options}
-    llm = LLM(str(folder), dtype="float32", max_model_len=160, seed=0, **given)
+    given = {"enforce_eager": True, "max_num_seqs": 8, "block_size": 32, "dtype": "float32"}
+    llm = LLM(str(folder), max_model_len=160, seed=0, **{**given, **options})
     try:
         yield llm
     finally:
@@ -59,8 +65,9 @@ def plain(folder: Path, *, in_process: bool = True, **options: Any) -> Iterator[
 
 
 def serving(folder: Path, *, max_loras: int = 3, **options: Any) -> Any:
-    """vLLM with deltas on a base; `options` are vLLM's, `slots` is ours."""
-    own = {"deltafold": {"slots": options.pop("slots", "auto")}}
+    """vLLM with deltas on a base; `options` are vLLM's, but for `slots`, `base` and `zoo`."""
+    mine = {name: options.pop(name) for name in ("slots", "base", "zoo") if name in options}
+    own = {"deltafold": mine}
     return plain(folder, enable_lora=True, max_loras=max_loras, additional_config=own, **options)
 
 
@@ -99,19 +106,24 @@ def _answer(out: Any) -> Answer:
     return Answer(tokens, chosen, read, out.num_cached_tokens or 0)
 
 
-def requests(made: zoo_models.Models) -> dict[str, Any]:
-    """A request's variant by name; None for the base."""
+def request(name: str, number: int, path: Path | str) -> Any:
+    """A request's variant."""
     from vllm.lora.request import LoRARequest
 
+    return LoRARequest(name, number, str(path))
+
+
+def requests(made: zoo_models.Models) -> dict[str, Any]:
+    """A request's variant by name; None for the base."""
     numbered = enumerate(made.variants, 1)
-    return {"base": None} | {n: LoRARequest(n, i, str(made.zoo / n)) for i, n in numbered}
+    return {"base": None} | {n: request(n, i, made.zoo / n) for i, n in numbered}
 
 
-def dense_answers(made: zoo_models.Models) -> dict[str, list[Answer]]:
+def dense_answers(made: zoo_models.Models, **options: Any) -> dict[str, list[Answer]]:
     """What plain vLLM answers with each variant's restored checkpoint, one engine each."""
     found = {}
     for name in ("base", *made.variants):
-        with plain(made.base if name == "base" else made.dense / name) as llm:
+        with plain(made.base if name == "base" else made.dense / name, **options) as llm:
             found[name] = ask(llm, PROMPTS)
     return found
 
@@ -130,13 +142,15 @@ def mixed_answers(
     return found
 
 
-def check_equal(found: dict[str, list[Answer]], expected: dict[str, list[Answer]]) -> None:
-    """The same tokens, and log-probabilities within 1e-4."""
+def check_equal(
+    found: dict[str, list[Answer]], expected: dict[str, list[Answer]], within: float = 1e-4
+) -> None:
+    """The same tokens, and log-probabilities within a bound."""
     for name, answers in found.items():
         for mine, other in zip(answers, expected[name], strict=True):
             assert mine.tokens == other.tokens, name
             apart = zip(mine.logprobs, other.logprobs, strict=True)
-            assert max(abs(a - b) for a, b in apart) < 1e-4, name
+            assert max(abs(a - b) for a, b in apart) < within, name
             if mine.prompt:
                 apart = zip(mine.prompt, other.prompt, strict=True)
-                assert max(abs(a - b) for a, b in apart) < 1e-4, name
+                assert max(abs(a - b) for a, b in apart) < within, name

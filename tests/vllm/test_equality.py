@@ -37,8 +37,22 @@ def test_llama_in_every_layout_of_a_step(llama, dense):
 
 
 @pytest.mark.slow
-def test_llama_compiled_with_dense_slots(llama, dense):
-    with engines.serving(llama.base, slots="dense", enforce_eager=False, max_loras=2) as llm:
+def test_llama_compiled_with_dense_slots_through_a_workers_extension(llama, dense, monkeypatch):
+    """As vLLM 0.33 calls extensions; the patch that 0.32 needs in their place is taken away."""
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    begin, stock = WorkerWrapperBase.init_device, LoRAModelRunnerMixin.load_lora_model.__wrapped__
+
+    def init_device(self):
+        begin(self)
+        self.worker.init_worker_extension()
+
+    monkeypatch.setattr(LoRAModelRunnerMixin, "load_lora_model", stock)
+    monkeypatch.setattr(WorkerWrapperBase, "init_device", init_device)
+    own = {"worker_extension_cls": "deltafold.runtime.vllm.extension.DeltaExtension"}
+    own |= {"enforce_eager": False, "max_loras": 2}
+    with engines.serving(llama.base, slots="dense", **own) as llm:
         engines.check_equal(engines.mixed_answers(llm, llama), dense)
 
 

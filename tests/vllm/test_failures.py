@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import engines
 import pytest
+import talker
 import torch
 import zoo_models
 from safetensors.torch import load_file, save_file
 
 from deltafold.compress import DeltafoldError
 from deltafold.runtime.vllm.source import tagged
-
-
-def lora(name: str, number: int, path: Path | str) -> Any:
-    from vllm.lora.request import LoRARequest
-
-    return LoRARequest(name, number, str(path))
+from deltafold.runtime.vllm.variant import Loader
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> zoo_models.Models:
     folder = tmp_path_factory.mktemp("failures")
-    models = engines.make(folder, "Llama", {"sign1": "bitdelta", "rank8": "svd:rank=8"})
+    codecs = {"sign1": "bitdelta", "rank8": "svd:rank=8"}
+    models = engines.make(folder, "Llama", codecs, vocab_size=136)
+    talker.make(folder)
     for name in ("temporary", "flipped"):
         shutil.copytree(models.zoo / "sign1", models.zoo / name)
     payload = models.zoo / "flipped" / "delta.safetensors"
@@ -64,7 +63,10 @@ def resized(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_bad_variant_is_refused_and_the_engine_serves_on(made, other, tmp_path):
+def test_a_bad_variant_is_refused_and_the_engine_serves_on(made, other, tmp_path, monkeypatch):
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
     bad = {
         "not-found": made.zoo / "nowhere",
         "not-a-delta": made.base,
@@ -72,28 +74,55 @@ def test_a_bad_variant_is_refused_and_the_engine_serves_on(made, other, tmp_path
         "engine-unsupported": resized(made.base.parent),
     }
     with engines.serving(made.base, max_loras=1, max_cpu_loras=1) as llm:
-        good = lora("sign1", 1, made.zoo / "sign1")
+        good = engines.request("sign1", 1, made.zoo / "sign1")
         before = engines.ask(llm, engines.PROMPTS, [good] * 4)
         for number, (code, path) in enumerate(bad.items(), 10):
             with pytest.raises(DeltafoldError) as caught:
-                engines.ask(llm, [[1, 2, 3]], [lora(code, number, path)])
+                engines.ask(llm, [[1, 2, 3]], [engines.request(code, number, path)])
             assert caught.value.code == code
             with pytest.raises(DeltafoldError):
-                llm.llm_engine.add_lora(lora(code, number, path))
+                llm.llm_engine.add_lora(engines.request(code, number, path))
             assert number not in llm.llm_engine.list_loras()
         wrong = tagged(made.zoo / "sign1", "sha256:" + "0" * 64)
         with pytest.raises(DeltafoldError, match="was replaced"):
-            llm.llm_engine.add_lora(lora("replaced", 20, wrong))
+            llm.llm_engine.add_lora(engines.request("replaced", 20, wrong))
 
         # A variant that was registered is served on after its folder is gone, evicted or not.
-        temporary = lora("temporary", 2, made.zoo / "temporary")
+        temporary = engines.request("temporary", 2, made.zoo / "temporary")
         first = engines.ask(llm, engines.PROMPTS, [temporary] * 4)
         shutil.rmtree(made.zoo / "temporary")
         assert engines.ask(llm, engines.PROMPTS, [good] * 4) == before
         assert engines.ask(llm, engines.PROMPTS, [temporary] * 4) == first
 
+        # Offline too a variant ends by its own end token; text would be the base's tokenizer's.
+        speaker = engines.request("talker", 4, made.zoo / "talker")
+        own = talker.Dense(made.base.parent)
+        prompt = own.render([{"role": "user", "content": "hello"}])
+        greedy = SamplingParams(temperature=0, max_tokens=talker.MOST)
+        (out,) = llm.generate({"prompt_token_ids": prompt}, greedy, lora_request=speaker)
+        assert list(out.outputs[0].token_ids) == own.generate(prompt)
+        with pytest.raises(VLLMValidationError, match="a tokenizer of its own"):
+            llm.generate("hello", greedy, lora_request=speaker)
+
+        # With room for one in host memory, a pinned variant is read once, whoever comes between.
+        read, load = [], Loader.load
+        monkeypatch.setattr(Loader, "load", lambda *a: read.append(a[1].folder.name) or load(*a))
+        assert llm.llm_engine.pin_lora(1)
+        rank8 = engines.request("rank8", 3, made.zoo / "rank8")
+        for one in (rank8, temporary, rank8, good):
+            engines.ask(llm, [[1, 2, 3]], [one])
+        assert read == ["sign1", "rank8", "temporary", "rank8"]
+
+        temporary_files = str(made.zoo / "temporary")
+        assert temporary_files in Path("/proc/self/maps").read_text()
+        assert llm.llm_engine.remove_lora(3)
         assert llm.llm_engine.remove_lora(2)
-        assert llm.llm_engine.list_loras() == {1}
+        for _ in range(100):  # it is let go of beside the steps
+            if temporary_files not in Path("/proc/self/maps").read_text():
+                break
+            time.sleep(0.05)
+        assert temporary_files not in Path("/proc/self/maps").read_text()
+        assert llm.llm_engine.list_loras() == {1, 4}
         with pytest.raises(DeltafoldError, match="not-found"):
             engines.ask(llm, [[1, 2, 3]], [temporary])
         assert engines.ask(llm, engines.PROMPTS, [good] * 4) == before
@@ -116,7 +145,7 @@ def test_a_tensor_that_is_read_around_its_hook_is_refused(made, monkeypatch):
     with engines.serving(made.base) as llm:
         assert plain is not LlamaMLP.forward
         with pytest.raises(DeltafoldError, match="down_proj") as caught:
-            engines.ask(llm, [[1, 2, 3]], [lora("sign1", 1, made.zoo / "sign1")])
+            engines.ask(llm, [[1, 2, 3]], [engines.request("sign1", 1, made.zoo / "sign1")])
         assert caught.value.code == "engine-unsupported"
         assert len(engines.ask(llm, [[1, 2, 3]])[0].tokens) == 12
 
@@ -127,10 +156,10 @@ def test_in_a_process_of_its_own_a_bad_variant_ends_its_request_alone(made, othe
     from vllm.v1.engine.llm_engine import LLMEngine
 
     with engines.serving(made.base, in_process=False) as llm:
-        good = lora("sign1", 1, made.zoo / "sign1")
+        good = engines.request("sign1", 1, made.zoo / "sign1")
         before = engines.ask(llm, engines.PROMPTS, [good] * 4)
         # Packed against another base; told by content, not by name.
-        foreign = lora("foreign", 5, other.zoo / "exact")
+        foreign = engines.request("foreign", 5, other.zoo / "exact")
         with pytest.raises(Exception, match="base-mismatch"):
             llm.llm_engine.add_lora(foreign)
         with pytest.raises(Exception, match="base-mismatch"):

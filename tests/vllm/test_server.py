@@ -18,6 +18,7 @@ from typing import Any
 
 import engines
 import pytest
+import talker
 import zoo_models
 from openai import APIStatusError, NotFoundError, OpenAI
 
@@ -32,21 +33,29 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> zoo_models.Models:
-    return engines.make(tmp_path_factory.mktemp("server"), "Llama")
+    models = engines.make(tmp_path_factory.mktemp("server"), "Llama", vocab_size=136)
+    talker.make(models.base.parent)
+    return models
 
 
 @pytest.fixture(scope="module")
-def address(made: zoo_models.Models, shared_home: str) -> Iterator[str]:
+def log(made: zoo_models.Models) -> Path:
+    return made.base.parent / "log"
+
+
+@pytest.fixture(scope="module")
+def address(made: zoo_models.Models, log: Path, shared_home: str) -> Iterator[str]:
     port = free_port()
     words = [str(Path(sys.executable).with_name("deltafold")), "serve", str(made.base)]
     words += ["--zoo", str(made.zoo), "--engine", "vllm", "--port", str(port)]
-    words += ["--dtype", "float32", "--max-model-len", "160", "--api-key", "secret", "--"]
-    words += ["--enforce-eager", "--max-loras", "2", "--max-num-seqs", "8"]
-    with (made.base.parent / "log").open("w") as log:
-        server = subprocess.Popen(words, stdout=log, stderr=log, cwd=made.base.parent)
+    words += ["--dtype", "float32", "--max-model-len", "160", "--api-key", "secret"]
+    words += ["--max-deltas", "2", "--pin", "int4", "--", "--enforce-eager", "--max-loras", "2"]
+    words += ["--max-num-seqs", "8", "--block-size", "32"]
+    with log.open("w") as written:
+        server = subprocess.Popen(words, stdout=written, stderr=written, cwd=made.base.parent)
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_until_up(url, server, made.base.parent / "log")
+        wait_until_up(url, server, log)
         yield url
     finally:
         server.send_signal(signal.SIGINT)
@@ -98,7 +107,12 @@ def post(address: str, path: str, body: dict[str, Any]) -> tuple[int, str]:
 
 @pytest.mark.slow
 def test_names_of_the_zoo_are_served_from_the_first_request(made, address, client):
-    assert {model.id for model in client.models.list()} == {"base", *made.variants}
+    listed = list(client.models.list())
+    assert {model.id for model in listed} == {"base", "talker", *made.variants}
+    loaded = [model.id for model in listed if "#sha256" in getattr(model, "root", "")]
+    assert loaded == ["int4"], (
+        "a pinned variant is there from the start, others come when asked for"
+    )
     alone = {
         name: [complete(client, name, p) for p in engines.PROMPTS]
         for name in ("base", *made.variants)
@@ -128,6 +142,93 @@ def test_names_of_the_zoo_are_served_from_the_first_request(made, address, clien
         assert all(task.result() for task in running)
     with pytest.raises(NotFoundError):
         complete(client, "x", engines.PROMPTS[0])
+
+
+@pytest.mark.slow
+def test_a_variant_speaks_with_its_own_tokenizer_template_and_end(made, address, client):
+    """All of them differ from the base's, and every answer is what transformers makes of them."""
+    own = talker.Dense(made.base.parent)
+    chat = [{"role": "user", "content": "hello"}]
+    prompt = own.render(chat)
+    expected = own.generate(prompt)
+    assert expected[-1] == own.end, "it must end by its own end token, or nothing is proved"
+    for stream in (False, True):
+        text, reason = said(client, "talker", chat, stream=stream, temperature=0)
+        assert (text, reason) == (own.decode(expected), "stop")
+    assert said(client, "base", chat, temperature=0, max_tokens=12)[1] == "length"
+
+    # Its generation config is greedy and short, the base's is neither.
+    assert said(client, "talker", chat) == (own.decode(expected), "stop")
+    long = client.completions.create(model="talker", prompt="x" + talker.TURN, temperature=0)
+    assert long.usage is not None
+    assert long.usage.prompt_tokens == 2
+    assert long.usage.completion_tokens <= talker.MOST
+    body = {"model": "talker", "messages": chat, "add_generation_prompt": True}
+    status, tokens = post(address, "/tokenize", body)
+    assert (status, json.loads(tokens)["tokens"]) == (200, prompt)
+    status, text = post(address, "/detokenize", {"model": "talker", "tokens": prompt[:3]})
+    assert talker.TURN in json.loads(text)["prompt"]
+
+    # Answers are held to a grammar by the base's tokenizer, in the engine: refused, not wrong.
+    with pytest.raises(APIStatusError, match="grammar") as caught:
+        said(client, "talker", chat, response_format={"type": "json_object"})
+    assert caught.value.status_code == 400
+    with pytest.raises(APIStatusError, match="out of vocabulary"):
+        complete(client, "talker", [made_rows(made)])
+
+
+def made_rows(made: zoo_models.Models) -> int:
+    config = json.loads((made.base / "config.json").read_text("utf-8"))
+    return int(config["vocab_size"])
+
+
+def said(client: OpenAI, model: str, messages: Any, **given: Any) -> tuple[str, str]:
+    out = client.chat.completions.create(model=model, messages=messages, **given)
+    if not given.get("stream"):
+        text, reason = out.choices[0].message.content or "", out.choices[0].finish_reason
+    else:
+        chunks = [c.choices[0] for c in out if c.choices]
+        text = "".join(c.delta.content or "" for c in chunks)
+        reason = str(chunks[-1].finish_reason)
+    return text.lstrip(), reason  # vLLM writes a space first where a tokenizer has no decoder
+
+
+@pytest.mark.slow
+def test_what_is_unloaded_is_let_go_of(made, address, client):
+    """Files of a variant stay open for as long as it has a name, or runs, and no longer."""
+    place = shutil.copytree(made.zoo / "exact", made.zoo / "passing")
+    body = {"lora_name": "passing", "lora_path": str(place)}
+    assert post(address, "/v1/load_lora_adapter", body)[0] == 200
+    assert holders(place)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(complete, client, "passing", engines.LONG)
+        expected = complete(client, "exact", engines.LONG)
+        assert post(address, "/v1/unload_lora_adapter", {"lora_name": "passing"})[0] == 200
+        assert running.result()[0] == expected[0]
+    shutil.rmtree(place)
+    wait_for(lambda: not holders(place), f"{place} is still open")
+
+
+def holders(folder: Path) -> list[str]:
+    """Processes that hold a file of a folder open, or in memory."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            held = [(process / "maps").read_text()]
+            held += [str(f.readlink()) for f in (process / "fd").iterdir()]
+        except OSError:
+            continue  # it ended
+        if any(str(folder) in text for text in held):
+            found.append(process.name)
+    return found
+
+
+def wait_for(condition: Any, what: str) -> None:
+    for _ in range(200):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError(what)
 
 
 @pytest.mark.slow

@@ -1,32 +1,44 @@
-"""The kernel: tokens times the packed slices of their variants, all variants in one launch."""
+"""The kernel: tokens times the packed slices of their variants, all variants in one launch.
+
+So are all parts of a layer: linears that read the same input (see `parts`).
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from deltafold.runtime.kernels.triton.parts import chosen, part_of
 from deltafold.runtime.kernels.triton.unpack import field_values
 
 
 @triton.jit
 def apply_slices(  # type: ignore[no-untyped-def]
-    x, out, order, tile_slot, tile_start, tile_length, scales,
-    words_table, levels_table, factors_table, columns_table, counts,
-    rows, columns, x_stride, out_stride, split_stride, group, level_stride,
+    x, y0, y1, y2, y3, partial, order, tile_slot, tile_start, tile_length, scales,
+    words_table, levels_table, factors_table, columns_table, counts, slot_rows, first, widths,
+    slots, columns, x_stride, y0_stride, y1_stride, y2_stride, y3_stride,
+    place_stride, split_stride, group,
     BITS: tl.constexpr, FIELDS: tl.constexpr, USED: tl.constexpr, FOLD: tl.constexpr,
     BN: tl.constexpr, BW: tl.constexpr, BT: tl.constexpr, ENTRIES: tl.constexpr,
     TILES: tl.constexpr, SPLITS: tl.constexpr, TILES_EACH: tl.constexpr, EVEN: tl.constexpr,
     BY_COLUMN: tl.constexpr, HALF_LEVELS: tl.constexpr, SCALED: tl.constexpr,
     DIRECT: tl.constexpr, COMPUTE: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    # One block of rows, a share of the columns (`split`), and up to BT tokens of one variant.
+    # One block of rows of one part, a share of the columns (`split`), and up to BT tokens of one
+    # variant.
     tile = tl.program_id(1)
     length = tl.load(tile_length + tile)
     if length <= 0:
         return
-    block = tl.program_id(0) // SPLITS
+    numbered = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
-    slot = tl.load(tile_slot + tile)
+    part = part_of(numbered, first, PARTS)
+    block = numbered
+    if PARTS > 1:
+        block -= tl.load(first + part)
+    slot = part * slots + tl.load(tile_slot + tile)
+    rows = tl.load(slot_rows + slot)
     place = tl.load(tile_start + tile) + tl.arange(0, BT)
     here = tl.arange(0, BT) < length
     token = tl.load(order + place, mask=here, other=0)
@@ -35,8 +47,10 @@ def apply_slices(  # type: ignore[no-untyped-def]
     inputs = x + token.to(tl.int64)[None, :] * x_stride
     within = tl.arange(0, BN)[:, None] * BW + w[None, :]
     TK: tl.constexpr = FIELDS * BW
+    level_stride = tl.cdiv(rows, BN) * BN
 
-    count = tl.load(counts + slot)
+    # A variant with fewer rows than others has nothing to add in the last blocks.
+    count = tl.where(block * BN < rows, tl.load(counts + slot), 0)
     total = tl.zeros((BN, BT), dtype=tl.float32)
     # Bounds are constants: the interpreter takes no others, and the compiler plans better with them.
     for entry in range(ENTRIES):
@@ -53,7 +67,7 @@ def apply_slices(  # type: ignore[no-untyped-def]
             factor = tl.load(factors_table + at)
             if BY_COLUMN:
                 by_column = tl.load(columns_table + at).to(tl.pointer_type(tl.float32))
-            part = tl.zeros((BN, BT), dtype=tl.float32)
+            sums = tl.zeros((BN, BT), dtype=tl.float32)
             for step in tl.range(0, TILES_EACH, num_stages=STAGES):
                 t = split * TILES_EACH + step
                 # The last split may have fewer tiles: it meets activations of zero there.
@@ -69,46 +83,56 @@ def apply_slices(  # type: ignore[no-untyped-def]
                         taken = taken.to(tl.float32) * by[:, None]
                     taken = taken.to(COMPUTE)
                     weight = field_values(word, j, BITS, COMPUTE, PAIRS)
-                    part = tl.dot(weight, taken, part, input_precision="ieee")
+                    sums = tl.dot(weight, taken, sums, input_precision="ieee")
                     if FOLD > 0 and (j + 1) % FOLD == 0:
-                        first = t * TK + j * BW
-                        inside = (n >= 0) & (first < columns)
-                        at_group = levels + first // group * level_stride
+                        begins = t * TK + j * BW
+                        inside = (n >= 0) & (begins < columns)
+                        at_group = levels + begins // group * level_stride
                         level = tl.load(at_group, mask=inside, other=0.0).to(tl.float32)
-                        total += part * (level * factor)[:, None]
-                        part = tl.zeros((BN, BT), dtype=tl.float32)
+                        total += sums * (level * factor)[:, None]
+                        sums = tl.zeros((BN, BT), dtype=tl.float32)
             if FOLD == 0:
-                total += part * (tl.load(levels).to(tl.float32) * factor)[:, None]
+                total += sums * (tl.load(levels).to(tl.float32) * factor)[:, None]
 
     if SCALED:
         total *= tl.load(scales + token, mask=here, other=0.0)[None, :]
-    kept = here[None, :] & (n < rows)[:, None]
+    kept = here[None, :] & (n < tl.load(widths + part))[:, None]
     if DIRECT:
-        target = out + token.to(tl.int64)[None, :] * out_stride + n[:, None]
+        y = chosen(part, y0, y1, y2, y3, PARTS)
+        y_stride = chosen(part, y0_stride, y1_stride, y2_stride, y3_stride, PARTS)
+        target = y + token.to(tl.int64)[None, :] * y_stride + n[:, None]
         known = tl.load(target, mask=kept, other=0.0)
         tl.store(target, (known.to(tl.float32) + total).to(known.dtype), mask=kept)
     else:
-        partial = out + split.to(tl.int64) * split_stride + place.to(tl.int64)[None, :] * out_stride
-        tl.store(partial + n[:, None], total, mask=kept)
+        held = (
+            partial
+            + split.to(tl.int64) * split_stride
+            + (numbered * BN + tl.arange(0, BN))[:, None]
+        )
+        tl.store(held + place.to(tl.int64)[None, :] * place_stride, total, mask=kept)
 
 
 @triton.jit
 def add_splits(  # type: ignore[no-untyped-def]
-    partial, y, order, begin, rows, partial_stride, split_stride, y_stride,
-    SPLITS: tl.constexpr, BN: tl.constexpr,
+    partial, y0, y1, y2, y3, order, begin, first, widths,
+    y0_stride, y1_stride, y2_stride, y3_stride, place_stride, split_stride,
+    SPLITS: tl.constexpr, BN: tl.constexpr, BLOCK_ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     # Sums the splits of one token in their order, so that equal batches give equal bits.
     place = tl.program_id(1)
-    if place < tl.load(begin):
-        return
+    part = tl.program_id(2)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    kept = n < rows
+    width = tl.load(widths + part)
+    if (place < tl.load(begin)) | (tl.program_id(0) * BN >= width):
+        return
+    kept = n < width
     total = tl.zeros((BN,), dtype=tl.float32)
-    at = partial + place.to(tl.int64) * partial_stride + n
+    at = partial + place.to(tl.int64) * place_stride + tl.load(first + part) * BLOCK_ROWS + n
     for _ in range(SPLITS):
         total += tl.load(at, mask=kept, other=0.0)
         at += split_stride
     token = tl.load(order + place).to(tl.int64)
-    target = y + token * y_stride + n
+    y = chosen(part, y0, y1, y2, y3, PARTS)
+    target = y + token * chosen(part, y0_stride, y1_stride, y2_stride, y3_stride, PARTS) + n
     known = tl.load(target, mask=kept, other=0.0)
     tl.store(target, (known.to(tl.float32) + total).to(known.dtype), mask=kept)

@@ -88,10 +88,10 @@ def expand_slices(
     dtype: torch.dtype,
     first: bool = True,
 ) -> torch.Tensor:
-    """The sum of the first slot's slices.
+    """The sum of one slot's slices.
 
     Args:
-        table: of one slot.
+        table: of one part and one slot.
         index: int64 `[n]`, the rows to expand; None for all.
         base: `[N, M]` to add, or None. Where `first` is not set it is what an earlier call returned,
             with one row an output row.
@@ -102,7 +102,8 @@ def expand_slices(
         `[n, M]`, or `[N, M]`.
     """
     kind = table.kind
-    count = kind.rows if index is None else len(index)
+    (rows,) = table.widths
+    count = rows if index is None else len(index)
     assert base is None or index is None or not first, "rows of a base are not added"
     assert base is None or base.stride(1) == 1
     out = torch.empty(count, kind.columns, dtype=dtype, device=table.words.device)
@@ -112,7 +113,7 @@ def expand_slices(
         expand[(triton.cdiv(count, _ROWS), kind.column_tiles)](
             out, out if base is None else base, out if index is None else index, count,
             table.words, table.levels, table.factors, table.columns,
-            kind.rows, kind.columns, kind.group, kind.row_blocks * kind.block_rows,
+            rows, kind.columns, kind.group, table.blocks * kind.block_rows,
             0 if base is None else base.stride(0),
             BITS=kind.bits, FIELDS=kind.fields, USED=kind.used_fields, BN=kind.block_rows,
             BW=kind.block_words, BR=_ROWS,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -51,8 +51,10 @@ class BitSlices:
     def _tables(self) -> list[SliceTable]:
         """Tables of one slot, by what can share a launch."""
         device = self.slices[0].words.device
-        kinds = by_kind([(piece, 1.0) for piece in self.slices])
-        return [make_table(kind, [slices], device) for kind, slices in kinds.items()]
+        found: dict[Kind, list[tuple[Slice, float]]] = {}
+        for piece in self.slices:
+            found.setdefault(piece.kind.of_blocks, []).append((piece, 1.0))
+        return [make_table(kind, [[slices]], device) for kind, slices in found.items()]
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         """`x @ D^T`; x `[k, M]` float32, bfloat16 or float16."""
@@ -61,7 +63,7 @@ class BitSlices:
         y = x.new_zeros(len(x), self.shape[0])
         segments = one_segment(len(x), x.device)
         for table in self._tables:
-            add_slices(y, x.contiguous(), table, segments)
+            add_slices([y], x.contiguous(), table, segments)
         return y
 
     def gather(self, index: torch.Tensor) -> torch.Tensor:
@@ -81,14 +83,6 @@ class BitSlices:
             base = expand_slices(table, index, base, wide, first=not i)
         assert base is not None
         return base
-
-
-def by_kind(slices: Sequence[tuple[Slice, float]]) -> dict[Kind, list[tuple[Slice, float]]]:
-    """Slices and their weights, sorted by what can share a launch."""
-    found: dict[Kind, list[tuple[Slice, float]]] = {}
-    for piece, weight in slices:
-        found.setdefault(piece.kind, []).append((piece, weight))
-    return found
 
 
 def bit_slices(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 
 from deltafold.runtime.kernels.triton.apply import add_splits, apply_slices
+from deltafold.runtime.kernels.triton.parts import outputs
 from deltafold.runtime.kernels.triton.segments import Segments
 from deltafold.runtime.kernels.triton.table import SliceTable
 from deltafold.runtime.kernels.triton.unpack import INTERPRETED
@@ -26,48 +28,56 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def add_slices(
-    y: torch.Tensor, x: torch.Tensor, table: SliceTable, segments: Segments, splits: int = 0
+    ys: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    table: SliceTable,
+    segments: Segments,
+    splits: int = 0,
 ) -> None:
-    """`y[t] += s[t] * sum_i factor_i x[t] D_i^T` over the slices of token t's slot.
+    """`y_p[t] += s[t] * sum_i factor_i x[t] D_pi^T` over the slices of part p and token t's slot.
 
     Args:
-        y: `[T, N]` float32, bfloat16 or float16, changed in place; tokens of the base are not touched.
+        ys: an output `[T, N_p]` for each part: float32, bfloat16 or float16, changed in place. Tokens
+            of the base are not touched.
         x: `[T, M]` of the same dtype.
-        table: the slices by slot.
+        table: the slices by part and slot.
         segments: which slot each token has.
         splits: parts that the columns are cut into, summed afterwards; 0 lets the shape decide.
     """
     kind = table.kind
     assert x.shape == (segments.tokens, kind.columns), (x.shape, kind)
-    assert y.shape == (segments.tokens, kind.rows), (y.shape, kind)
-    assert x.stride(1) == 1 == y.stride(1), "rows must be contiguous"
-    if not segments.tiles:
+    assert all(y.shape[1] >= width for y, width in zip(ys, table.widths, strict=True))
+    assert x.stride(1) == 1, "rows must be contiguous"
+    if not segments.tiles or not table.blocks:
         return
-    blocks = kind.row_blocks
-    splits = splits or _splits(blocks * segments.tiles, kind.column_tiles, x.device)
+    blocks, bn = table.blocks, kind.block_rows
+    splits = splits or splits_for(blocks * segments.tiles, kind.column_tiles, x.device)
     splits = max(1, min(splits, kind.column_tiles))
     direct = splits == 1
-    out = y
+    held, strides = outputs(ys)
+    partial = held[0]
     if not direct:
-        shape = (splits, segments.tokens, kind.rows)
-        out = torch.empty(shape, dtype=torch.float32, device=x.device)
+        shape = (splits, segments.tokens, blocks * bn)
+        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
     scaled = segments.scales is not None
+    first, widths = table.places.unbind(0)
     with on(x.device):
         apply_slices[(blocks * splits, segments.tiles)](
-            x, out, segments.order, segments.slot, segments.start, segments.length,
+            x, *held, partial, segments.order, segments.slot, segments.start, segments.length,
             segments.scales if scaled else segments.order,
-            table.words, table.levels, table.factors, table.columns, table.counts,
-            kind.rows, kind.columns, x.stride(0), out.stride(-2), 0 if direct else out.stride(0),
-            kind.group, blocks * kind.block_rows,
+            table.words, table.levels, table.factors, table.columns, table.counts, table.rows,
+            first, widths, table.slots, kind.columns, x.stride(0), *strides,
+            0 if direct else partial.stride(1), 0 if direct else partial.stride(0), kind.group,
             **constants(table, segments.block, x.dtype, splits, scaled),
-            **options(kind.block_rows, segments.block, x.dtype),
+            **options(bn, segments.block, x.dtype),
         )  # fmt: skip
-    if not direct:
-        block = min(_ROWS_ADDED, triton.next_power_of_2(kind.rows))
-        with on(x.device):
-            add_splits[(triton.cdiv(kind.rows, block), segments.tokens)](
-                out, y, segments.order, segments.begin, kind.rows,
-                out.stride(1), out.stride(0), y.stride(0), SPLITS=splits, BN=block,
+        if not direct:
+            most = max(table.widths)
+            block = min(_ROWS_ADDED, triton.next_power_of_2(most))
+            add_splits[(triton.cdiv(most, block), segments.tokens, table.parts)](
+                partial, *held, segments.order, segments.begin, first, widths,
+                *strides, partial.stride(1), partial.stride(0),
+                SPLITS=splits, BN=block, BLOCK_ROWS=bn, PARTS=table.parts,
             )  # fmt: skip
 
 
@@ -98,6 +108,7 @@ def constants(
         "COMPUTE": compute_type(dtype),
         "PAIRS": pairs,
         "STAGES": 3 if block <= 16 else 2,
+        "PARTS": table.parts,
     }
 
 
@@ -112,9 +123,12 @@ def options(block_rows: int, block: int, dtype: torch.dtype) -> dict[str, int]:
     return {"num_warps": 8 if block_rows * block > 128 * 16 or dtype == torch.float32 else 4}
 
 
-def _splits(blocks: int, most: int, device: torch.device) -> int:
-    """How often to cut the columns so that every multiprocessor has work."""
+def splits_for(blocks: int, most: int, device: torch.device) -> int:
+    """How often to cut the columns so that every multiprocessor has work: a power of two up to 8, since
+    each number is compiled for itself.
+    """
     if device.type != "cuda":
         return 1
     wanted = _BLOCKS_EACH * torch.cuda.get_device_properties(device).multi_processor_count
-    return int(max(1, min(wanted // blocks, most, 8)))
+    splits = max(1, min(wanted // blocks, most, 8))
+    return 1 << (splits.bit_length() - 1)

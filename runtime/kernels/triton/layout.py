@@ -18,7 +18,7 @@ one step is contiguous.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -35,7 +35,7 @@ _CHUNK: Final = 2**24
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What slices must share to be multiplied in one launch.
+    """The shape and the levels of a slice.
 
     Attributes:
         bits: 1, 2 or 4.
@@ -57,6 +57,13 @@ class Kind:
     def block_rows(self) -> int:
         """BN: rows of a tile."""
         return min(BLOCK_ROWS, max(16, 1 << (self.rows - 1).bit_length()))
+
+    @property
+    def of_blocks(self) -> Kind:
+        """What slices of any number of rows must share to be multiplied in one launch: the kind of
+        one block of their rows.
+        """
+        return replace(self, rows=self.block_rows)
 
     @property
     def block_words(self) -> int:

@@ -21,7 +21,9 @@ from deltafold.compress import bits as packing
 from deltafold.compress.terms import NM
 from deltafold.compress.terms.base import Parts
 from deltafold.runtime.kernels.triton.launch import on
+from deltafold.runtime.kernels.triton.parts import chosen, first_blocks, outputs, part_of
 from deltafold.runtime.kernels.triton.segments import Segments, one_segment
+from deltafold.runtime.kernels.triton.table import ByPart, Packed
 
 #: Rows that lie together, and entries of each that are read in one step.
 BLOCK: Final = 32
@@ -68,14 +70,14 @@ class SparseRows:
 
     @cached_property
     def _table(self) -> SparseTable:
-        return make_sparse_table([[(self, 1.0)]], self.places.device)
+        return make_sparse_table([[[(self, 1.0)]]], self.places.device)
 
     def matmul(self, x: torch.Tensor) -> torch.Tensor:
         """`x @ D^T`."""
         if len(x) > REBUILD_ABOVE:
             return torch.nn.functional.linear(x, self.dense(x.dtype))
         y = x.new_zeros(len(x), self.rows)
-        add_sparse(y, x.contiguous(), self._table, one_segment(len(x), x.device))
+        add_sparse([y], x.contiguous(), self._table, one_segment(len(x), x.device))
         return y
 
     def gather(self, index: torch.Tensor) -> torch.Tensor:
@@ -166,58 +168,63 @@ def strata(
 
 @dataclass(frozen=True, eq=False)
 class SparseTable:
-    """Sparse forms of one layout by slot; the addresses stay valid only while the forms live.
+    """Sparse forms of one layout by part and slot; the addresses stay valid only while the forms live.
 
     Attributes:
-        counts: int32 `[slots]`.
-        addresses: int64 `[4, slots, entries]`: places, values, starts, levels.
-        factors: float32 `[slots, entries]`.
+        counts: int32 `[parts, slots]`.
+        addresses: int64 `[4, parts, slots, entries]`: places, values, starts, levels.
+        factors: float32 `[parts, slots, entries]`.
+        places: int32 `[2, parts + 1]`: first block of rows of each part, and its width.
+        widths: rows of each part.
         layout: of all forms.
     """
 
     counts: torch.Tensor
     addresses: torch.Tensor
     factors: torch.Tensor
+    places: torch.Tensor
+    widths: tuple[int, ...]
     layout: tuple[int, int]
 
 
-def make_sparse_table(
-    by_slot: Sequence[Sequence[tuple[SparseRows, float]]], device: torch.device
-) -> SparseTable:
-    """Sparse forms of each slot, each with a weight."""
-    entries = max([len(forms) for forms in by_slot], default=0) or 1
-    addresses = torch.zeros(4, len(by_slot), entries, dtype=torch.int64)
-    factors = torch.zeros(len(by_slot), entries)
-    layouts = {form.layout for forms in by_slot for form, _ in forms}
+def make_sparse_table(by_part: ByPart[SparseRows], device: torch.device) -> SparseTable:
+    """Sparse forms of each part's slots, each with a weight."""
+    packed = Packed.of(by_part, columns=4)
+    every = packed.each(by_part)
+    layouts = {form.layout for _, _, _, form, _ in every}
     assert len(layouts) == 1, layouts
-    for slot, forms in enumerate(by_slot):
-        for i, (form, weight) in enumerate(forms):
-            held = (form.places, form.values, form.starts, form.levels)
-            for which, tensor in enumerate(held):
-                addresses[which, slot, i] = 0 if tensor is None else tensor.data_ptr()
-            factors[slot, i] = weight
-    counts = torch.tensor([len(forms) for forms in by_slot], dtype=torch.int32)
-    return SparseTable(
-        counts.to(device), addresses.to(device), factors.to(device), next(iter(layouts))
-    )
+    widths = [0] * len(by_part)
+    for part, slot, i, form, weight in every:
+        held = (form.places, form.values, form.starts, form.levels)
+        packed.put(part, slot, i, [0 if t is None else t.data_ptr() for t in held], weight)
+        assert widths[part] in (0, form.rows), "forms of one part have the same rows"
+        widths[part] = form.rows
+    places = torch.tensor([first_blocks(widths, BLOCK), [*widths, 0]], dtype=torch.int64)
+    counts, addresses, factors, (there,) = packed.sent(device, [places])
+    return SparseTable(counts, addresses, factors, there, tuple(widths), next(iter(layouts)))
 
 
 @triton.jit
 def apply_sparse(  # type: ignore[no-untyped-def]
-    x, y, order, tile_slot, tile_start, tile_length, scales,
-    places_table, values_table, starts_table, levels_table, factors_table, counts,
-    rows, columns, x_stride, y_stride,
+    x, y0, y1, y2, y3, order, tile_slot, tile_start, tile_length, scales,
+    places_table, values_table, starts_table, levels_table, factors_table, counts, first_block,
+    widths, slots, columns, x_stride, y0_stride, y1_stride, y2_stride, y3_stride,
     OF: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
-    ENTRIES: tl.constexpr, SCALED: tl.constexpr,
+    ENTRIES: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    # 32 rows of the deltas of one tile's slot, token after token: the lists stay in the caches.
+    # 32 rows of one part of the deltas of one tile's slot, token after token: the lists stay in the
+    # caches.
     tile = tl.program_id(1)
     length = tl.load(tile_length + tile)
     if length <= 0:
         return
-    slot = tl.load(tile_slot + tile)
+    part = part_of(tl.program_id(0), first_block, PARTS)
+    block = tl.program_id(0) - tl.load(first_block + part)
+    rows = tl.load(widths + part)
+    y = chosen(part, y0, y1, y2, y3, PARTS)
+    y_stride = chosen(part, y0_stride, y1_stride, y2_stride, y3_stride, PARTS)
+    slot = part * slots + tl.load(tile_slot + tile)
     start = tl.load(tile_start + tile)
-    block = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     n = block * BLOCK + lane
     i = tl.arange(0, STEP)
@@ -239,7 +246,7 @@ def apply_sparse(  # type: ignore[no-untyped-def]
                 else:
                     places = tl.load(places_table + at).to(tl.pointer_type(tl.int16))
                     values = tl.load(values_table + at).to(tl.pointer_type(tl.float16))
-                part = tl.zeros((STEP, BLOCK), dtype=tl.float32)
+                sums = tl.zeros((STEP, BLOCK), dtype=tl.float32)
                 begin = first
                 while begin < last:
                     some = (begin + i < last)[:, None] & (lane >= 0)[None, :]
@@ -255,9 +262,9 @@ def apply_sparse(  # type: ignore[no-untyped-def]
                         ).to(tl.float32)
                     some = some & (column < columns)
                     taken = tl.load(x + token * x_stride + column, mask=some, other=0.0)
-                    part += number * taken.to(tl.float32)
+                    sums += number * taken.to(tl.float32)
                     begin += STEP
-                total += tl.sum(part, axis=0) * level * tl.load(factors_table + at)
+                total += tl.sum(sums, axis=0) * level * tl.load(factors_table + at)
         if SCALED:
             total *= tl.load(scales + token)
         kept = n < rows
@@ -267,25 +274,30 @@ def apply_sparse(  # type: ignore[no-untyped-def]
         done += 1
 
 
-def add_sparse(y: torch.Tensor, x: torch.Tensor, table: SparseTable, segments: Segments) -> None:
-    """`y[t] += s[t] * sum_i factor_i x[t] D_i^T` over the sparse forms of token t's slot.
+def add_sparse(
+    ys: Sequence[torch.Tensor], x: torch.Tensor, table: SparseTable, segments: Segments
+) -> None:
+    """`y_p[t] += s[t] * sum_i factor_i x[t] D_pi^T` over the sparse forms of part p, token t's slot.
 
     Args:
-        y: `[T, N]`, changed in place; tokens of the base are not touched.
+        ys: an output `[T, N_p]` for each part, changed in place; tokens of the base are not touched.
         x: `[T, M]`.
-        table: the forms by slot.
+        table: the forms by part and slot.
         segments: which slot each token has.
     """
-    assert x.stride(1) == 1 == y.stride(1), "rows must be contiguous"
-    if not segments.tiles:
+    assert x.stride(1) == 1, "rows must be contiguous"
+    blocks = first_blocks(table.widths, BLOCK)[-1]
+    if not segments.tiles or not blocks:
         return
     scaled = segments.scales is not None
     of, half = table.layout
+    held, strides = outputs(ys)
     with on(x.device):
-        apply_sparse[(triton.cdiv(y.shape[1], BLOCK), segments.tiles)](
-            x, y, segments.order, segments.slot, segments.start, segments.length,
+        apply_sparse[(blocks, segments.tiles)](
+            x, *held, segments.order, segments.slot, segments.start, segments.length,
             segments.scales if scaled else segments.order,
-            *table.addresses.unbind(0), table.factors, table.counts,
-            y.shape[1], x.shape[1], x.stride(0), y.stride(0),
-            OF=of, HALF=half, BLOCK=BLOCK, STEP=_STEP, ENTRIES=table.factors.shape[1], SCALED=scaled,
+            *table.addresses.unbind(0), table.factors, table.counts, *table.places.unbind(0),
+            table.counts.shape[1], x.shape[1], x.stride(0), *strides,
+            OF=of, HALF=half, BLOCK=BLOCK, STEP=_STEP, ENTRIES=table.factors.shape[2],
+            SCALED=scaled, PARTS=len(table.widths),
         )  # fmt: skip

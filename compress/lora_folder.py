@@ -1,0 +1,64 @@
+"""What a LoRA folder says besides its weights: how it names the base's tensors, and its small files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from deltafold.compress.adapter import Adapter
+from deltafold.compress.checkpoint import Checkpoint
+from deltafold.compress.companions import has_tokenizer, is_tokenizer_file, named
+from deltafold.compress.manifest import BaseNames
+from deltafold.compress.naming import NamedBase, prefixes
+
+
+def adapted_names(adapter: Adapter, base: Checkpoint) -> BaseNames | None:
+    """The prefix that an adapter's modules have before the base's names, or lack; None for neither.
+
+    A classifier's adapter says `bert.encoder...` where the bare base says `encoder...`. `model.` is
+    left to `LoraSource`, which knows it both ways.
+    """
+    paths = [f"{path}.weight" for path in adapter.loras]
+    if not paths or any(name in base for path in paths for name in spellings(path)):
+        return None
+    first = paths[0]
+    longer = [p for p in prefixes(first) if first.removeprefix(p) in base]
+    shorter = [n.removesuffix(first) for n in base.names() if n.endswith(f".{first}")]
+    schemes = [BaseNames(change="add", prefix=p) for p in longer]
+    schemes += [BaseNames(change="remove", prefix=p) for p in shorter]
+    fitting = [s for s in schemes if all(path in NamedBase(base, s) for path in paths)]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def spellings(path: str) -> tuple[str, ...]:
+    """A path, and the same with `model.` put in front or taken away."""
+    return path, f"model.{path}", path.removeprefix("model.")
+
+
+def own_class(base: Path, lora: Path) -> bool:
+    """Whether a LoRA folder has a `config.json` that names another class than the base's."""
+    names = [_architectures(folder / "config.json") for folder in (base, lora)]
+    return bool(names[1]) and names[0] != names[1]
+
+
+def _architectures(path: Path) -> object:
+    try:
+        return json.loads(path.read_text("utf-8")).get("architectures")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def own_companions(lora: Path) -> dict[str, Path]:
+    """What a LoRA folder brings besides its weights: a tokenizer, or a chat template."""
+    return {name: path for name, path in named(lora).items() if is_tokenizer_file(name)}
+
+
+def companions_of(base: Path, lora: Path) -> dict[str, Path]:
+    """The base's small files, with the LoRA's tokenizer in place of the base's."""
+    found = named(base)
+    if has_tokenizer(lora):
+        # Never two tokenizers in one folder: which one is read would be chance.
+        found = {name: path for name, path in found.items() if not is_tokenizer_file(name)}
+    if own_class(base, lora):
+        found["config.json"] = lora / "config.json"
+    return found | own_companions(lora)

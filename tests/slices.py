@@ -1,0 +1,55 @@
+"""Random packed deltas and batches for the tests of the GPU kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from deltafold.runtime.kernels.triton.layout import Kind, Slice, make_slice
+from deltafold.runtime.kernels.triton.sparse import SparseRows, sparse_rows
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: Relative to the largest output: the rounding of what is returned (the interpreter cuts digits off),
+#: and for half precision that of activations which met column scales.
+BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def noise(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_kind(bits: int, rows: int, columns: int, group: int = 0, half: bool = False) -> Kind:
+    levels = torch.float16 if half else torch.float32
+    return Kind(bits, rows, columns, group or columns, False, levels)
+
+
+def random_slice(kind: Kind, seed: int) -> Slice:
+    made = noise(seed)
+    fields = torch.randint(0, 2**kind.bits, (kind.rows, kind.columns), generator=made)
+    levels = torch.rand(kind.groups, kind.rows, generator=made) - 0.3
+    by_column = torch.rand(kind.columns, generator=made).to(DEVICE) if kind.by_column else None
+    return make_slice(
+        fields.to(torch.uint8).to(DEVICE), kind, levels.to(DEVICE), 0.01, columns=by_column
+    )
+
+
+def assignments(tokens: int, slots: int) -> dict[str, torch.Tensor]:
+    """Which slot each token has, in patterns that schedulers make."""
+    return {
+        "base alone": torch.full((tokens,), -1),
+        "one variant": torch.zeros(tokens, dtype=torch.int64),
+        "the last variant": torch.full((tokens,), slots - 1),
+        "in turn": torch.arange(tokens) % (slots + 1) - 1,
+        "random": torch.randint(-1, slots, (tokens,), generator=noise(tokens)),
+    }
+
+
+def random_sparse(seed: int) -> tuple[SparseRows, torch.Tensor]:
+    delta = torch.randn(40, 70, generator=noise(seed))
+    delta[torch.rand(40, 70, generator=noise(seed + 50)) < 0.9] = 0
+    delta[seed] = 0
+    form = sparse_rows(delta, DEVICE)
+    assert form is not None
+    # float16 values beside one unit.
+    assert (form.dense(torch.float32).cpu() - delta).abs().max() <= 5e-4 * delta.abs().max()
+    return form, form.dense(torch.float32).cpu()
