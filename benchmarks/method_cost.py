@@ -284,7 +284,7 @@ def methods(kinds: list[str], only: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def measured(sets: Sets, kinds: list[str], only: list[str], most: float) -> list[Row]:
-    """The smallest set first; then the largest that will not take too long, judged by that."""
+    """The smallest set first; then the largest that will not take too long, judged by the last one."""
     first, *larger = sets.shares()
     wanted = list(methods(kinds, only))
     rows = {}
@@ -292,10 +292,9 @@ def measured(sets: Sets, kinds: list[str], only: list[str], most: float) -> list
         rows[kind, spec] = sets.measure(kind, spec, first)
         print(f"{kind} {spec}: {rows[kind, spec]}", file=sys.stderr)
     # From set to set, so that each is written once.
-    chosen = {key: _largest(row, larger, most) for key, row in rows.items() if not row.note}
     for shape in larger:
-        for key, found in chosen.items():
-            if found == shape:
+        for key in wanted:
+            if not rows[key].note and _largest(rows[key], larger, most) == shape:
                 rows[key] = sets.measure(*key, shape)
                 print(f"{key[0]} {key[1]}: {rows[key]}", file=sys.stderr)
     return [rows[key] for key in wanted]

@@ -148,6 +148,10 @@ def _bare(text: str) -> str:
     return text[1:-1].strip() if text.startswith("(") and text.endswith(")") else text
 
 
+#: What a type is called in errors.
+_WORDS: Final = {str: "text"}
+
+
 def _convert(value: Any, hint: Any, where: str, key: str, usage: str) -> Any:
     if isinstance(hint, types.UnionType):
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
@@ -166,10 +170,12 @@ def _convert(value: Any, hint: Any, where: str, key: str, usage: str) -> Any:
         # By way of text, so that YAML's 4.5 and true are no whole numbers.
         if hint in (int, float):
             return hint(str(value))
+        if hint is str and not isinstance(value, str):
+            raise ValueError
     except (KeyError, ValueError) as error:
         raise DeltafoldError(
             "bad-recipe",
-            f"{where!r}: {key} must be {hint.__name__}, not {value!r}.",
+            f"{where!r}: {key} must be {_WORDS.get(hint, hint.__name__)}, not {value!r}.",
             fix=usage,
         ) from error
     return value

@@ -86,23 +86,21 @@ class _Model:
         """A tensor's delta after some of its method's edits."""
         delta = self.read(name)[self._shared(name)]
         if steps:
-            plain = self.context(name)
-            assert plain.variant is not None
-            assert plain.base is not None
-            context = context_of(name, plain.variant, plain.base, method, self.evidence)
+            shared = self._shared(name)
+            base, value = self.source.tensor(name)[shared], self.target.tensor(name)[shared]
+            context = context_of(name, value, base, method, self.evidence)
             for step in steps:
                 delta = step.apply(delta, context)
         return delta
 
     def context(self, name: str) -> Context:
-        """A tensor's own, with evidence where there are reference checkpoints."""
-        shared = self._shared(name)
-        base, value = self.source.tensor(name)[shared], self.target.tensor(name)[shared]
-        known, found = self.evidence, None
-        if isinstance(known, ReferenceSource) and "reference" in known.provides:
-            # Its moments would take passes over the data.
-            found = Evidence(references=tensors_of(known.references, name))
-        return Context(name, base, value, found)
+        """A tensor's own: the base's and others of its name where there are reference checkpoints."""
+        known = self.evidence
+        if not (isinstance(known, ReferenceSource) and "reference" in known.provides):
+            return Context(name)
+        base = self.source.tensor(name)[self._shared(name)]
+        # No more than these: moments would take passes over the data.
+        return Context(name, base, evidence=Evidence(references=tensors_of(known.references, name)))
 
     def _shared(self, name: str) -> slice | EllipsisType:
         """The rows that both models have: others are stored as values."""

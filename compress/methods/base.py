@@ -66,9 +66,9 @@ class SurveyedMethod(Method, Protocol):
     def survey(self, tensors: Iterable[tuple[torch.Tensor, Context]]) -> Self:
         """The method with what it needs to know of the whole model filled in.
 
-        `tensors` has float32 deltas as edits leave them, each with its context, whose evidence is
-        there where the run has reference checkpoints. It can be gone through several times; each time
-        the model is read anew. What is filled in is no part of the spec.
+        `tensors` has float32 deltas as edits leave them, each with its context: the name, and where the
+        run has reference checkpoints the base's tensor and theirs. It can be gone through several
+        times; each time the model is read anew. What is filled in is no part of the spec.
         """
         ...
 

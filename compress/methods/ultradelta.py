@@ -81,8 +81,14 @@ class UltraDelta:
 
     def survey(self, tensors: Iterable[tuple[torch.Tensor, Context]]) -> Self:
         """Rates of all tensors; with other fine-tunes the factor too, for which all are coded once."""
-        told = replace(self, rates=self._rates((c.name, delta) for delta, c in tensors))
-        tasks = {role for _, context in tensors for role in _tasks(context)}
+        tasks: set[str] = set()
+
+        def noting() -> Iterator[tuple[str, torch.Tensor]]:
+            for delta, context in tensors:
+                tasks.update(_tasks(context))
+                yield context.name, delta
+
+        told = replace(self, rates=self._rates(noting()))
         if self.gamma or not tasks:
             return told
         own = told._norm((c.name, delta) for delta, c in tensors)

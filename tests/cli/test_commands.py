@@ -148,6 +148,28 @@ def test_options_and_yaml_give_the_same_delta(pair):
     assert one["delta_id"] == two["delta_id"]
 
 
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        (
+            "shift-scale:vector=(svd:rank=2),rest=(int:bits=2,group=8),shift=0.9",
+            '{codec: shift-scale, vector: "svd:rank=2", rest: "int:bits=2,group=8", shift: 0.9}',
+        ),
+        ("ultradelta:drop=0.8,step=0.05", "{codec: ultradelta, drop: 0.8, step: 0.05}"),
+        ("trim:keep=0.3+sparse:bits=4", '"trim:keep=0.3+sparse:bits=4"'),
+    ],
+)
+def test_longer_specs_are_the_same_in_yaml(pair, spec, text):
+    plan = pair.root / "plan.yaml"
+    plan.write_text(f"default: {text}\nedits: [scale:by=1.1]\n")
+    options = ["--codec", spec, "--edit", "scale:by=1.1"]
+    one = run_json("compress", pair.base, pair.variant, "-o", pair.out, *options)
+    two = run_json("compress", pair.base, pair.variant, "-o", pair.root / "b", "--recipe", plan)
+    assert one["delta_id"] == two["delta_id"]
+    assert one["recipe"] == two["recipe"]
+    assert one["recipe"]["default"] == spec
+
+
 def test_accept(pair):
     pair.rewrite(score__weight=torch.zeros(2, 40), words=("x", "y"))
     accept = ["--accept", "new-tensors", "--accept", "tokenizer"]

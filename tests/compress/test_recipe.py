@@ -60,6 +60,7 @@ def test_a_pattern_given_again_moves_to_the_end():
         ("default: {codec: int, bits: null}", "bad-recipe"),
         ("default: {codec: int, bits: [4]}", "bad-recipe"),
         ("default: {codec: bitdelta, scale: [row]}", "bad-recipe"),
+        ("default: {codec: shift-scale, rest: {codec: int}}", "bad-recipe"),
         ("colour: red", "bad-recipe"),
         ("1: red", "bad-recipe"),
         ("tensors: [a]", "bad-recipe"),
