@@ -162,15 +162,16 @@ def _stalls(base: Path, zoo: Path, options: argparse.Namespace) -> dict[str, Any
         time.sleep(options.seconds)
         loading = time.perf_counter()
         loads = {name: _load(url, name, zoo) for name in CODECS}
-        done = time.perf_counter()
         ended.set()
         for stream in streams:
             stream.join()
     return {
         "streams": STREAMS,
         "without loads": _summary([g for at, g in gaps if quiet <= at < loading]),
-        "during loads": _summary([g for at, g in gaps if loading <= at < done]),
-        "load_seconds": loads,
+        "during loads": _summary(
+            [g for at, g in gaps if any(a <= at < b for a, b in loads.values())]
+        ),
+        "load_seconds": {name: b - a for name, (a, b) in loads.items()},
     }
 
 
@@ -181,18 +182,20 @@ def _summary(gaps: list[float]) -> dict[str, float]:
         "median_ms": statistics.median(ordered),
         "p99_ms": ordered[int(len(ordered) * 0.99)],
         "longest_ms": ordered[-1],
+        "over 50 ms": sum(gap > 50 for gap in ordered),
     }
 
 
-def _load(url: str, name: str, zoo: Path) -> float:
-    """Seconds from the request to load a variant to its first token."""
+def _load(url: str, name: str, zoo: Path) -> tuple[float, float]:
+    """When a variant's load began and ended. It is then used once and unloaded."""
     began = time.perf_counter()
     body = {"lora_name": f"own-{name}", "lora_path": str(zoo / name)}
     _post(url, "/v1/load_lora_adapter", body).read()
+    ended = time.perf_counter()
     request = {"model": f"own-{name}", "prompt": [1, 2, 3], "max_tokens": 1}
     _post(url, "/v1/completions", request).read()
     _post(url, "/v1/unload_lora_adapter", {"lora_name": f"own-{name}"}).read()
-    return time.perf_counter() - began
+    return began, ended
 
 
 def _stream(url: str, number: int, gaps: list[tuple[float, float]], ended: threading.Event) -> None:

@@ -119,10 +119,12 @@ def requests(made: zoo_models.Models) -> dict[str, Any]:
     return {"base": None} | {n: request(n, i, made.zoo / n) for i, n in numbered}
 
 
-def dense_answers(made: zoo_models.Models, **options: Any) -> dict[str, list[Answer]]:
+def dense_answers(
+    made: zoo_models.Models, *, base: bool = True, **options: Any
+) -> dict[str, list[Answer]]:
     """What plain vLLM answers with each variant's restored checkpoint, one engine each."""
     found = {}
-    for name in ("base", *made.variants):
+    for name in (*(["base"] if base else []), *made.variants):
         with plain(made.base if name == "base" else made.dense / name, **options) as llm:
             found[name] = ask(llm, PROMPTS)
     return found

@@ -5,6 +5,12 @@ Every tensor of every fine-tune is moved: linears, embeddings, head, norms, bias
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import engines
 import pytest
 import zoo_models
@@ -54,6 +60,24 @@ def test_llama_compiled_with_dense_slots_through_a_workers_extension(llama, dens
     own |= {"enforce_eager": False, "max_loras": 2}
     with engines.serving(llama.base, slots="dense", **own) as llm:
         engines.check_equal(engines.mixed_answers(llm, llama), dense)
+
+
+@pytest.mark.slow
+def test_llama_in_the_second_model_runner(llama, dense, tmp_path):
+    """In a process of its own: whether vLLM may use Triton is settled when it is imported."""
+    out = tmp_path / "answers.json"
+    script = Path(__file__).with_name("second_runner.py")
+    done = subprocess.run(
+        [sys.executable, script, llama.base, llama.zoo, out],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(out.read_text("utf-8"))
+    answers = {name: [engines.Answer(**a) for a in given] for name, given in found.items()}
+    engines.check_equal(answers, {name: given[:2] for name, given in dense.items()})
 
 
 @pytest.mark.slow
