@@ -172,8 +172,8 @@ print(len(packed) / len(raw), len(raw) / (middle - began), len(raw) / (done - mi
 """
 
 
-def run(code: str, *arguments: object, python: str = sys.executable) -> list[float]:
-    """What a process of its own prints, and behind it its seconds; its cache of digests is empty."""
+def output(code: str, *arguments: object, python: str = sys.executable) -> tuple[float, str]:
+    """Seconds and output of a process of its own, its cache of digests empty."""
     with tempfile.TemporaryDirectory() as home:
         native = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deltafold"
         if (native / "native").is_dir():  # compiled code is not what is measured
@@ -189,7 +189,13 @@ def run(code: str, *arguments: object, python: str = sys.executable) -> list[flo
         seconds = time.perf_counter() - began
     if done.returncode:
         raise SystemExit(done.stderr)
-    return [*map(float, done.stdout.split()), seconds]
+    return seconds, done.stdout.strip()
+
+
+def run(code: str, *arguments: object, python: str = sys.executable) -> list[float]:
+    """The figures that such a process prints, and behind them its seconds."""
+    seconds, text = output(code, *arguments, python=python)
+    return [*map(float, text.split()), seconds]
 
 
 def folder_bytes(folder: Path) -> int:

@@ -31,7 +31,7 @@ from quality import machine
 from quality_specs import codec_specs, edit_specs
 from tables import put_between
 
-from compress import run, weights
+from compress import output, weights
 from deltafold.compress.dtypes import raw_bytes
 from deltafold.compress.merges import MERGES
 from deltafold.compress.safetensors_file import file_head
@@ -213,7 +213,7 @@ class Sets:
         if kind == "merge":
             self._pack(base, one, two)
         try:
-            _, text = run(PACK, kind, base, one, two, out, spec, rows)
+            _, text = output(PACK, kind, base, one, two, out, spec, rows)
         except SystemExit as error:
             return Row(kind, spec, note=str(error).strip().splitlines()[-1])
         finally:
@@ -229,7 +229,7 @@ class Sets:
         for place in tuned:
             delta = Path(f"{place}-delta")
             if not delta.is_dir():
-                run(PACK, "codec", base, place, place, delta, "lossless", "-")
+                output(PACK, "codec", base, place, place, delta, "lossless", "-")
 
     def _widths(self) -> tuple[int, int, int]:
         return self.whole.hidden, self.whole.inner, self.whole.keys
