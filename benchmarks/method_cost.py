@@ -325,7 +325,8 @@ def markdown(result: dict[str, Any]) -> str:
     """The table."""
     about = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
     lines = [
-        f"`python benchmarks/method_cost.py --seconds {result['seconds']:g}`; {about}. Before it begins a process holds "
+        f"`python benchmarks/method_cost.py --seconds {result['seconds']:g}`; {about}. "
+        "Before it begins a process holds "
         f"{_idle(result['rows'], False)}, and {_idle(result['rows'], True)} where it runs the model.",
         "",
         "| method | measured | CPU s | CPU s a GiB | peak MiB | given |",
