@@ -128,3 +128,49 @@ def test_the_cost_of_a_method_is_that_of_a_real_run(tmp_path: Path) -> None:
     assert row["peak_bytes"] > row["idle_bytes"] > 2**26
     assert "| codec `svd:bits=1` | 0.0% |" in done.stdout
     assert not list(tmp_path.glob("tmp*"))
+
+
+def test_the_gpu_script_runs_every_step_and_names_those_that_fail(tmp_path: Path) -> None:
+    """With a stand-in for Python that writes down its calls: without a GPU no step can run."""
+    stand_in, calls = tmp_path / "python", tmp_path / "calls"
+    stand_in.write_text(
+        f"""#!/bin/sh
+[ "$1" = -c ] && {{ [ -z "$LACKS" ]; exit; }}
+[ "$2" = pip ] && {{ echo "pip $PYTHONPATH" >> {calls}; exit; }}
+echo "$PYTHONPATH $*" >> {calls}
+case "$*" in *linear.py*) exit 3; esac
+"""
+    )
+    stand_in.chmod(0o755)
+    (tmp_path / "wheels").mkdir()
+
+    def run(steps: str, **more: str) -> subprocess.CompletedProcess[str]:
+        calls.unlink(missing_ok=True)
+        given = {"PYTHON": str(stand_in), "STEPS": steps, "WHEELS": str(tmp_path / "wheels")}
+        return subprocess.run(
+            ["bash", ROOT / "benchmarks" / "gpu.sh", tmp_path / "out"],
+            capture_output=True, text=True, check=False,
+            env={**os.environ, "LACKS": "", **given, **more},
+        )  # fmt: skip
+
+    done = run("tests linear step")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "== failed: linear"
+    lines = calls.read_text().splitlines()
+    assert [line.split()[1] for line in lines] == ["-m", "-m", *["benchmarks/" + n for n in (
+        "linear.py", "decode_step.py")]]  # fmt: skip
+    assert all(line.startswith(str(ROOT / ".dev")) for line in lines)
+    # The tests that it names are there.
+    named = [word for line in lines for word in line.split() if word.startswith("tests/")]
+    assert len(named) > 5
+    assert all((ROOT / name).exists() for name in named)
+    assert run("step").returncode == 0
+    assert run("nothing").returncode == 1
+    (tmp_path / "wheels" / "some.whl").touch()
+    assert run("step").returncode == 0
+    first, second = calls.read_text().splitlines()
+    assert first.startswith("pip ")
+    assert len(second.split()[0].split(":")) > len(first.split()[1].split(":"))
+    lacking = run("step", LACKS="1")
+    assert lacking.returncode == 2
+    assert "pydantic" in lacking.stderr
