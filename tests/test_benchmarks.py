@@ -42,7 +42,11 @@ def test_kernels_on_tiny_layers(tmp_path: Path) -> None:
     # The GPU kernels, interpreted: the same code that a GPU runs.
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [*call, "--json", str(out)], capture_output=True, text=True, check=False, env=environment
+        [*call, "--json", str(out), "--plots", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text("utf-8"))["rows"]
@@ -56,6 +60,56 @@ def test_kernels_on_tiny_layers(tmp_path: Path) -> None:
     for row in rows:
         assert (row["least"] is not None) != bool(row["note"]), row
     assert "base + BitDelta's public kernel" in done.stdout
+    assert "goal 75%" in done.stdout
+    plot = (tmp_path / "kernels-tiny.svg").read_text("utf-8")
+    assert plot.startswith("<?xml")
+    assert "variants in the batch" in plot
+
+
+CUT_SHORT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import kernel_forms, kernels
+
+def unchecked(form, setting):
+    raise MemoryError("no room for float64")
+
+def unmade(rows):
+    raise RuntimeError("no room for this form")
+
+whole = kernels._measure
+def cut(head, setting, options):
+    if head[1] == "down" and setting.variants == 2:
+        raise KeyboardInterrupt  # a run cut short
+    return whole(head, setting, options)
+
+kernel_forms._dense_of = unchecked
+kernel_forms.FORMS["4 bits"] = lambda setting: unmade
+kernels._measure = cut
+sys.argv[1:] = sys.argv[2:]
+kernels.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux alone")
+def test_what_was_measured_before_a_run_was_cut_short_is_kept(tmp_path: Path) -> None:
+    """Forms that cannot be made or checked are rows that say why, and the others go on."""
+    out = tmp_path / "kernels.json"
+    options = ("--device", "cpu", "--quick", "--variants", "1", "2", "--json", str(out))
+    forms = ("--forms", "1 bit", "4 bits", "rank 16")
+    call = [sys.executable, "-c", CUT_SHORT, str(ROOT / "benchmarks"), *options, *forms]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(call, capture_output=True, text=True, check=False, env=environment)
+    assert "KeyboardInterrupt" in done.stderr
+    rows = json.loads(out.read_text("utf-8"))["rows"]
+    assert {(row["layer"], row["variants"]) for row in rows} == {
+        ("qkv", 1), ("qkv", 2), ("down", 1)
+    }  # fmt: skip
+    by_case = {row["case"]: row for row in rows}
+    assert by_case["base + 4 bits"]["note"] == "RuntimeError: no room for this form"
+    assert by_case["base + 4 bits"]["least"] is None
+    assert by_case["base + 1 bit"]["note"].endswith("MemoryError: no room for float64")
+    assert by_case["base + rank 16"]["least"] > 0
 
 
 def interpreted(script: str, *options: str) -> str:
