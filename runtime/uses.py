@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ from deltafold.runtime.layout import WARM_ROWS, Layout, answers_of, kind_of
 
 #: Descriptors that give a tensor's values; all others tell its shape, dtype or place.
 _VALUES = {"T", "mT", "H", "mH", "data", "real"}
+#: Names of the modules that ran while a parameter was read, outermost first.
+Chain: TypeAlias = tuple[str, ...]
 #: The request whose rows `mixing` disturbs.
 _DISTURBED = 1
 
@@ -34,7 +36,7 @@ class Uses:
     """
 
     def __init__(self) -> None:
-        self.readers: dict[int, set[tuple[str, ...]]] = {}
+        self.readers: dict[int, set[Chain]] = {}
         self.layouts: dict[str, Layout | None] = {}
 
     @classmethod
@@ -76,9 +78,7 @@ def _hooks(uses: Uses, stack: list[str], name: str, module: nn.Module) -> list[A
 class _Watch(TorchFunctionMode):
     """Notes the modules that are running when a parameter is handed to a torch function."""
 
-    def __init__(
-        self, readers: dict[int, set[tuple[str, ...]]], stack: list[str], tensors: set[int]
-    ) -> None:
+    def __init__(self, readers: dict[int, set[Chain]], stack: list[str], tensors: set[int]) -> None:
         super().__init__()
         self._readers, self._stack, self._tensors = readers, stack, tensors
 
