@@ -152,6 +152,7 @@ class SlotMap:
         """
         answers = Answers.observe(model, inputs)
         self._uses = Uses.watch(model, inputs, self._tied)
+        later = self._uses.watch_later(model, inputs, self._tied)
         saved = [n for n in model.state_dict() if n in self.slots]
         # A module that mixes requests, or whose hook is passed by, sends its parameters to one around.
         for _ in range(_MOST_ROUNDS):
@@ -160,11 +161,15 @@ class SlotMap:
             homes = [h for name in saved for h in self.homes(name) if _is_risky(h)]
             bad |= rehearse(model, inputs, [h for h in homes if h.name not in bad], answers)
             if not bad:
-                bad = bypassed(model, inputs, [h for name in saved for h in self.homes(name)])
+                bad = bypassed(model, inputs, [h for n in saved for h in self.homes(n)], later)
             if not bad:
                 break
             self._bad |= bad
-        self._captured = self._kept_elsewhere(model, inputs) | self._put_by(model, inputs)
+        else:
+            # The homes further out have not been tried, and are not looked for any longer.
+            moved = [n for n in saved if any(h.name not in found for h in self.homes(n))]
+            self._captured |= {id(self.slots[n].tensor) for n in moved}
+        self._captured |= self._kept_elsewhere(model, inputs) | self._put_by(model, inputs)
         if find_idle:
             homeless = {n: self.slots[n].tensor for n in saved if self._may_be_idle(n)}
             self._idle = idle(model, inputs, answers, homeless)
@@ -246,7 +251,9 @@ class SlotMap:
         alias = {t: self.slots[names[0]].tensor.detach() for t, names in self._tied.items()}
         swapped = {n: alias[t] for t, names in self._tied.items() for n in names}
         with _values(self.slots, swapped):
-            return set(Uses.watch(model, inputs, self._tied).readers)
+            uses = Uses.watch(model, inputs, self._tied)
+            uses.watch_later(model, inputs, self._tied)
+            return set(uses.readers)
 
 
 class _values:  # noqa: N801

@@ -6,7 +6,7 @@ decides which module has to run again with a variant's value. Models are watched
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from deltafold.compress import DeltafoldError
 from deltafold.runtime.layout import WARM_ROWS, Layout, answers_of, kind_of
+from deltafold.runtime.warm_up import later_inputs
 
 #: Descriptors that give a tensor's values; all others tell its shape, dtype or place.
 _VALUES = {"T", "mT", "H", "mH", "data", "real"}
@@ -54,6 +55,30 @@ class Uses:
             for handle in handles:
                 handle.remove()
         return uses
+
+    def watch_later(
+        self, model: nn.Module, inputs: dict[str, Any], tensors: Collection[int]
+    ) -> frozenset[str]:
+        """Note too who reads what while the model goes on by one token, with its cache.
+
+        Models may read a parameter otherwise there. Layouts stay those of the prompt.
+
+        Returns:
+            The modules that ran; none where the model has no cache, or does not go on.
+        """
+        try:
+            with torch.no_grad():
+                later = later_inputs(inputs, model(**inputs))
+            if later is None:
+                return frozenset()
+            seen = Uses.watch(model, later, tensors)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+            return frozenset()
+        for tensor, chains in seen.readers.items():
+            self.readers.setdefault(tensor, set()).update(chains)
+        return frozenset(seen.layouts)
 
     def _note_layout(self, name: str, layout: Layout) -> None:
         known = self.layouts.setdefault(name, layout)
