@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,13 +16,14 @@ import torch
 from deltafold.compress import dtypes
 from deltafold.compress.card import write_card, write_tensor_table
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
-from deltafold.compress.coded import TensorStats
+from deltafold.compress.coded import Sink, TensorStats
 from deltafold.compress.companions import copy_files
 from deltafold.compress.encode import difference
 from deltafold.compress.errors import DeltafoldError, name_some
-from deltafold.compress.evidence import check_needs, follower
+from deltafold.compress.evidence import RunningSource, check_needs, follower
 from deltafold.compress.fingerprint import DigestCache, Digests, TensorDigest, fingerprint
-from deltafold.compress.journal import Journal, Record, clear, is_journal
+from deltafold.compress.journal import Journal, Place, Record, clear, is_journal
+from deltafold.compress.limits import Limits, check_room, needs
 from deltafold.compress.manifest import (
     BASE_TENSORS_NAME,
     FORMAT,
@@ -36,7 +37,7 @@ from deltafold.compress.manifest import (
     version_for,
 )
 from deltafold.compress.memory import Timeline
-from deltafold.compress.packing import Limits, code_all, stats_of
+from deltafold.compress.packing import code_all, stats_of
 from deltafold.compress.payload import payload_key
 from deltafold.compress.quantized import dequantized
 from deltafold.compress.release import version
@@ -95,6 +96,14 @@ class Run:
                 facts=[("tensors", name_some(target.names(), len(target.names())))],
                 fix="a pattern is matched with the whole name: begin or end it with *",
             )
+
+    def check_room(self) -> None:
+        """Refuse a bound of memory that a tensor does not fit, before any work."""
+        job = self.job
+        source = job.evidence
+        model = source.upcoming_bytes() if isinstance(source, RunningSource) else 0
+        coder = self._coder(_nowhere, {}, {})
+        check_room(needs(coder, job.target.names(), job.recipe), self.limits, model)
 
     def survey(self) -> None:
         """Let edits that need it look at the whole model."""
@@ -163,20 +172,9 @@ class Run:
         follows = follower(job.evidence)
         known = [cache.known() for cache in caches]
         known[0] = job.source.named(known[0])
-        coder = Coder(
-            job.source,
-            job.target,
-            self.recipe,
-            journal.put,
-            known[0],
-            known_target=known[1] if len(known) > 1 else {},
-            evidence=job.evidence,
-            given=job.given,
-            delta=job.delta,
-            quantization=job.quantization,
-            shared=job.shared,
-            settled=follows.settle if follows else None,
-        )
+        coder = self._coder(journal.put, known[0], known[1] if len(known) > 1 else {})
+        if follows:
+            coder = replace(coder, settled=follows.settle)
         names = job.target.names()
         limits = Limits(1, self.limits.memory) if follows else self.limits
         order = follows.order(names) if follows else None
@@ -186,6 +184,23 @@ class Run:
         # What the fine-tune lacks is part of the base's fingerprint all the same.
         base |= {n: job.source.sha256(n) for n in job.source.names() if n not in base}
         return _digests(job.source, base), _digests(job.target, variant)
+
+    def _coder(self, sink: Sink, base: dict[str, str], variant: dict[str, str]) -> Coder:
+        """What codes the tensors; digests of base and fine-tune that are known need no hashing."""
+        job = self.job
+        return Coder(
+            job.source,
+            job.target,
+            self.recipe,
+            sink,
+            base,
+            known_target=variant,
+            evidence=job.evidence,
+            given=job.given,
+            delta=job.delta,
+            quantization=job.quantization,
+            shared=job.shared,
+        )
 
     def _payload(self, folder: Path, journal: Journal, records: list[Record]) -> list[Path]:
         """Put the parts into shards, in the order of names, terms and parts."""
@@ -267,6 +282,10 @@ class Run:
         }
         text = json.dumps(content, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _nowhere(tensor: torch.Tensor) -> Place:
+    raise AssertionError("nothing is coded here")
 
 
 def _changed(
