@@ -6,6 +6,7 @@ cut short.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -31,6 +32,7 @@ def code_all(
     limits: Limits,
     progress: OnProgress,
     order: list[str] | None = None,
+    check: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Code every tensor that the journal does not have yet.
 
@@ -41,6 +43,7 @@ def code_all(
         limits: how many at a time, and within which memory.
         progress: called after every tensor.
         order: the order in which tensors must be coded; None leaves it open.
+        check: raises where a tensor's files were changed meanwhile.
 
     Raises:
         DeltafoldError: `not-enough-memory` before any work where the bound is too tight for a
@@ -62,7 +65,10 @@ def code_all(
                 trim()
             # Tensors run side by side; threads within one would only fight over the cores.
             torch.set_num_threads(1 if limits.jobs > 1 else threads)
-            journal.add(_record(name, coder.code(name), coder, journal))
+            record = _record(name, coder.code(name), coder, journal)
+            # What was read twice must have been the same, or its digest is that of something else.
+            check(name)
+            journal.add(record)
 
     # The largest first, so that none is left to run alone at the end.
     by_size = sorted(left, key=lambda n: (-math.prod(coder.target.spec(n).shape), n))

@@ -28,7 +28,7 @@ from deltafold.compress.budget.goal import Budget
 from deltafold.compress.journal import Journal
 from deltafold.compress.limits import Limits
 from deltafold.compress.memory import MemoryBudget
-from deltafold.compress.safetensors_file import file_head
+from deltafold.compress.safetensors_file import SafetensorsFile, file_head
 from deltafold.compress.sizes import parse_size
 
 LAYERS, ROWS, COLUMNS = 12, 40, 48
@@ -160,13 +160,37 @@ def test_other_settings_start_over(models, tmp_path):
     assert report.resumed == 0
 
 
-def test_a_changed_input_starts_over(models, tmp_path):
+@pytest.mark.parametrize(("name", "changed"), [("layers.0.weight", 1), ("layers.9.norm", 0)])
+def test_a_changed_input_costs_what_changed(models, tmp_path, name, changed):
     interrupted(models, tmp_path / "out")
     weights = models[1] / "model.safetensors"
     raw = bytearray(weights.read_bytes())
-    raw[-1] ^= 1
+    raw[SafetensorsFile(weights).entries[name].start] ^= 1
     weights.write_bytes(raw)
-    assert pack(models, tmp_path / "out").resumed == 0
+    compress_checkpoint(*models, tmp_path / "alone", recipe=RECIPE)
+    assert pack(models, tmp_path / "out").resumed == 5 - changed
+    assert tree(tmp_path / "out") == tree(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_a_copy_is_the_same_input(models, whole, tmp_path, base):
+    """Another inode, another date: its tensors are hashed, not coded again."""
+    interrupted(models, tmp_path / "out")
+    weights, hashed = models[not base] / "model.safetensors", []
+    raw = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(raw)
+    report = pack(models, tmp_path / "out", progress=hashed.append)
+    assert report.resumed == 5
+    assert len([event for event in hashed if event.phase == "hash"]) == 5
+    assert tree(tmp_path / "out") == whole
+
+
+def test_a_file_that_did_not_change_is_not_hashed_again(models, tmp_path):
+    interrupted(models, tmp_path / "out")
+    events = []
+    assert pack(models, tmp_path / "out", progress=events.append).resumed == 5
+    assert {event.phase for event in events} == {"pack", "verify"}
 
 
 def test_an_input_that_vanishes(models, whole, tmp_path):
@@ -181,7 +205,7 @@ def test_an_input_that_vanishes(models, whole, tmp_path):
     assert caught.value.code == "not-found"
     assert "out.partial" in str(caught.value)
     away.rename(weights)
-    pack(models, tmp_path / "out")
+    assert pack(models, tmp_path / "out").resumed == 4
     assert tree(tmp_path / "out") == whole
 
 
