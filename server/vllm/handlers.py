@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import Any, Final
 
 from deltafold.runtime.vllm.texts import RENDERED_BY, OwnText
+from deltafold.server.vllm.front import RefusedError
 
 #: Module, class and methods of the handlers whose requests name a model.
 _HANDLERS: Final = (
@@ -45,7 +46,10 @@ def install(front_of: Callable[[Any], Any]) -> None:
 def _speaking(stock: Any, front_of: Callable[[Any], Any]) -> Any:
     @wraps(stock)
     async def handle(self: Any, request: Any, *args: Any, **named: Any) -> Any:
-        own = await _own_text(self, request.model, request, front_of)
+        try:
+            own = await _own_text(self, request.model, request, front_of)
+        except RefusedError as error:
+            return error_of(error)
         return await stock(self if own is None else _with(self, own), request, *args, **named)
 
     return handle
@@ -54,7 +58,9 @@ def _speaking(stock: Any, front_of: Callable[[Any], Any]) -> Any:
 async def _own_text(
     handler: Any, name: str | None, request: Any, front_of: Callable[[Any], Any]
 ) -> OwnText | None:
-    """The text of the variant that a request names, which is loaded for it if need be."""
+    """The text of the variant that a request names, which is loaded for it if need be; raises
+    `RefusedError` where it left memory and cannot be read again.
+    """
     models = handler.models
     front = front_of(models) if hasattr(models, "lora_requests") else None
     if front is None or not name or models.is_base_model(name):
@@ -62,8 +68,18 @@ async def _own_text(
     if name not in models.lora_requests and await handler._check_model(request) is not None:
         return None  # vLLM's own method says so to the client
     lora = models.lora_requests.get(name)
-    own: OwnText | None = None if lora is None else await front.text_of(lora)
+    if lora is None:
+        return None
+    await front.ensure(lora)
+    own: OwnText | None = await front.text_of(lora)
     return own
+
+
+def error_of(error: Exception | str) -> Any:
+    """vLLM's error object. 400 whatever the reason: its front passes no other on to clients."""
+    from vllm.entrypoints.serve import create_error_response
+
+    return create_error_response(str(error))
 
 
 def _with(handler: Any, own: OwnText) -> Any:

@@ -20,6 +20,7 @@ from deltafold.server.vllm.front import Front, RefusedError
 
 _SERVING = "vllm.entrypoints.openai.models.serving"
 _DONE = "_deltafold_names"
+_SERVER_ERROR: Final = 500
 
 
 def install() -> None:
@@ -91,7 +92,7 @@ def _patch_loading(models: Any) -> None:
         try:
             path = await front.prepare(request.lora_path)
         except (DeltafoldError, RefusedError) as error:
-            return _error(error)
+            return handlers.error_of(error)
         kept = self.lora_requests.get(request.lora_name)
         if kept is not None and kept.lora_path == path:
             return f"Success: variant '{request.lora_name}' is loaded already."
@@ -99,6 +100,8 @@ def _patch_loading(models: Any) -> None:
         self.lora_requests.pop(request.lora_name, None)
         own = request.model_copy(update={"lora_path": path, "load_inplace": False})
         answer = await stock(self, own, base_model_name)
+        if getattr(getattr(answer, "error", None), "code", None) == _SERVER_ERROR:
+            answer = handlers.error_of(answer.error.message)  # what a worker said of the variant
         if kept is not None and isinstance(answer, str):
             _release(self, front, kept)
         elif kept is not None:
@@ -167,7 +170,7 @@ def _patch_resolving(models: Any) -> None:
         except DeltafoldError as error:
             if error.code == "variant-not-found":
                 return await stock(self, lora_name)
-            return _error(error)
+            return handlers.error_of(error)
         answer = await self.load_lora_adapter(
             LoadLoRAAdapterRequest(lora_name=lora_name, lora_path=path)
         )
@@ -175,10 +178,3 @@ def _patch_resolving(models: Any) -> None:
         return self.lora_requests.get(lora_name) or answer
 
     models.resolve_lora = resolve_lora
-
-
-def _error(error: Exception) -> Any:
-    """vLLM's error object. 400 whatever the reason: its front passes no other on to clients."""
-    from vllm.entrypoints.serve import create_error_response
-
-    return create_error_response(str(error))

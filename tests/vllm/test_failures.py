@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,65 @@ def test_a_bad_variant_is_refused_and_the_engine_serves_on(made, other, tmp_path
         with pytest.raises(DeltafoldError, match="not-found"):
             engines.ask(llm, [[1, 2, 3]], [temporary])
         assert engines.ask(llm, engines.PROMPTS, [good] * 4) == before
+
+
+def overwrite(place: Path, change: Any) -> None:
+    """Change a payload's bytes where they lie, as `cp` onto a file does."""
+    payload = place / "delta.safetensors"
+    raw = change(bytearray(payload.read_bytes()))
+    with payload.open("r+b") as file:
+        file.write(raw)
+        file.truncate(len(raw))
+
+
+@pytest.mark.slow
+def test_what_left_memory_is_read_beside_the_steps_and_fails_alone(made, monkeypatch):
+    flipped = shutil.copytree(made.zoo / "sign1", made.zoo / "overwritten")
+    shortened = shutil.copytree(made.zoo / "sign1", made.zoo / "shortened")
+    readers, load, go_on = [], Loader.load, threading.Event()
+
+    def loading(loader: Loader, repo: Any) -> Any:
+        readers.append(threading.current_thread().name)
+        assert go_on.wait(60)
+        return load(loader, repo)
+
+    with engines.serving(made.base, max_loras=1, max_cpu_loras=1) as llm:
+        good, rank8 = (
+            engines.request(name, n, made.zoo / name)
+            for n, name in enumerate(("sign1", "rank8"), 1)
+        )
+        first = engines.ask(llm, engines.PROMPTS, [good] * 4)
+        odd = [engines.request(p.name, n, p) for n, p in enumerate((flipped, shortened), 3)]
+        for one in odd:
+            assert engines.ask(llm, engines.PROMPTS, [one] * 4) == first
+        other = engines.ask(llm, engines.PROMPTS, [rank8] * 4)
+        overwrite(flipped, lambda raw: raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
+        overwrite(shortened, lambda raw: raw[: len(raw) // 2])
+        for one, code in zip(odd, ("checksum", "truncated"), strict=True):
+            with pytest.raises(DeltafoldError) as caught:
+                engines.ask(llm, [[1, 2, 3], [4, 5]], [rank8, one])
+            assert caught.value.code == code
+            assert engines.ask(llm, engines.PROMPTS, [rank8] * 4) == other
+
+        # A read that does not end holds nobody up, and the step that needs the variant reads nothing.
+        monkeypatch.setattr(Loader, "load", loading)
+        ahead = ("deltafold_prefetch", None, (good.lora_path,))
+        assert llm.llm_engine.engine_core.collective_rpc(*ahead) == ["reading"]
+        assert engines.ask(llm, engines.PROMPTS, [rank8] * 4) == other
+        go_on.set()
+        for _ in range(200):
+            if llm.llm_engine.engine_core.collective_rpc(*ahead) == ["ready"]:
+                break
+            time.sleep(0.05)
+        assert engines.ask(llm, engines.PROMPTS, [good] * 4) == first
+        assert len(readers) == 1
+        assert readers[0].startswith("deltafold-read")
+
+        # A number stands for one variant; another path under it is no silent stand-in.
+        with pytest.raises(DeltafoldError, match="another variant's") as caught:
+            engines.ask(llm, [[1, 2, 3]], [engines.request("other", 1, made.zoo / "rank8")])
+        assert caught.value.code == "bad-argument"
+        assert engines.ask(llm, engines.PROMPTS, [good] * 4) == first
 
 
 @pytest.mark.slow
