@@ -15,13 +15,16 @@ from typing import Any
 
 from deltafold.runtime.vllm.hosted import Hosted, room_of
 from deltafold.runtime.vllm.settings import Settings, settings_of
+from deltafold.runtime.vllm.versions import is_known
 
 _log = logging.getLogger(__name__)
 _DONE = "_deltafold_installed"
 
 
 def install() -> None:
-    """Hook into vLLM's classes; a second call does nothing."""
+    """Hook into vLLM's classes; does nothing the second time, or in a vLLM of another version."""
+    if not is_known():
+        return
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
     from vllm.v1.worker.worker_base import WorkerBase

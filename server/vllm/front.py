@@ -67,6 +67,14 @@ class Front:
         entry = await self._aside(zoo.find, name)
         return tagged(entry.folder, entry.opened().digest)
 
+    async def near(self, name: str) -> str:
+        """Words for a client that asked for a name that is not served: near names of the zoo."""
+        try:
+            await self.find(name)
+        except DeltafoldError as error:
+            return f" {error}"
+        return ""
+
     async def prepare(self, path: str) -> str:
         """Check a delta and have every worker read it beside the running steps.
 

@@ -16,6 +16,7 @@ from typing import Any, Final
 from deltafold.runtime.vllm.texts import RENDERED_BY, OwnText
 from deltafold.server.vllm.front import RefusedError
 
+_NOT_FOUND: Final = 404
 #: Module, class and methods of the handlers whose requests name a model.
 _HANDLERS: Final = (
     ("openai.chat_completion.serving", "OpenAIServingChat", "create_chat_completion"),
@@ -48,8 +49,8 @@ def _speaking(stock: Any, front_of: Callable[[Any], Any]) -> Any:
     async def handle(self: Any, request: Any, *args: Any, **named: Any) -> Any:
         try:
             own = await _own_text(self, request.model, request, front_of)
-        except RefusedError as error:
-            return error_of(error)
+        except _AnsweredError as error:
+            return error.answer
         return await stock(self if own is None else _with(self, own), request, *args, **named)
 
     return handle
@@ -59,20 +60,35 @@ async def _own_text(
     handler: Any, name: str | None, request: Any, front_of: Callable[[Any], Any]
 ) -> OwnText | None:
     """The text of the variant that a request names, which is loaded for it if need be; raises
-    `RefusedError` where it left memory and cannot be read again.
+    `_AnsweredError` where it cannot be.
     """
     models = handler.models
     front = front_of(models) if hasattr(models, "lora_requests") else None
     if front is None or not name or models.is_base_model(name):
         return None
-    if name not in models.lora_requests and await handler._check_model(request) is not None:
-        return None  # vLLM's own method says so to the client
+    if name not in models.lora_requests:
+        refused = await handler._check_model(request)
+        if refused is not None:
+            if refused.error.code == _NOT_FOUND:
+                refused.error.message += await front.near(name)
+            raise _AnsweredError(refused)
     lora = models.lora_requests.get(name)
     if lora is None:
         return None
-    await front.ensure(lora)
+    try:
+        await front.ensure(lora)
+    except RefusedError as error:
+        raise _AnsweredError(error_of(error)) from error
     own: OwnText | None = await front.text_of(lora)
     return own
+
+
+class _AnsweredError(Exception):
+    """What a client gets instead of an answer."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__(answer)
+        self.answer = answer
 
 
 def error_of(error: Exception | str) -> Any:

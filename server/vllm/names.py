@@ -8,16 +8,19 @@ loaded is read beside the running streams and known by its content, and what is 
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import sys
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, Final
 
 from deltafold.compress.errors import DeltafoldError
 from deltafold.runtime.vllm.settings import settings_of
+from deltafold.runtime.vllm.versions import is_known
 from deltafold.server.vllm import handlers
 from deltafold.server.vllm.front import Front, RefusedError
 
+_log = logging.getLogger(__name__)
 _SERVING = "vllm.entrypoints.openai.models.serving"
 _DONE = "_deltafold_names"
 _SERVER_ERROR: Final = 500
@@ -27,6 +30,8 @@ def install() -> None:
     """Hook into vLLM's table of served models; a second call does nothing."""
     if multiprocessing.parent_process() is not None and _SERVING not in sys.modules:
         return  # an engine or a worker: nobody asks for names there
+    if not is_known():
+        return
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
     if not getattr(OpenAIServingModels, _DONE, False):
@@ -62,7 +67,7 @@ def _patch_listing(models: Any) -> None:
         from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
 
         listed, front = await stock(self), _front(self)
-        entries = [] if front is None else await front.entries()
+        entries = [] if front is None or not _finds() else await front.entries()
         for entry in entries:
             if entry.name not in self.lora_requests:
                 listed.data.append(
@@ -76,6 +81,17 @@ def _patch_listing(models: Any) -> None:
         return listed
 
     models.show_available_models = show_available_models
+
+
+@cache
+def _finds() -> bool:
+    """Whether vLLM looks unknown names up at all."""
+    from vllm import envs
+
+    if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+        return True
+    _log.warning("names of the zoo are served with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 alone")
+    return False
 
 
 def _patch_loading(models: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 import time
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import engines
+import failures
 import pytest
 import talker
 import torch
 import zoo_models
-from safetensors.torch import load_file, save_file
 
 from deltafold.compress import DeltafoldError
 from deltafold.runtime.vllm.source import tagged
@@ -44,25 +43,6 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> zoo_models.Models:
     )
 
 
-def resized(folder: Path) -> Path:
-    """A fine-tune with four tokens more."""
-    full = zoo_models.fine_tune(folder, "resized")
-    tensors = load_file(full / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        tensors[name] = torch.cat([tensors[name], torch.ones(4, tensors[name].shape[1])])
-    save_file(tensors, full / "model.safetensors", {"format": "pt"})
-    config = json.loads((full / "config.json").read_text("utf-8"))
-    config["vocab_size"] += 4
-    (full / "config.json").write_text(json.dumps(config))
-    from deltafold.compress import Recipe, compress_checkpoint, parse_spec
-
-    recipe = Recipe(default=parse_spec("int:bits=4"))
-    compress_checkpoint(
-        folder / "base", full, folder / "resized", recipe=recipe, accept=["resized"]
-    )
-    return folder / "resized"
-
-
 @pytest.mark.slow
 def test_a_bad_variant_is_refused_and_the_engine_serves_on(made, other, tmp_path, monkeypatch):
     from vllm import SamplingParams
@@ -72,7 +52,7 @@ def test_a_bad_variant_is_refused_and_the_engine_serves_on(made, other, tmp_path
         "not-found": made.zoo / "nowhere",
         "not-a-delta": made.base,
         "checksum": made.zoo / "flipped",
-        "engine-unsupported": resized(made.base.parent),
+        "engine-unsupported": failures.resized(made.base.parent, made.base.parent / "resized"),
     }
     with engines.serving(made.base, max_loras=1, max_cpu_loras=1) as llm:
         good = engines.request("sign1", 1, made.zoo / "sign1")
@@ -129,15 +109,6 @@ def test_a_bad_variant_is_refused_and_the_engine_serves_on(made, other, tmp_path
         assert engines.ask(llm, engines.PROMPTS, [good] * 4) == before
 
 
-def overwrite(place: Path, change: Any) -> None:
-    """Change a payload's bytes where they lie, as `cp` onto a file does."""
-    payload = place / "delta.safetensors"
-    raw = change(bytearray(payload.read_bytes()))
-    with payload.open("r+b") as file:
-        file.write(raw)
-        file.truncate(len(raw))
-
-
 @pytest.mark.slow
 def test_what_left_memory_is_read_beside_the_steps_and_fails_alone(made, monkeypatch):
     flipped = shutil.copytree(made.zoo / "sign1", made.zoo / "overwritten")
@@ -159,8 +130,8 @@ def test_what_left_memory_is_read_beside_the_steps_and_fails_alone(made, monkeyp
         for one in odd:
             assert engines.ask(llm, engines.PROMPTS, [one] * 4) == first
         other = engines.ask(llm, engines.PROMPTS, [rank8] * 4)
-        overwrite(flipped, lambda raw: raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
-        overwrite(shortened, lambda raw: raw[: len(raw) // 2])
+        failures.overwrite(flipped, lambda raw: raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
+        failures.overwrite(shortened, lambda raw: raw[: len(raw) // 2])
         for one, code in zip(odd, ("checksum", "truncated"), strict=True):
             with pytest.raises(DeltafoldError) as caught:
                 engines.ask(llm, [[1, 2, 3], [4, 5]], [rank8, one])
@@ -207,6 +178,12 @@ def test_a_tensor_that_is_read_around_its_hook_is_refused(made, monkeypatch):
         with pytest.raises(DeltafoldError, match="down_proj") as caught:
             engines.ask(llm, [[1, 2, 3]], [engines.request("sign1", 1, made.zoo / "sign1")])
         assert caught.value.code == "engine-unsupported"
+        # A server asks ahead, and hears the same.
+        path, core = str(made.zoo / "sign1"), llm.llm_engine.engine_core
+        told = "reading"
+        while told == "reading":
+            (told,) = core.collective_rpc("deltafold_prefetch", None, (path,))
+        assert "down_proj" in told
         assert len(engines.ask(llm, [[1, 2, 3]])[0].tokens) == 12
 
 
