@@ -146,7 +146,7 @@ class _Run:
 
     def tensor(self, name: str) -> None:
         kind, base = self.kinds[name], self.repo.base_tensor(self.source.checkpoint, name)
-        delta = self._delta(name, base)
+        delta = self.repo.delta_to_original(self.source.checkpoint, name)
         norm, missed, rank = _norm(delta), 0.0, 0
         module, _, attribute = name.rpartition(".")
         if kind == "lora":
@@ -165,13 +165,6 @@ class _Run:
         else:
             missed = norm
         self.report.append(Exported(name, kind, rank, norm, missed))
-
-    def _delta(self, name: str, base: torch.Tensor | None) -> torch.Tensor:
-        """The difference to the base itself: an adapter's base is not quantised."""
-        delta = self.repo.delta(name, base)
-        if base is not None and name in self.repo.quantised:
-            delta += base - self.source.tensor(name).to(torch.float32)
-        return delta
 
     def config(self) -> dict[str, Any]:
         """`adapter_config.json`: alpha is the rank everywhere, so every scale is 1."""

@@ -97,12 +97,13 @@ class Parents:
             DeltafoldError: `not-finite` for NaN or infinity, which a lossless delta may hold: an
                 election would lose it without a word, and a sum would spread it.
         """
-        base = self.base.tensor(name) if name in self.base else None
         shape = self.spec(name).shape
         found = []
         for repo in self.repos:
             coded = name in repo.manifest.tensors
-            found.append(repo.delta(name, base) if coded else torch.zeros(shape))
+            # One may have been taken against the dequantised base, another against the original.
+            original = repo.delta_to_original(self.base.checkpoint, name) if coded else None
+            found.append(torch.zeros(shape) if original is None else original)
             if coded and not bool(torch.isfinite(found[-1]).all()):
                 raise DeltafoldError(
                     "not-finite",

@@ -73,11 +73,11 @@ def decoded_tensors(
     """Every tensor of a delta's model: base plus decoded difference in float32, others as stored."""
     tensors, named = {}, repo.named(base)
     for name in repo.variant_names():
-        stored = named.tensor(name) if name in named else None
         if name not in repo.manifest.tensors:
-            assert stored is not None
-            tensors[name] = stored
-        elif stored is not None and not stored.is_floating_point():
+            tensors[name] = named.tensor(name)
+            continue
+        stored = repo.base_tensor(base, name)
+        if stored is not None and not stored.is_floating_point():
             tensors[name] = repo.restored(name, stored)
         else:
             delta = repo.delta(name, stored).mul_(scale)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import QUERY, Pair, read_checkpoint, wide_pair
+from checkpoints import QUERY, Pair, read_checkpoint, wide_pair, write_checkpoint
 from packing import LOSSLESS, restored
 
 from deltafold.compress import (
@@ -18,9 +18,12 @@ from deltafold.compress import (
     DeltaRepo,
     compress_checkpoint,
     export_peft,
+    merge_deltas,
     parse_spec,
     verify_delta,
 )
+from deltafold.compress.calibration import decoded_tensors
+from deltafold.compress.merges import Task
 from deltafold.compress.quantized import NF4_LEVELS, dequantized, quantization_of, quantize
 from deltafold.compress.recipe import Recipe
 
@@ -125,6 +128,37 @@ def test_a_lossy_delta_repairs_the_quantisation(pair: Pair, method: str) -> None
         assert float(missed / delta.norm()) == pytest.approx(repo.entry(name).rel_error, rel=1e-4)
 
 
+def test_a_merge_takes_what_the_fine_tunes_changed_in_the_base_itself(pair: Pair) -> None:
+    """Deltas of both kinds, one to the base and one to what its quantisation has left of it."""
+    tensors = {n: v + 0.01 * torch.ones_like(v) for n, v in pair.variant_tensors.items()}
+    other = write_checkpoint(pair.root / "other", tensors)
+    deltas = [pair.root / "deltas" / name for name in ("repaired", "plain")]
+    for variant, method, out in zip((pair.variant, other), ("nf4", None), deltas, strict=True):
+        compress_checkpoint(pair.base, variant, out, recipe=LOSSLESS, base_quantization=method)
+    wide = Recipe(default=parse_spec("scale:by=1+exact"))
+    for several, steps in (
+        (deltas, (pair.variant_tensors, tensors)),
+        (deltas[:1], (pair.variant_tensors,)),
+    ):
+        merge_deltas(
+            pair.base, several, pair.out, method=Task(scale=0.5), recipe=wide, overwrite=True
+        )
+        merged = DeltaRepo.open(pair.out)
+        assert merged.manifest.base_quantization is None
+        base = pair.base_tensors[QUERY]
+        expected = sum(0.5 * (step[QUERY].float() - base.float()) for step in steps)
+        assert (merged.delta(QUERY, base) - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("codec", ["lossless", "int:bits=8,group=32"])
+def test_a_decoded_model_is_the_restored_one(pair: Pair, codec: str) -> None:
+    repo = pack(pair, codec, "nf4")
+    decoded = decoded_tensors(Checkpoint.open(pair.base), repo)
+    found = restored(pair, dtype=torch.float32)
+    for name in repo.quantised:
+        torch.testing.assert_close(decoded[name].float(), found[name], rtol=0, atol=1e-6)
+
+
 def test_other_deltas_are_written_as_before(pair: Pair) -> None:
     repo = pack(pair, "bitdelta", None)
     data = json.loads((pair.out / "delta_config.json").read_text())
@@ -173,7 +207,7 @@ def test_a_quantisation_that_does_not_fit_is_refused(pair: Pair, wrong: dict[str
 def test_a_lora_export_is_made_for_the_base_as_it_is(pair: Pair) -> None:
     pack(pair, "lossless", "nf4")
     out = pair.root / "lora"
-    report = export_peft(pair.out, pair.base, out, rank=128)
+    report = export_peft(pair.out, pair.base, out, rank=128, drop=["*.experts.*"])
     kinds = {t.tensor: t for t in report.tensors}
     step = pair.variant_tensors[QUERY].float() - pair.base_tensors[QUERY].float()
     assert kinds[QUERY].norm == pytest.approx(float(step.norm()), rel=1e-5)
