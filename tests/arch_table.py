@@ -240,6 +240,13 @@ and how requests lie in their inputs. From that every parameter gets a home:
   If a parameter is read by a module around its owner, or its owner does not keep requests apart,
   the smallest module around it that does is run again.
 
+Two layouts are known by the name of a class, wherever it comes from:
+
+| class | what is taken for granted |
+|---|---|
+| `Conv1D` | a linear layer that keeps its weight as `[in, out]` (GPT-2 and its kin) |
+| `Cache`, or a class derived from one of that name | an argument that remembers tokens: a layer that is given one is run again with its recorded answers, never with the cache itself |
+
 Where a loader fused or renamed tensors (experts, mostly), the place of each is found by its bytes.
 Vocabularies of variants may be larger or smaller than the base's.
 
