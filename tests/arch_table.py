@@ -242,10 +242,10 @@ and how requests lie in their inputs. From that every parameter gets a home:
 
 Two layouts are known by the name of a class, wherever it comes from:
 
-| class | what is taken for granted |
+| class | what it stands for |
 |---|---|
-| `Conv1D` | a linear layer that keeps its weight as `[in, out]` (GPT-2 and its kin) |
-| `Cache`, or a class derived from one of that name | an argument that remembers tokens: a layer that is given one is run again with its recorded answers, never with the cache itself |
+| `Conv1D` | a linear layer that keeps its weight as `[in, out]`, as GPT-2's |
+| `Cache`, and classes derived from it | an argument that remembers tokens, and moves once |
 
 Where a loader fused or renamed tensors (experts, mostly), the place of each is found by its bytes.
 Vocabularies of variants may be larger or smaller than the base's.
