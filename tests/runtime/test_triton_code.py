@@ -98,6 +98,7 @@ REGISTERS = {
     "apply": 128,
     "add splits": 48,
     "expand": 48,
+    "merge": 255,
     "look up": 80,
     "shrink": 168,
     "stretch": 240,
@@ -105,6 +106,7 @@ REGISTERS = {
 }
 #: Instructions a weight in the main loop; at 0.93 of them an H200 reads 1-bit weights at full speed.
 LOOPS = {
+    "merge": 1.0,
     "apply 1 bit, 8 tokens, groups of 4096": 1.45,
     "apply 1 bit, 8 tokens, groups of 128": 1.8,
     "apply 1 bit, 64 tokens": 3.0,

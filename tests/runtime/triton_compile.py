@@ -36,6 +36,7 @@ from deltafold.runtime.kernels.triton.lowrank import (
     stretch,
     warps_for,
 )
+from deltafold.runtime.kernels.triton.merge import merge_constants, merge_slices
 from deltafold.runtime.kernels.triton.sparse import apply_sparse
 from deltafold.runtime.kernels.triton.table import make_table
 
@@ -147,6 +148,16 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], str, dict[str, int]]]:
         made = constants(table, block, dtype, splits, False)
         name = f"apply {bits} bit, {block} tokens, groups of {group}, {parts} parts, {NAMES[dtype]}"
         yield name, apply_slices, made, NAMES[dtype], options(kind.block_rows, block, dtype)
+    for bits, group, entries, dtype in [
+        (1, 4096, 1, torch.bfloat16),
+        (1, 4096, 2, torch.float16),
+        (2, 4096, 1, torch.bfloat16),
+        (4, 128, 1, torch.bfloat16),
+    ]:
+        kind = Kind(bits, 4096, 4096, group, False, torch.float16)
+        name = f"merge {bits} bit, {entries} slices, groups of {group}, {NAMES[dtype]}"
+        made = merge_constants(kind, entries, dtype)
+        yield name, merge_slices, made, NAMES[dtype], {"num_warps": 8}
     for parts in (1, 3):
         split = {"SPLITS": 4, "BN": 1024, "BLOCK_ROWS": 128, "PARTS": parts}
         yield f"add splits, {parts} parts", add_splits, split, "bf16", {}
