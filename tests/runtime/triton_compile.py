@@ -209,7 +209,8 @@ def main() -> None:
             row = {"kernel": name, "target": target, "shared": found.metadata.shared}
             row |= usage(found.asm["cubin"])
             if "FIELDS" in constexprs and row["loop"]:
-                weights = constexprs["BN"] * constexprs["BW"] * constexprs["FIELDS"]
+                fields = constexprs.get("EACH", constexprs["FIELDS"])
+                weights = constexprs["BN"] * constexprs["BW"] * fields
                 each = weights / (32 * launch.get("num_warps", 4))
                 row["loop_a_weight"] = round(row["loop"] / each, 2)
             print(json.dumps(row), flush=True)
