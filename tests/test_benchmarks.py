@@ -165,7 +165,8 @@ def test_layers_and_experts_of_a_cpu(tmp_path: Path) -> None:
 def test_the_cost_of_a_method_is_that_of_a_real_run(tmp_path: Path) -> None:
     out = tmp_path / "cost.json"
     script = ROOT / "benchmarks" / "method_cost.py"
-    call = [sys.executable, str(script), "--tiny", "--kinds", "codec", "--only", "svd"]
+    kinds = ("--kinds", "codec,family,merge", "--only", "svd,emr,task")
+    call = [sys.executable, str(script), "--tiny", *kinds]
     done = subprocess.run(
         [*call, "--folder", str(tmp_path), "--json", str(out)],
         capture_output=True,
@@ -174,7 +175,11 @@ def test_the_cost_of_a_method_is_that_of_a_real_run(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text("utf-8"))
-    (row,) = found["rows"]
+    row, *others = found["rows"]
+    assert [(r["kind"], r["spec"], r["note"]) for r in others] == [
+        ("family", "emr", ""),
+        ("merge", "task", ""),
+    ]
     assert (row["spec"], row["needs"], row["note"]) == ("svd:bits=1", "", "")
     # All three layers, as they took little time.
     assert row["share"] == pytest.approx(found["set_bytes"] / 2**30)
@@ -228,3 +233,23 @@ case "$*" in *linear.py*) exit 3; esac
     lacking = run("step", LACKS="1")
     assert lacking.returncode == 2
     assert "pydantic" in lacking.stderr
+
+
+def test_the_page_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables of docs/quality.md are those of the JSON files, every cost beside its method."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import method_cost
+    import quality
+
+    results = ROOT / "benchmarks" / "results"
+    found = json.loads((results / "quality.json").read_text("utf-8"))
+    cost = json.loads((results / "method-cost.json").read_text("utf-8"))
+    page = (ROOT / "docs" / "quality.md").read_text("utf-8")
+    table = quality.markdown(found, cost)
+    assert table in page
+    assert method_cost.markdown(cost) in page
+    kinds = {row["kind"] for row in cost["rows"]}
+    assert kinds == {"codec", "edit", "family", "merge"}
+    for line in table.splitlines():
+        if line.partition("`")[0].strip("| ") in kinds:
+            assert not line.endswith("- | - |"), f"no cost beside {line}"
