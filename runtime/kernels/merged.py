@@ -37,9 +37,11 @@ def merges(form: DeltaMatrix, weight: torch.Tensor, tokens: int) -> bool:
     """
     if applies_packed(weight.device):
         from deltafold.runtime.kernels.triton.forms import REBUILD_ABOVE, BitSlices
+        from deltafold.runtime.kernels.triton.sparse import SparseRows
 
-        same = isinstance(form, BitSlices) and form.shape == tuple(weight.shape)
-        return same and tokens > REBUILD_ABOVE
+        if not isinstance(form, BitSlices | SparseRows):
+            return False
+        return form.shape == tuple(weight.shape) and tokens > REBUILD_ABOVE
     every = [leaf for leaf, _ in leaves(form)]
     on_cpu = weight.device.type == "cpu"
     return on_cpu and all(_merges_here(leaf, weight, tokens) for leaf in every)
@@ -68,8 +70,9 @@ def merged_product(
     """
     if applies_packed(weight.device):
         from deltafold.runtime.kernels.triton.forms import BitSlices
+        from deltafold.runtime.kernels.triton.sparse import SparseRows
 
-        assert isinstance(form, BitSlices)
+        assert isinstance(form, BitSlices | SparseRows)
         return torch.nn.functional.linear(x, form.dense(weight.dtype, weight), bias)
     rows, columns = weight.shape
     step = max(1, _PIECE // max(columns * BLOCK_ROWS, 1)) * BLOCK_ROWS

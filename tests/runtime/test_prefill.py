@@ -63,7 +63,7 @@ def test_one_product_by_the_sum(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("specs", "launches"),
     [(("int:bits=4", "int:bits=4"), 1), (("bitdelta:bits=2,group=32", "bitdelta:group=32"), 1),
-     (("int:bits=3", "bitdelta"), 0)],
+     (("int:bits=3", "bitdelta"), 0), (("dare:drop=0.9", "dare:drop=0.9"), 0)],
 )  # fmt: skip
 def test_on_a_gpu_all_variants_take_one_launch(
     specs: tuple[str, str], launches: int, monkeypatch: pytest.MonkeyPatch

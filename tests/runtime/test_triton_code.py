@@ -103,6 +103,7 @@ REGISTERS = {
     "shrink": 168,
     "stretch": 240,
     "sparse": 80,
+    "scatter": 128,
 }
 #: Instructions a weight in the main loop; at 0.93 of them an H200 reads 1-bit weights at full speed.
 LOOPS = {

@@ -37,6 +37,7 @@ from deltafold.runtime.kernels.triton.lowrank import (
     warps_for,
 )
 from deltafold.runtime.kernels.triton.merge import merge_constants, merge_slices
+from deltafold.runtime.kernels.triton.scatter import scatter
 from deltafold.runtime.kernels.triton.sparse import apply_sparse
 from deltafold.runtime.kernels.triton.table import make_table
 
@@ -48,6 +49,10 @@ POINTERS = {
     **dict.fromkeys(["scales", "partial", "ranked", "factors_table"], "*fp32"),
     **dict.fromkeys(["words_table", "levels_table", "columns_table", "a_table", "b_table"], "*i64"),
     **dict.fromkeys(["places_table", "values_table", "starts_table"], "*i64"),
+    "places": "*i16",
+    "values": "*fp16",
+    "starts": "*i32",
+    "levels": "*fp32",
     "index": "*i64",
     "ids": "*i64",
 }
@@ -72,6 +77,8 @@ def compiled(
             continue
         data = f"*{dtype}" if name in DATA else "i32"
         signature[name] = POINTERS.get(name, data)
+        if name in ("places", "values") and constexprs["OF"]:
+            signature[name] = "*u8"
         if signature[name].startswith("*") or name in EVEN:
             attributes[(place,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(name),): value for name, value in constexprs.items()}
@@ -198,6 +205,10 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], str, dict[str, int]]]:
     sparse = {"BLOCK": 32, "STEP": 32, "ENTRIES": 1, "SCALED": False, "PARTS": 3}
     yield "sparse lists", apply_sparse, {**sparse, "OF": 0, "HALF": 0}, "bf16", {}
     yield "sparse strata", apply_sparse, {**sparse, "OF": 16, "HALF": 8}, "bf16", {}
+
+    spread = {"BLOCK": 32, "STEP": 64, "BASED": True}
+    yield "scatter lists", scatter, {**spread, "OF": 0, "HALF": 0}, "bf16", {}
+    yield "scatter strata", scatter, {**spread, "OF": 16, "HALF": 8}, "bf16", {}
 
 
 def main() -> None:
