@@ -18,7 +18,6 @@ from deltafold.compress.coded import TensorStats
 from deltafold.compress.companions import check_tokenizer, named
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import EvidenceSource
-from deltafold.compress.journal import discard
 from deltafold.compress.limits import Limits
 from deltafold.compress.manifest import (
     Manifest,
@@ -289,7 +288,6 @@ def pack(
         check_payload(repo, job.progress, limits.jobs, MemoryBudget(limits.room()))
         if job.judge is not None:
             manifest = record_quality(staging.folder, judged(job, repo))
-        discard(staging.folder)
         staging.publish()
     return PackReport(Path(out), manifest, stats, plan, run.resumed)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,14 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import make_pair, write_checkpoint
+from killing import killed_at
 from packing import tree
 
 from deltafold.compress import (
     DeltafoldError,
     Recipe,
+    assembly,
     compress_checkpoint,
     parse_spec,
     predict_checkpoint,
+    shards,
+    staging,
 )
 from deltafold.compress.budget.goal import Budget
 from deltafold.compress.journal import Journal
@@ -137,6 +142,58 @@ def test_killed_outright(models, whole, tmp_path):
     assert not out.exists()
     assert pack(models, out).resumed >= 6
     assert tree(out) == whole
+
+
+#: Changes of the disk beside renames and removals: parts, lines of the journal, files of the delta.
+CHANGES = ((Journal, "put"), (Journal, "add"), (shards, "write_file"), (assembly, "write_card"),
+           (assembly, "_write_json"), (staging, "sync"))  # fmt: skip
+
+
+@pytest.fixture
+def few(tmp_path):
+    """A base and a fine-tune of three tensors."""
+    draw = torch.Generator().manual_seed(5)
+    base = {f"layers.{n}.weight": torch.randn(8, 16, generator=draw) for n in (1, 2)}
+    base["norm"] = torch.ones(9)
+    tuned = {n: v + 0.1 * torch.randn(v.shape, generator=draw) for n, v in base.items()}
+    return write_checkpoint(tmp_path / "base", base), write_checkpoint(tmp_path / "ft", tuned)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_at_any_step(few, tmp_path, overwrite):
+    """The output is the old delta, none, or the new one; what was finished is not done again."""
+    pack(few, tmp_path / "whole")
+    whole, out = tree(tmp_path / "whole"), tmp_path / "there" / "out"
+    compress_checkpoint(*few, tmp_path / "old", recipe=Recipe(default=parse_spec("exact")))
+    old, seen = tree(tmp_path / "old"), set()
+    for step in range(200):
+        shutil.rmtree(out.parent, ignore_errors=True)
+        if overwrite:
+            shutil.copytree(tmp_path / "old", out)
+        changes: list[str] = []
+        with killed_at(step, *CHANGES, counted=changes) as killed:
+            pack(few, out, overwrite=overwrite)
+        if not killed:
+            break
+        found = {n: raw for n, raw in tree(out).items() if n not in (".journal", ".spool")}
+        assert found in ([old, {}, whole] if overwrite else [{}, whole])
+        seen.add("none" if not found else "new" if found == whole else "old")
+        if overwrite and not found:
+            # The next run puts the old one back, whatever becomes of itself.
+            with pytest.raises(DeltafoldError) as caught:
+                pack(few, out)
+            assert caught.value.code == "exists"
+            assert tree(out) == old
+        if found == whole and not overwrite:
+            continue
+        report = pack(few, out, overwrite=overwrite)
+        assert report.resumed == (0 if found == whole else changes.count("add"))
+        assert tree(out) == whole
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+    else:
+        raise AssertionError("it never ended")
+    assert step > 20
+    assert seen == ({"old", "none", "new"} if overwrite else {"none", "new"})
 
 
 def interrupted(models, out):
