@@ -72,6 +72,42 @@ def test_jobs_change_no_byte(models, whole, tmp_path, jobs):
     assert tree(tmp_path / "out") == whole
 
 
+THREADS = """
+import os, sys
+from pathlib import Path
+import torch
+from deltafold.compress import Recipe, compress_checkpoint, parse_spec
+
+torch.set_num_threads(int(sys.argv[3]))
+specs = ("svd:rank=8", "ultradelta", "dct", "d-qrelo", "impart", "svd", "bitdelta:scale=tensor")
+overrides = tuple((f"{n}.w", parse_spec(spec)) for n, spec in enumerate(specs))
+compress_checkpoint(*sys.argv[1:3], sys.argv[4], recipe=Recipe(overrides=overrides), jobs=int(sys.argv[5]))
+assert torch.get_num_threads() == int(sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory):
+    """Matrices that are large enough for linear algebra to be shared among threads."""
+    folder, draw = tmp_path_factory.mktemp("square"), torch.Generator().manual_seed(2)
+    shapes = {f"{n}.w": (512, 448) for n in range(5)} | {"5.w": (1030, 1040), "6.w": (512, 448)}
+    base = {n: torch.randn(s, generator=draw).mul(0.02) for n, s in shapes.items()}
+    tuned = {n: v + 1e-3 * torch.randn(v.shape, generator=draw) for n, v in base.items()}
+    return write_checkpoint(folder / "base", base), write_checkpoint(folder / "ft", tuned)
+
+
+@pytest.mark.parametrize(("threads", "jobs"), [(2, 1), (2, 2), (1, 2)])
+def test_threads_of_linear_algebra_change_no_byte(square, tmp_path_factory, threads, jobs):
+    """Sums that are split among threads round otherwise: what is coded must not see how many."""
+    folder = tmp_path_factory.getbasetemp() / "threads"
+    for count, several in {(1, 1), (threads, jobs)}:
+        out = folder / f"{count}-{several}"
+        if not out.exists():
+            arguments = [*map(str, square), str(count), str(out), str(several)]
+            subprocess.run([sys.executable, "-c", THREADS, *arguments], check=True)
+    assert tree(folder / f"{threads}-{jobs}") == tree(folder / "1-1")
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_disk_that_fills_again_and_again(models, whole, tmp_path, monkeypatch, jobs):
     """What was finished before is not done again, and in the end every byte is right."""
