@@ -17,6 +17,7 @@ import torch
 from deltafold.compress.calibration.data import needs_transformers
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
 from deltafold.compress.errors import DeltafoldError, name_some
+from deltafold.compress.placing import device_named
 from deltafold.compress.repo import DeltaRepo, pad_rows
 
 
@@ -94,7 +95,7 @@ def _load(
     device: str,
     dtype: torch.dtype,
 ) -> Any:
-    where = _device(device)
+    where = device_named(device)
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
@@ -131,16 +132,6 @@ def _load(
             fix="check that the checkpoint is of a causal language model",
         )
     return model.to(where).eval()
-
-
-def _device(name: str) -> torch.device:
-    try:
-        found = torch.device(name)
-    except RuntimeError as error:
-        raise DeltafoldError("bad-argument", f"there is no device {name!r}.") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise DeltafoldError("bad-argument", "no CUDA device was found.", fix="--device cpu")
-    return found
 
 
 class ParameterMap:

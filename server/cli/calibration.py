@@ -55,7 +55,11 @@ def calibration_options(command: F) -> F:
             "unaligned, or task: another fine-tune, of which there may be several.",
         ),
         click.option(
-            "--device", default="cpu", show_default=True, help="Where calibration runs the model."
+            "--device",
+            default="cpu",
+            show_default=True,
+            help="Where calibration runs the model, and where codecs run whose cost is arithmetic "
+            "(see `deltafold codecs`); the others stay on the CPU.",
         ),
     ]
     return add_options(command, options)
@@ -70,7 +74,7 @@ class CalibrationOptions:
         rows: most rows.
         length: most tokens of a row.
         references: `ROLE=MODEL`.
-        device: where the model runs.
+        device: where the model runs, and codecs whose cost is arithmetic.
     """
 
     file: str | None = None

@@ -152,6 +152,7 @@ def compress(
         jobs=machine.threads,
         max_memory=machine.max_memory,
         fresh=machine.fresh,
+        device=options.device,
     )
     fit = _fit_of(fit_scales, fit_terms, fit_steps, fit_lr)
     if fit:

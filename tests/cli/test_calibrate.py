@@ -79,6 +79,8 @@ def test_jobs_do_not_change_the_bytes(tmp_path, words):
         (["--calibrate", "WORDS", "--fit-scales", "--fit-steps", "0"], "bad-argument"),
         (["--calibrate", "WORDS", "--fit-scales", "--max-memory", "1KiB"], "not-enough-memory"),
         (["--calibrate", "WORDS", "--codec", "svd-act", "--device", "abacus"], "bad-argument"),
+        (["--device", "abacus"], "bad-argument"),
+        (["--device", "abacus", "--dry-run"], "bad-argument"),
         (["--calibrate", "nowhere.jsonl"], "not-found"),
     ],
 )
