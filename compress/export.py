@@ -21,6 +21,7 @@ from deltafold.compress import dtypes
 from deltafold.compress.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from deltafold.compress.checkpoint import Checkpoint
 from deltafold.compress.companions import copy_files, is_tokenizer_file, vocabulary
+from deltafold.compress.differences import difference
 from deltafold.compress.errors import DeltafoldError, name_some
 from deltafold.compress.experts import of_experts
 from deltafold.compress.fingerprint import digest_source
@@ -149,7 +150,8 @@ class _Run:
 
     def tensor(self, name: str) -> None:
         kind, base = self.kinds[name], self.repo.base_tensor(self.source.checkpoint, name)
-        delta = self.repo.delta_to_original(self.source.checkpoint, name)
+        # An adapter's base is not quantised.
+        delta = difference(self.repo, self.source.checkpoint, name)
         norm, missed, rank = _norm(delta), 0.0, 0
         module, _, attribute = name.rpartition(".")
         if kind == "lora":

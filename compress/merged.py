@@ -11,6 +11,7 @@ import torch
 from deltafold.compress import dtypes
 from deltafold.compress.checkpoint import Checkpoint, Spec
 from deltafold.compress.companions import check_tokenizer
+from deltafold.compress.differences import difference
 from deltafold.compress.errors import DeltafoldError, name_some
 from deltafold.compress.fingerprint import Digests, digest_source
 from deltafold.compress.hub import Reference
@@ -101,9 +102,9 @@ class Parents:
         found = []
         for repo in self.repos:
             coded = name in repo.manifest.tensors
-            # One may have been taken against the dequantised base, another against the original.
-            original = repo.delta_to_original(self.base.checkpoint, name) if coded else None
-            found.append(torch.zeros(shape) if original is None else original)
+            found.append(
+                difference(repo, self.base.checkpoint, name) if coded else torch.zeros(shape)
+            )
             if coded and not bool(torch.isfinite(found[-1]).all()):
                 raise DeltafoldError(
                     "not-finite",

@@ -153,19 +153,6 @@ class DeltaRepo:
             return value
         return dequantized(name, value, quantization.method)
 
-    def delta_to_original(self, base: Checkpoint, name: str) -> torch.Tensor:
-        """The difference to the base as it is, float32, of a delta to a quantised base too.
-
-        Args:
-            base: the delta's base.
-            name: a coded tensor, by the fine-tune's name.
-        """
-        against = self.base_tensor(base, name)
-        delta = self.delta(name, against)
-        if against is not None and name in self.quantised:
-            delta = delta + (against - self.named(base).tensor(name).to(torch.float32))
-        return delta
-
     def shared(self, family: str, key: str) -> torch.Tensor:
         """A tensor that the delta shares with others, decoded: float32 `[R, M]`."""
         return self.families[family].tensor(key)
