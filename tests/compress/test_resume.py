@@ -81,7 +81,8 @@ from deltafold.compress import Recipe, compress_checkpoint, parse_spec
 torch.set_num_threads(int(sys.argv[3]))
 specs = ("svd:rank=8", "ultradelta", "dct", "d-qrelo", "impart", "svd", "bitdelta:scale=tensor")
 overrides = tuple((f"{n}.w", parse_spec(spec)) for n, spec in enumerate(specs))
-compress_checkpoint(*sys.argv[1:3], sys.argv[4], recipe=Recipe(overrides=overrides), jobs=int(sys.argv[5]))
+recipe = Recipe(overrides=overrides)
+compress_checkpoint(*sys.argv[1:3], sys.argv[4], recipe=recipe, jobs=int(sys.argv[5]))
 assert torch.get_num_threads() == int(sys.argv[3])
 """
 
