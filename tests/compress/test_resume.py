@@ -33,6 +33,7 @@ from deltafold.compress.budget.goal import Budget
 from deltafold.compress.journal import Journal
 from deltafold.compress.limits import Limits
 from deltafold.compress.memory import MemoryBudget
+from deltafold.compress.predict import Speed
 from deltafold.compress.safetensors_file import SafetensorsFile, file_head
 from deltafold.compress.sizes import parse_size
 
@@ -81,7 +82,8 @@ from deltafold.compress import Recipe, compress_checkpoint, parse_spec
 torch.set_num_threads(int(sys.argv[3]))
 specs = ("svd:rank=8", "ultradelta", "dct", "d-qrelo", "impart", "svd", "bitdelta:scale=tensor")
 overrides = tuple((f"{n}.w", parse_spec(spec)) for n, spec in enumerate(specs))
-compress_checkpoint(*sys.argv[1:3], sys.argv[4], recipe=Recipe(overrides=overrides), jobs=int(sys.argv[5]))
+recipe = Recipe(overrides=overrides)
+compress_checkpoint(*sys.argv[1:3], sys.argv[4], recipe=recipe, jobs=int(sys.argv[5]))
 assert torch.get_num_threads() == int(sys.argv[3])
 """
 
@@ -478,6 +480,17 @@ def test_a_dry_run_knows_the_size_to_the_byte(models, tmp_path, codec):
     assert found.fixed
     assert found.nbytes == report.manifest.totals.delta_bytes
     assert found.variant_bytes == report.manifest.totals.variant_bytes
+
+
+def test_speed_is_scaled_as_the_codec_grows():
+    plain, cubic = Speed.of(0.1, 0.4), Speed.of(0.1, 0.8)
+    assert not plain.grows
+    assert cubic.grows
+    assert plain.seconds(4096, 1024) == pytest.approx(1.6)
+    assert plain.seconds(4096, 4096) == pytest.approx(6.4)
+    assert cubic.seconds(4096, 1024) == pytest.approx(3.2)
+    assert cubic.seconds(4096, 4096) == pytest.approx(51.2)
+    assert not Speed.of(0.0, 0.0).grows
 
 
 def test_a_dry_run_counts_the_model_that_calibration_runs(models):
