@@ -10,8 +10,8 @@ what it takes of the processor; the time of whole processes, importing torch inc
 Reading both checkpoints and hashing every tensor is a run like the others, with as many threads, and
 takes turns with them, and so does what `--dry-run` predicts. Figures are the least of all rounds.
 Reading comes from the system's cache of files, so that the disk does not decide; what is written
-goes to a disk and is synced. Coders of 256 MiB in memory stand beside each other: ours, zstandard, and ZipNN on the XOR of both models, where `--zipnn`
-names a Python that has it; it is never installed here.
+goes to a disk and is synced. Coders of 256 MiB in memory stand beside each other: ours, zstandard, and
+ZipNN on the XOR of both models, where `--zipnn` names a Python that has it; it is never installed here.
 """
 
 from __future__ import annotations

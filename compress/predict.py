@@ -104,6 +104,8 @@ def predict(job: Job, limits: Limits, *, device: str = "cpu", fit: bool = False)
     for name in job.target.names():
         spec = job.target.spec(name)
         method = coder.method(name)
+        # With evidence a codec may choose terms that it could not name before.
+        fixed = fixed and not method.needs
         for number, term in enumerate(_terms(job, name, spec, method)):
             fixed = fixed and _is_fixed(term)
             for key, part in sorted(term.parts(spec.shape).items()):

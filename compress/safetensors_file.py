@@ -161,6 +161,10 @@ class SafetensorsFile:
         out = torch.empty(stop - start, dtype=torch.uint8) if out is None else out[: stop - start]
         view, first, done = memoryview(out.numpy().data), entry.start + start, 0
         if self._held is not None:
+            if self._held.size() < first + len(
+                view
+            ):  # shortened since; a map would kill the process
+                raise self._truncated(first + len(view))
             view[:] = memoryview(self._held)[first : first + len(view)]
             _let_go(self._held, first, first + len(view))
             if total is not None:

@@ -42,6 +42,10 @@ def check_config(vllm_config: Any) -> None:
             bool(getattr(parallel, "enable_batch_sharded_sampling", False)),
             "batch-sharded sampling",
         ),
+        (
+            bool(getattr(parallel, "use_ubatching", False)),
+            "microbatches (enable_dbo, ubatch_size)",
+        ),
     ]
     found = [what for is_set, what in refused if is_set]
     if found:

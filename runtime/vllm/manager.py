@@ -7,13 +7,12 @@ replaced is everything behind that.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -26,10 +25,11 @@ from deltafold.runtime.vllm.rows import StepRows
 from deltafold.runtime.vllm.settings import Settings
 from deltafold.runtime.vllm.sites import find_sites, install
 from deltafold.runtime.vllm.slots import SlotMaker, layout_of, zoo_repos
-from deltafold.runtime.vllm.source import Source
+from deltafold.runtime.vllm.source import Source, untagged
 from deltafold.runtime.vllm.variant import FORMS, PACKED, LoadedVariant, Loader, pinned
 
-_log = logging.getLogger(__name__)
+#: Variants that were read ahead and wait for the request that they were read for.
+_UNCLAIMED: Final = 4
 
 
 class DeltaManager:
@@ -62,7 +62,6 @@ class DeltaManager:
         check_config(vllm_config)
         self._runner, self._model, self._device = runner, model, device
         slots = vllm_config.lora_config.max_loras
-        self._capacity = max(vllm_config.lora_config.max_cpu_loras or slots, slots)
         layout = layout_of(settings.slots, device, zoo=bool(settings.zoo))
         tokens = _most_tokens(vllm_config)
         self.rows = StepRows.make(tokens, tokens, device)
@@ -78,7 +77,8 @@ class DeltaManager:
         self.slots.allocate(zoo_repos(self._source, settings) if layout == PACKED else [])
         self._loader = Loader(base, routes, sites, dtype, layout)
         self._repos: dict[int, DeltaRepo] = {}
-        self._host: OrderedDict[int, LoadedVariant] = OrderedDict()
+        self._paths: dict[int, str] = {}
+        self._host: dict[int, LoadedVariant] = {}
         self._pinned: set[int] = set()
         self._dummies: set[int] = set()
         self._slots: list[int | None] = [None] * slots
@@ -91,17 +91,19 @@ class DeltaManager:
     # What vLLM's runners call.
 
     def add_adapter(self, request: Any) -> bool:
-        """Load a variant and keep it. Raises what is wrong with it."""
-        number = int(request.lora_int_id)
-        if number in self._repos and not request.load_inplace:
+        """Have a variant in host memory. Raises what is wrong with it."""
+        number, path = int(request.lora_int_id), str(request.lora_path)
+        kept = self._paths.get(number)
+        if kept is not None and not request.load_inplace:
+            if kept != path:
+                raise _taken(number, kept, path)
             self._host_copy(number)
             return True
         self._probe()
-        repo, loaded = self._read(request.lora_path)
-        self._loader.check_called(loaded, str(repo.folder))
+        repo, loaded = self._shared(path) or self._read(path)
         self._forget(number)
-        self._repos[number] = repo
-        self._keep(number, loaded)
+        self._repos[number], self._paths[number] = repo, path
+        self._host[number] = loaded
         return True
 
     def remove_adapter(self, number: int) -> bool:
@@ -162,12 +164,19 @@ class DeltaManager:
         """Variants of vision towers are not served."""
         return False
 
-    # What our own front asks for.
+    # What our own front and the engine's core ask for.
+
+    def leave(self, numbers: Iterable[int]) -> None:
+        """Let variants go from host memory and slots. They stay registered, their files open."""
+        for number in numbers:
+            self._vacate(number)
+            self._let_go(self._host.pop(number, None))
 
     def prefetch(self, path: str, drop: bool = False) -> str:
         """Begin to read a variant beside the running steps, or with `drop` forget what was read.
 
         No path readies the worker itself: it learns the base's digests and which hooks are called.
+        A variant that is registered is read again from the files that it was registered with.
 
         Returns:
             `reading`, `ready`, or the error as text.
@@ -180,10 +189,14 @@ class DeltaManager:
         if not path:
             self._pool.submit(self._source.digests)
             return "ready"
+        number = self._number(path)
+        if number in self._host:
+            return "ready"
         with self._lock:
             future = self._reading.get(path)
             if future is None:
-                future = self._reading[path] = self._pool.submit(self._load_aside, path)
+                self._drop_unclaimed()
+                future = self._reading[path] = self._pool.submit(self._load_aside, path, number)
         if not future.done():
             return "reading"
         error = future.exception()
@@ -193,43 +206,55 @@ class DeltaManager:
             self._reading.pop(path, None)
         return str(error) or type(error).__name__
 
-    def _read(self, path: str) -> tuple[DeltaRepo, LoadedVariant]:
+    def _number(self, path: str) -> int | None:
+        """Of a variant of that path, one in host memory if there is one."""
+        numbers = [n for n, known in self._paths.items() if known == path]
+        held = [n for n in numbers if n in self._host]
+        return next(iter(held or numbers), None)
+
+    def _shared(self, path: str) -> tuple[DeltaRepo, LoadedVariant] | None:
+        """What another name of the same content has in host memory."""
+        number = self._number(path)
+        if number is None or number not in self._host or untagged(path)[1] is None:
+            return None
+        return self._repos[number], self._host[number]
+
+    def _drop_unclaimed(self) -> None:
+        """Forget the oldest of what was read for requests that never came."""
+        done = [path for path, future in self._reading.items() if future.done()]
+        for path in done[: max(len(done) - _UNCLAIMED, 0)]:
+            del self._reading[path]
+
+    def _read(self, path: str, number: int | None = None) -> tuple[DeltaRepo, LoadedVariant]:
         with self._lock:
             future = self._reading.pop(path, None)
-        return self._load(path) if future is None else future.result()
+        return self._load(path, number) if future is None else future.result()
 
-    def _load(self, path: str) -> tuple[DeltaRepo, LoadedVariant]:
-        repo = self._source.open(path)
+    def _load(self, path: str, number: int | None) -> tuple[DeltaRepo, LoadedVariant]:
+        known = None if number is None else self._repos.get(number)
+        repo = self._source.open(path) if known is None else known
         loaded = self._loader.load(repo)
+        self._loader.check_called(loaded, str(repo.folder))
         self.slots.check(loaded, str(repo.folder))
         if self._device.type == "cuda":
             loaded = pinned(loaded)
         return repo, loaded
 
-    def _load_aside(self, path: str) -> tuple[DeltaRepo, LoadedVariant]:
+    def _load_aside(self, path: str, number: int | None) -> tuple[DeltaRepo, LoadedVariant]:
         with short_turns():
-            return self._load(path)
+            return self._load(path, number)
 
     def _probe(self) -> None:
         """See once which hooks the model calls; vLLM's own warm-up may have shown it already."""
         if not self._sites.called():
             probe(self._runner, self._model, self.rows)
 
-    def _keep(self, number: int, loaded: LoadedVariant) -> None:
-        self._host[number] = loaded
-        self._host.move_to_end(number)
-        in_use = {n for n in self._slots if n is not None} | self._pinned | {number}
-        for old in [n for n in self._host if n not in in_use]:
-            if len(self._host) <= self._capacity:
-                break
-            self._let_go(self._host.pop(old))
-
     def _host_copy(self, number: int) -> LoadedVariant:
-        loaded = self._host.get(number)
-        if loaded is None:
-            loaded = self._loader.load(self._repos[number])
-        self._keep(number, loaded)
-        return loaded
+        """A registered variant in host memory; the engine's core sees to it before a step asks."""
+        if number not in self._host:
+            path = self._paths[number]
+            self._host[number] = (self._shared(path) or self._read(path, number))[1]
+        return self._host[number]
 
     def _activate(self, number: int, wanted: dict[int, Any]) -> None:
         if number in self._used:
@@ -255,6 +280,7 @@ class DeltaManager:
     def _forget(self, number: int) -> None:
         self._vacate(number)
         self._let_go(self._repos.pop(number, None), self._host.pop(number, None))
+        self._paths.pop(number, None)
         self._pinned.discard(number)
         self._dummies.discard(number)
 
@@ -264,6 +290,15 @@ class DeltaManager:
         if held:
             del things
             self._leaving.submit(held.clear)
+
+
+def _taken(number: int, kept: str, path: str) -> DeltafoldError:
+    return DeltafoldError(
+        "bad-argument",
+        f"lora_int_id {number} is another variant's.",
+        facts=[("registered", kept), ("asked for", path)],
+        fix="give each variant a number of its own, or set load_inplace to replace the old one",
+    )
 
 
 def _most_tokens(vllm_config: Any) -> int:

@@ -8,20 +8,23 @@ from __future__ import annotations
 import inspect
 import logging
 import multiprocessing
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from deltafold.runtime.vllm.hosted import Hosted, room_of
 from deltafold.runtime.vllm.settings import Settings, settings_of
+from deltafold.runtime.vllm.versions import is_known
 
 _log = logging.getLogger(__name__)
 _DONE = "_deltafold_installed"
 
 
 def install() -> None:
-    """Hook into vLLM's classes; a second call does nothing."""
+    """Hook into vLLM's classes; does nothing the second time, or in a vLLM of another version."""
+    if not is_known():
+        return
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
     from vllm.v1.worker.worker_base import WorkerBase
@@ -36,7 +39,7 @@ def install() -> None:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         _patch_offline(LLMEngine)
-    WorkerBase.deltafold_prefetch = _prefetch
+    WorkerBase.deltafold_prefetch, WorkerBase.deltafold_leave = _prefetch, _leave
 
 
 def _patch_loading(mixin: Any) -> None:
@@ -137,15 +140,17 @@ def _sliced(plain: Any, rows: Any) -> Any:
 
 
 def _patch_requests(core: Any) -> None:
-    """Load a variant when its first request arrives, so that what is wrong with it is that request's
+    """Load a variant before its request is scheduled, so that what is wrong with it is that request's
     error. On vLLM's own path it would be read in the middle of a step, where an error ends the engine.
     """
-    stock, remove = core.add_request, core.remove_lora
+    stock, add, remove, pin = core.add_request, core.add_lora, core.remove_lora, core.pin_lora
 
     @wraps(stock)
     def add_request(self: Any, request: Any, request_wave: int = 0) -> None:
+        hosted = _hosted(self)
         try:
-            _load_once(self, self.vllm_config, request.lora_request, self.model_executor.add_lora)
+            if hosted is not None and request.lora_request is not None:
+                hosted.ready(request.lora_request, _live(self.scheduler))
         except Exception as error:
             reject = getattr(self, "_send_error_outputs_to_client", None)
             if reject is None:  # the engine runs in the caller's own process
@@ -155,53 +160,80 @@ def _patch_requests(core: Any) -> None:
             return
         stock(self, request, request_wave)
 
+    @wraps(add)
+    def add_lora(self: Any, lora_request: Any) -> Any:
+        hosted = _hosted(self)
+        if hosted is None:
+            return add(self, lora_request)
+        again = bool(lora_request.load_inplace)
+        hosted.ready(lora_request, _live(self.scheduler), again=again)
+        return True
+
     @wraps(remove)
     def remove_lora(self: Any, lora_id: int) -> Any:
-        ours = settings_of(self.vllm_config.additional_config) is not None
-        if ours and _runs(self.scheduler, lora_id):
+        hosted = _hosted(self)
+        if hosted is None:
+            return remove(self, lora_id)
+        if lora_id in _live(self.scheduler):  # a step must never miss its variant
             return False
-        _forget(self, lora_id)
+        hosted.forget(lora_id)
         return remove(self, lora_id)
 
-    core.add_request, core.remove_lora = add_request, remove_lora
+    @wraps(pin)
+    def pin_lora(self: Any, lora_id: int) -> Any:
+        hosted = _hosted(self)
+        if hosted is not None:
+            hosted.pin(lora_id, _live(self.scheduler))
+        return pin(self, lora_id)
+
+    core.add_request, core.add_lora = add_request, add_lora
+    core.remove_lora, core.pin_lora = remove_lora, pin_lora
 
 
-def _runs(scheduler: Any, lora_id: int) -> bool:
-    """Whether a request of a variant is waiting or running: a step must never miss its variant."""
+def _hosted(core: Any) -> Hosted | None:
+    """An engine's book of variants in host memory; None where it serves no deltas."""
+    if "_deltafold_hosted" not in core.__dict__:
+        ours = settings_of(core.vllm_config.additional_config) is not None
+        lora_config, executor = core.vllm_config.lora_config, core.model_executor
+        core._deltafold_hosted = None
+        if ours and lora_config is not None:
+            core._deltafold_hosted = Hosted(
+                room_of(lora_config),
+                executor.add_lora,
+                lambda numbers: executor.collective_rpc("deltafold_leave", args=(numbers,)),
+            )
+    hosted: Hosted | None = core._deltafold_hosted
+    return hosted
+
+
+def _live(scheduler: Any) -> set[int]:
+    """Numbers of the variants that requests wait for or run."""
     loras = (request.lora_request for request in scheduler.requests.values())
-    return any(lora is not None and lora.lora_int_id == lora_id for lora in loras)
+    return {lora.lora_int_id for lora in loras if lora is not None}
 
 
 def _patch_offline(engine: Any) -> None:
     """The same for `vllm.LLM`, before the request is put into any queue: its caller gets the error."""
-    stock, remove = engine.add_request, engine.remove_lora
+    stock = engine.add_request
 
     @wraps(stock)
     def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(stock).bind(self, *args, **kwargs).arguments
         lora = given.get("lora_request")
-        if _load_once(self, self.vllm_config, lora, self.engine_core.add_lora):
+        if lora is not None and settings_of(self.vllm_config.additional_config) is not None:
+            plain = lora if not lora.load_inplace else _kept(lora)
+            self.engine_core.add_lora(plain)
             _read_text(self, lora)
         return stock(self, *args, **kwargs)
 
-    @wraps(remove)
-    def remove_lora(self: Any, lora_id: int) -> Any:
-        _forget(self, lora_id)
-        return remove(self, lora_id)
-
-    engine.add_request, engine.remove_lora = add_request, remove_lora
+    engine.add_request = add_request
 
 
-def _load_once(owner: Any, vllm_config: Any, lora: Any, add: Callable[[Any], Any]) -> bool:
-    """Have a request's variant loaded, if this owner never did; whether it did not."""
-    if lora is None or settings_of(vllm_config.additional_config) is None:
-        return False
-    known = _known(owner)
-    if (lora.lora_int_id, lora.lora_path) in known:
-        return False
-    add(lora)
-    known.add((lora.lora_int_id, lora.lora_path))
-    return True
+def _kept(lora: Any) -> Any:
+    """A request's variant, not to be read again if it is there."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(lora.lora_name, lora.lora_int_id, lora.lora_path)
 
 
 def _read_text(engine: Any, lora: Any) -> None:
@@ -210,21 +242,15 @@ def _read_text(engine: Any, lora: Any) -> None:
     from deltafold.runtime.vllm.source import untagged
     from deltafold.runtime.vllm.texts import texts_of
 
+    read: set[str] = engine.__dict__.setdefault("_deltafold_read", set())
+    if lora.lora_path in read:
+        return
     settings = settings_of(engine.vllm_config.additional_config)
     assert settings is not None
     base = Checkpoint.open(settings.base or engine.vllm_config.model_config.model).folder
     folder = Path(untagged(lora.lora_path)[0]).expanduser()
     texts_of(engine, base).read(lora.lora_path, folder)
-
-
-def _known(owner: Any) -> set[tuple[int, str]]:
-    known: set[tuple[int, str]] = owner.__dict__.setdefault("_deltafold_known", set())
-    return known
-
-
-def _forget(owner: Any, lora_id: int) -> None:
-    known = _known(owner)
-    known -= {pair for pair in known if pair[0] == lora_id}
+    read.add(lora.lora_path)
 
 
 def _prefetch(self: Any, path: str, drop: bool = False) -> str:
@@ -232,3 +258,10 @@ def _prefetch(self: Any, path: str, drop: bool = False) -> str:
     from deltafold.runtime.vllm.manager import manager_of
 
     return manager_of(self.model_runner).prefetch(path, drop)
+
+
+def _leave(self: Any, numbers: list[int]) -> None:
+    """Worker method: let variants go from host memory; they stay registered."""
+    from deltafold.runtime.vllm.manager import manager_of
+
+    manager_of(self.model_runner).leave(numbers)

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+import torch
+
 from deltafold.compress.errors import DeltafoldError
+from deltafold.runtime.room import room
 from deltafold.runtime.vllm.settings import KEY, Settings
 
 #: Most variants in one step where the user says nothing. On a GPU each takes a copy of the parameters.
@@ -67,6 +70,8 @@ class VllmServer:
         if not _given(self.flags, "--max-loras"):
             kept = self.options.get("max-cpu-loras") or _MAX_LORAS
             words += ["--max-loras", str(min(_MAX_LORAS, kept))]
+        if self.options.get("max-cpu-loras") is None and not _given(self.flags, "--max-cpu-loras"):
+            words += ["--max-cpu-loras", str(max(_fitting(self.zoo), _slots(words, self.flags)))]
         if len(self.api_keys) > 1:
             words += ["--api-key", *self.api_keys]
         if _given(self.flags, "--additional-config"):
@@ -96,6 +101,34 @@ class VllmServer:
             ours = ["deltafold", "deltafold_names"]
             own["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins.split(","), *ours]))
         return {**os.environ, **own}
+
+
+def _slots(words: Sequence[str], flags: Sequence[str]) -> int:
+    """What vLLM will take for `--max-loras`."""
+    for word, after in zip((given := [*words, *flags]), [*given[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if option in ("--max-loras", "--max_loras"):
+            found = value if equals else after
+            return int(found) if found.isdigit() else _MAX_LORAS
+    return _MAX_LORAS
+
+
+def _fitting(zoo: str) -> int:
+    """Variants of a zoo, smallest first, that fit into half of the memory that is free now. By the size
+    of their files, which is about what they take: only exact tensors grow, to their plain size.
+    """
+    folder = Path(zoo).expanduser()
+    places = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    free = room(torch.device("cpu"))
+    if free is None:
+        return len(places)
+    left, count = free // 2, 0
+    for size in sorted(sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in places):
+        left -= size
+        if left < 0:
+            break
+        count += 1
+    return count
 
 
 def _whole(base: str) -> str:

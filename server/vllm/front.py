@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 from deltafold.compress import Checkpoint
 from deltafold.compress.errors import DeltafoldError
 from deltafold.runtime.vllm.aside import reading_pool, short_turns
+from deltafold.runtime.vllm.hosted import room_of
 from deltafold.runtime.vllm.settings import Settings
 from deltafold.runtime.vllm.source import Source, tagged, untagged
 from deltafold.runtime.vllm.texts import OwnText, Texts, texts_of
@@ -41,6 +43,8 @@ class Front:
         self._opening = asyncio.Lock()
         self._pool = reading_pool("deltafold-front", threads=4)
         self._opened: tuple[Source, Zoo, Texts] | None = None
+        self._room = max(room_of(engine.vllm_config.lora_config) - len(settings.pin), 0)
+        self._recent: OrderedDict[str, None] = OrderedDict()
 
     async def ready(self) -> None:
         """Open the base and the zoo, and have the workers ready themselves, before anybody asks."""
@@ -63,6 +67,14 @@ class Front:
         entry = await self._aside(zoo.find, name)
         return tagged(entry.folder, entry.opened().digest)
 
+    async def near(self, name: str) -> str:
+        """Words for a client that asked for a name that is not served: near names of the zoo."""
+        try:
+            await self.find(name)
+        except DeltafoldError as error:
+            return f" {error}"
+        return ""
+
     async def prepare(self, path: str) -> str:
         """Check a delta and have every worker read it beside the running steps.
 
@@ -77,14 +89,35 @@ class Front:
         repo = await self._aside(source.open, path)
         whole = tagged(untagged(path)[0], repo.digest)
         await self._aside(texts.read, repo.digest, repo.folder)
+        await self._read_by_workers(whole)
+        return whole
+
+    async def ensure(self, lora_request: Any) -> None:
+        """Have a variant that left host memory read again before its request goes to the engine.
+
+        The workers are asked only where it can have left: where as many others as they keep were asked
+        for since.
+
+        Raises:
+            RefusedError: what is wrong with it by now.
+        """
+        path = lora_request.lora_path
+        if path not in self._recent:
+            await self._read_by_workers(path)
+        self._recent[path] = None
+        self._recent.move_to_end(path)
+        while len(self._recent) > self._room:
+            self._recent.popitem(last=False)
+
+    async def _read_by_workers(self, path: str) -> None:
         while True:
-            states = await self._engine.collective_rpc("deltafold_prefetch", args=(whole,))
+            states = await self._engine.collective_rpc("deltafold_prefetch", args=(path,))
             wrong = [s for s in states if s not in ("reading", "ready")]
             if wrong:
-                await self._engine.collective_rpc("deltafold_prefetch", args=(whole, True))
+                await self._engine.collective_rpc("deltafold_prefetch", args=(path, True))
                 raise RefusedError(wrong[0])
             if all(state == "ready" for state in states):
-                return whole
+                return
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def release(self, lora_request: Any, others: Iterable[Any]) -> None:

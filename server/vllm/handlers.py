@@ -14,7 +14,9 @@ from importlib import import_module
 from typing import Any, Final
 
 from deltafold.runtime.vllm.texts import RENDERED_BY, OwnText
+from deltafold.server.vllm.front import RefusedError
 
+_NOT_FOUND: Final = 404
 #: Module, class and methods of the handlers whose requests name a model.
 _HANDLERS: Final = (
     ("openai.chat_completion.serving", "OpenAIServingChat", "create_chat_completion"),
@@ -45,7 +47,10 @@ def install(front_of: Callable[[Any], Any]) -> None:
 def _speaking(stock: Any, front_of: Callable[[Any], Any]) -> Any:
     @wraps(stock)
     async def handle(self: Any, request: Any, *args: Any, **named: Any) -> Any:
-        own = await _own_text(self, request.model, request, front_of)
+        try:
+            own = await _own_text(self, request.model, request, front_of)
+        except _AnsweredError as error:
+            return error.answer
         return await stock(self if own is None else _with(self, own), request, *args, **named)
 
     return handle
@@ -54,16 +59,43 @@ def _speaking(stock: Any, front_of: Callable[[Any], Any]) -> Any:
 async def _own_text(
     handler: Any, name: str | None, request: Any, front_of: Callable[[Any], Any]
 ) -> OwnText | None:
-    """The text of the variant that a request names, which is loaded for it if need be."""
+    """The text of the variant that a request names, which is loaded for it if need be; raises
+    `_AnsweredError` where it cannot be.
+    """
     models = handler.models
     front = front_of(models) if hasattr(models, "lora_requests") else None
     if front is None or not name or models.is_base_model(name):
         return None
-    if name not in models.lora_requests and await handler._check_model(request) is not None:
-        return None  # vLLM's own method says so to the client
+    if name not in models.lora_requests:
+        refused = await handler._check_model(request)
+        if refused is not None:
+            if refused.error.code == _NOT_FOUND:
+                refused.error.message += await front.near(name)
+            raise _AnsweredError(refused)
     lora = models.lora_requests.get(name)
-    own: OwnText | None = None if lora is None else await front.text_of(lora)
+    if lora is None:
+        return None
+    try:
+        await front.ensure(lora)
+    except RefusedError as error:
+        raise _AnsweredError(error_of(error)) from error
+    own: OwnText | None = await front.text_of(lora)
     return own
+
+
+class _AnsweredError(Exception):
+    """What a client gets instead of an answer."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__(answer)
+        self.answer = answer
+
+
+def error_of(error: Exception | str) -> Any:
+    """vLLM's error object. 400 whatever the reason: its front passes no other on to clients."""
+    from vllm.entrypoints.serve import create_error_response
+
+    return create_error_response(str(error))
 
 
 def _with(handler: Any, own: OwnText) -> Any:

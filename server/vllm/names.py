@@ -8,24 +8,30 @@ loaded is read beside the running streams and known by its content, and what is 
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import sys
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, Final
 
 from deltafold.compress.errors import DeltafoldError
 from deltafold.runtime.vllm.settings import settings_of
+from deltafold.runtime.vllm.versions import is_known
 from deltafold.server.vllm import handlers
 from deltafold.server.vllm.front import Front, RefusedError
 
+_log = logging.getLogger(__name__)
 _SERVING = "vllm.entrypoints.openai.models.serving"
 _DONE = "_deltafold_names"
+_SERVER_ERROR: Final = 500
 
 
 def install() -> None:
     """Hook into vLLM's table of served models; a second call does nothing."""
     if multiprocessing.parent_process() is not None and _SERVING not in sys.modules:
         return  # an engine or a worker: nobody asks for names there
+    if not is_known():
+        return
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
     if not getattr(OpenAIServingModels, _DONE, False):
@@ -61,7 +67,7 @@ def _patch_listing(models: Any) -> None:
         from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelPermission
 
         listed, front = await stock(self), _front(self)
-        entries = [] if front is None else await front.entries()
+        entries = [] if front is None or not _finds() else await front.entries()
         for entry in entries:
             if entry.name not in self.lora_requests:
                 listed.data.append(
@@ -75,6 +81,17 @@ def _patch_listing(models: Any) -> None:
         return listed
 
     models.show_available_models = show_available_models
+
+
+@cache
+def _finds() -> bool:
+    """Whether vLLM looks unknown names up at all."""
+    from vllm import envs
+
+    if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+        return True
+    _log.warning("names of the zoo are served with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 alone")
+    return False
 
 
 def _patch_loading(models: Any) -> None:
@@ -91,7 +108,7 @@ def _patch_loading(models: Any) -> None:
         try:
             path = await front.prepare(request.lora_path)
         except (DeltafoldError, RefusedError) as error:
-            return _error(error)
+            return handlers.error_of(error)
         kept = self.lora_requests.get(request.lora_name)
         if kept is not None and kept.lora_path == path:
             return f"Success: variant '{request.lora_name}' is loaded already."
@@ -99,6 +116,8 @@ def _patch_loading(models: Any) -> None:
         self.lora_requests.pop(request.lora_name, None)
         own = request.model_copy(update={"lora_path": path, "load_inplace": False})
         answer = await stock(self, own, base_model_name)
+        if getattr(getattr(answer, "error", None), "code", None) == _SERVER_ERROR:
+            answer = handlers.error_of(answer.error.message)  # what a worker said of the variant
         if kept is not None and isinstance(answer, str):
             _release(self, front, kept)
         elif kept is not None:
@@ -167,7 +186,7 @@ def _patch_resolving(models: Any) -> None:
         except DeltafoldError as error:
             if error.code == "variant-not-found":
                 return await stock(self, lora_name)
-            return _error(error)
+            return handlers.error_of(error)
         answer = await self.load_lora_adapter(
             LoadLoRAAdapterRequest(lora_name=lora_name, lora_path=path)
         )
@@ -175,10 +194,3 @@ def _patch_resolving(models: Any) -> None:
         return self.lora_requests.get(lora_name) or answer
 
     models.resolve_lora = resolve_lora
-
-
-def _error(error: Exception) -> Any:
-    """vLLM's error object. 400 whatever the reason: its front passes no other on to clients."""
-    from vllm.entrypoints.serve import create_error_response
-
-    return create_error_response(str(error))

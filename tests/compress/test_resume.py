@@ -493,6 +493,12 @@ def test_speed_is_scaled_as_the_codec_grows():
     assert not Speed.of(0.0, 0.0).grows
 
 
+def test_a_dry_run_of_a_codec_that_goes_by_data_is_an_estimate(models):
+    """`axis-signs` chooses between scales a row and scales a column when it has seen the inputs."""
+    recipe = Recipe(default=parse_spec("axis-signs"))
+    assert not predict_checkpoint(*models, recipe=recipe).fixed
+
+
 def test_a_dry_run_counts_the_model_that_calibration_runs(models):
     weights = LAYERS * COLUMNS * (ROWS + 1)
     plain = predict_checkpoint(*models)

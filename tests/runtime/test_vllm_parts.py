@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from deltafold.compress.methods import parse_spec
 from deltafold.compress.terms import Context, Encoded
 from deltafold.runtime.kernels.forms import Target
 from deltafold.runtime.kernels.reference import Dense, dense_delta
+from deltafold.runtime.vllm.checks import check_config
 from deltafold.runtime.vllm.hooks import Content, LayerHook, NormHook
 from deltafold.runtime.vllm.routes import Move, Region, Window
 from deltafold.runtime.vllm.rows import StepRows, segments_of
@@ -169,6 +171,32 @@ def test_settings_are_refused_by_name():
             settings_of({"deltafold": wrong})
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "value", "named"),
+    [
+        ("model_config", "head_dtype", torch.float32, "head_dtype"),
+        ("parallel_config", "prefill_context_parallel_size", 2, "context parallelism"),
+        ("parallel_config", "use_sequence_parallel_moe", True, "sequence-parallel experts"),
+        ("pass_config", "enable_sp", True, "enable_sp"),
+        ("parallel_config", "enable_batch_sharded_sampling", True, "batch-sharded"),
+        ("parallel_config", "use_ubatching", True, "enable_dbo"),
+    ],
+)
+def test_what_would_answer_wrongly_is_refused_at_the_start(part, name, value, named):
+    parts = {
+        "model_config": SimpleNamespace(dtype=torch.bfloat16, head_dtype=torch.bfloat16),
+        "parallel_config": SimpleNamespace(prefill_context_parallel_size=1, use_ubatching=False),
+        "pass_config": SimpleNamespace(enable_sp=False),
+    }
+    compilation = SimpleNamespace(pass_config=parts["pass_config"])
+    config = SimpleNamespace(**parts, compilation_config=compilation)
+    check_config(config)
+    setattr(parts[part], name, value)
+    with pytest.raises(DeltafoldError, match=named) as caught:
+        check_config(config)
+    assert caught.value.code == "engine-unsupported"
+
+
 def test_a_path_carries_its_digest():
     assert untagged(tagged("/zoo/a", "sha256:12")) == ("/zoo/a", "sha256:12")
     assert untagged("/zoo/a#b") == ("/zoo/a#b", None)
@@ -192,6 +220,24 @@ def test_the_command_is_vllms_own(tmp_path, monkeypatch):
     assert environment["VLLM_PLUGINS"] == "mine,deltafold,deltafold_names"
     with pytest.raises(DeltafoldError, match="additional-config"):
         VllmServer("b", "z", "h", 1, flags=["--additional-config={}"]).words()
+
+
+def test_as_many_variants_stay_in_memory_as_fit(tmp_path, monkeypatch):
+    def kept(*flags: str, **options: int) -> str:
+        server = VllmServer("b", str(tmp_path), "h", 1, options=options, flags=flags)
+        words = server.words()
+        return words[words.index("--max-cpu-loras") + 1]
+
+    assert kept() == "4", "not below the slots"
+    for number in range(6):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "delta").write_bytes(bytes(1000))
+    monkeypatch.setattr("deltafold.server.vllm.command.room", lambda device: 2 * 5500)
+    assert kept() == "5"
+    assert kept("--max-loras", "7") == kept("--max_loras=7") == "7"
+    assert kept(**{"max-cpu-loras": 3}) == "3"
+    with pytest.raises(ValueError, match="--max-cpu-loras"):
+        kept("--max-cpu-loras=9")  # vLLM's own flag is left to it
 
 
 def run_serve(tmp_path, *words: str):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import engines
+import failures
 import pytest
 import talker
 import torch
 import zoo_models
-from safetensors.torch import load_file, save_file
 
 from deltafold.compress import DeltafoldError
 from deltafold.runtime.vllm.source import tagged
@@ -43,25 +43,6 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> zoo_models.Models:
     )
 
 
-def resized(folder: Path) -> Path:
-    """A fine-tune with four tokens more."""
-    full = zoo_models.fine_tune(folder, "resized")
-    tensors = load_file(full / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        tensors[name] = torch.cat([tensors[name], torch.ones(4, tensors[name].shape[1])])
-    save_file(tensors, full / "model.safetensors", {"format": "pt"})
-    config = json.loads((full / "config.json").read_text("utf-8"))
-    config["vocab_size"] += 4
-    (full / "config.json").write_text(json.dumps(config))
-    from deltafold.compress import Recipe, compress_checkpoint, parse_spec
-
-    recipe = Recipe(default=parse_spec("int:bits=4"))
-    compress_checkpoint(
-        folder / "base", full, folder / "resized", recipe=recipe, accept=["resized"]
-    )
-    return folder / "resized"
-
-
 @pytest.mark.slow
 def test_a_bad_variant_is_refused_and_the_engine_serves_on(made, other, tmp_path, monkeypatch):
     from vllm import SamplingParams
@@ -71,7 +52,7 @@ def test_a_bad_variant_is_refused_and_the_engine_serves_on(made, other, tmp_path
         "not-found": made.zoo / "nowhere",
         "not-a-delta": made.base,
         "checksum": made.zoo / "flipped",
-        "engine-unsupported": resized(made.base.parent),
+        "engine-unsupported": failures.resized(made.base.parent, made.base.parent / "resized"),
     }
     with engines.serving(made.base, max_loras=1, max_cpu_loras=1) as llm:
         good = engines.request("sign1", 1, made.zoo / "sign1")
@@ -129,6 +110,56 @@ def test_a_bad_variant_is_refused_and_the_engine_serves_on(made, other, tmp_path
 
 
 @pytest.mark.slow
+def test_what_left_memory_is_read_beside_the_steps_and_fails_alone(made, monkeypatch):
+    flipped = shutil.copytree(made.zoo / "sign1", made.zoo / "overwritten")
+    shortened = shutil.copytree(made.zoo / "sign1", made.zoo / "shortened")
+    readers, load, go_on = [], Loader.load, threading.Event()
+
+    def loading(loader: Loader, repo: Any) -> Any:
+        readers.append(threading.current_thread().name)
+        assert go_on.wait(60)
+        return load(loader, repo)
+
+    with engines.serving(made.base, max_loras=1, max_cpu_loras=1) as llm:
+        good, rank8 = (
+            engines.request(name, n, made.zoo / name)
+            for n, name in enumerate(("sign1", "rank8"), 1)
+        )
+        first = engines.ask(llm, engines.PROMPTS, [good] * 4)
+        odd = [engines.request(p.name, n, p) for n, p in enumerate((flipped, shortened), 3)]
+        for one in odd:
+            assert engines.ask(llm, engines.PROMPTS, [one] * 4) == first
+        other = engines.ask(llm, engines.PROMPTS, [rank8] * 4)
+        failures.overwrite(flipped, lambda raw: raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
+        failures.overwrite(shortened, lambda raw: raw[: len(raw) // 2])
+        for one, code in zip(odd, ("checksum", "truncated"), strict=True):
+            with pytest.raises(DeltafoldError) as caught:
+                engines.ask(llm, [[1, 2, 3], [4, 5]], [rank8, one])
+            assert caught.value.code == code
+            assert engines.ask(llm, engines.PROMPTS, [rank8] * 4) == other
+
+        # A read that does not end holds nobody up, and the step that needs the variant reads nothing.
+        monkeypatch.setattr(Loader, "load", loading)
+        ahead = ("deltafold_prefetch", None, (good.lora_path,))
+        assert llm.llm_engine.engine_core.collective_rpc(*ahead) == ["reading"]
+        assert engines.ask(llm, engines.PROMPTS, [rank8] * 4) == other
+        go_on.set()
+        for _ in range(200):
+            if llm.llm_engine.engine_core.collective_rpc(*ahead) == ["ready"]:
+                break
+            time.sleep(0.05)
+        assert engines.ask(llm, engines.PROMPTS, [good] * 4) == first
+        assert len(readers) == 1
+        assert readers[0].startswith("deltafold-read")
+
+        # A number stands for one variant; another path under it is no silent stand-in.
+        with pytest.raises(DeltafoldError, match="another variant's") as caught:
+            engines.ask(llm, [[1, 2, 3]], [engines.request("other", 1, made.zoo / "rank8")])
+        assert caught.value.code == "bad-argument"
+        assert engines.ask(llm, engines.PROMPTS, [good] * 4) == first
+
+
+@pytest.mark.slow
 def test_a_tensor_that_is_read_around_its_hook_is_refused(made, monkeypatch):
     from vllm.model_executor.models.llama import LlamaMLP
 
@@ -147,6 +178,12 @@ def test_a_tensor_that_is_read_around_its_hook_is_refused(made, monkeypatch):
         with pytest.raises(DeltafoldError, match="down_proj") as caught:
             engines.ask(llm, [[1, 2, 3]], [engines.request("sign1", 1, made.zoo / "sign1")])
         assert caught.value.code == "engine-unsupported"
+        # A server asks ahead, and hears the same.
+        path, core = str(made.zoo / "sign1"), llm.llm_engine.engine_core
+        told = "reading"
+        while told == "reading":
+            (told,) = core.collective_rpc("deltafold_prefetch", None, (path,))
+        assert "down_proj" in told
         assert len(engines.ask(llm, [[1, 2, 3]])[0].tokens) == 12
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import engines
+import failures
 import pytest
 import talker
 import zoo_models
@@ -258,8 +259,8 @@ def test_what_is_wrong_is_told_to_its_client_alone(made, address, client, tmp_pa
     with pytest.raises(APIStatusError, match="checksum") as caught:
         complete(client, "broken", [1, 2, 3])
     assert caught.value.status_code == 400
-    with pytest.raises(NotFoundError):
-        complete(client, "nobody", [1, 2, 3])
+    with pytest.raises(NotFoundError, match="near names  sign1"):
+        complete(client, "sign2", [1, 2, 3])
     assert complete(client, "sign1", [1, 2, 3])[0]
 
     # Replaced in place and loaded again: a new variant, and nothing of the old one's prefix cache.
@@ -272,3 +273,38 @@ def test_what_is_wrong_is_told_to_its_client_alone(made, address, client, tmp_pa
     assert post(address, "/v1/load_lora_adapter", again)[0] == 200
     second = complete(client, "moving", engines.LONG)
     assert second[0] == complete(client, "rank8", engines.LONG)[0] != first[0]
+
+
+@pytest.mark.slow
+def test_each_failure_is_its_own_clients_beside_a_stream(made, address, client, tmp_path):
+    """What the engine survives, asked for over HTTP: nobody else hears of it."""
+    expected = complete(client, "sign1", engines.LONG)[0]
+    foreign = engines.make(tmp_path, "Llama", {"foreign": "lossless"}, initializer_range=0.1)
+    shutil.copytree(foreign.zoo / "foreign", made.zoo / "foreign")
+    failures.resized(made.base.parent, made.zoo / "resized")
+    for name in ("removed", "overwritten"):
+        shutil.copytree(made.zoo / "rank8", made.zoo / name)
+        assert complete(client, name, [1, 2, 3]) == complete(client, "rank8", [1, 2, 3])
+    shutil.rmtree(made.zoo / "removed")
+    flipped = made.zoo / "overwritten"
+    failures.overwrite(flipped, lambda raw: raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
+    for name in ("sign1", "exact", "dare"):  # more than stay in memory: both leave it
+        complete(client, name, [1, 2, 3])
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(
+            lambda: [complete(client, "sign1", engines.LONG)[0] for _ in range(8)]
+        )
+        body = {"lora_name": "nowhere", "lora_path": str(made.zoo / "nowhere")}
+        status, text = post(address, "/v1/load_lora_adapter", body)
+        assert (status, "not-found" in text) == (400, True)
+        for name, told in (
+            ("foreign", "base-mismatch"),
+            ("resized", "lm_head.weight has another shape"),
+            ("overwritten", "checksum"),
+        ):
+            with pytest.raises(APIStatusError, match=told) as caught:
+                complete(client, name, [1, 2, 3])
+            assert caught.value.status_code == 400
+        assert complete(client, "removed", [1, 2, 3]) == complete(client, "rank8", [1, 2, 3])
+        assert running.result() == [expected] * 8
