@@ -33,6 +33,7 @@ from deltafold.compress.budget.goal import Budget
 from deltafold.compress.journal import Journal
 from deltafold.compress.limits import Limits
 from deltafold.compress.memory import MemoryBudget
+from deltafold.compress.predict import Speed
 from deltafold.compress.safetensors_file import SafetensorsFile, file_head
 from deltafold.compress.sizes import parse_size
 
@@ -479,6 +480,17 @@ def test_a_dry_run_knows_the_size_to_the_byte(models, tmp_path, codec):
     assert found.fixed
     assert found.nbytes == report.manifest.totals.delta_bytes
     assert found.variant_bytes == report.manifest.totals.variant_bytes
+
+
+def test_speed_is_scaled_as_the_codec_grows():
+    plain, cubic = Speed.of(0.1, 0.4), Speed.of(0.1, 0.8)
+    assert not plain.grows
+    assert cubic.grows
+    assert plain.seconds(4096, 1024) == pytest.approx(1.6)
+    assert plain.seconds(4096, 4096) == pytest.approx(6.4)
+    assert cubic.seconds(4096, 1024) == pytest.approx(3.2)
+    assert cubic.seconds(4096, 4096) == pytest.approx(51.2)
+    assert not Speed.of(0.0, 0.0).grows
 
 
 def test_a_dry_run_of_a_codec_that_goes_by_data_is_an_estimate(models):
