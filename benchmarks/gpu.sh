@@ -3,7 +3,9 @@
 # there, then the benchmarks. Prints short tables and writes JSON and plots to $1 (default:
 # benchmarks/results). STEPS names what to run, all of it by default; each takes minutes, so that a short
 # loan of a machine can take them one by one:
-#   tests linear experts kernels prefill step
+#   tests linear experts kernels prefill step vllm
+# vllm is not among those by default: it wants an environment with vLLM's CUDA build (torch 2.13), named
+# by VLLM_PYTHON, and runs eager, with graphs, and with graphs in the second model runner.
 # FETCH=--bitdelta also fetches BitDelta's public kernel and times it; a copy that lies in
 # benchmarks/results/fetched/bitdelta_kernel.py is used as it is. gemlite's and vLLM's kernels are timed
 # where these packages are installed.
@@ -40,6 +42,14 @@ for step in $steps; do
             --variants 4 --rounds 5 --json "$out/kernels-gpu-prefill-4.json"
         ;;
     step) "$python" benchmarks/decode_step.py --device cuda --json "$out/step-gpu.json" ;;
+    vllm)
+        vllm="${VLLM_PYTHON:-.venv-vllm/bin/python}"
+        size=(--hidden 4096 --layers 16 --tokens 128)
+        "$vllm" benchmarks/vllm_serving.py "${size[@]}" --json "$out/vllm-gpu-eager.json"
+        "$vllm" benchmarks/vllm_serving.py "${size[@]}" --compile --json "$out/vllm-gpu-graphs.json"
+        VLLM_USE_V2_MODEL_RUNNER=1 "$vllm" benchmarks/vllm_serving.py "${size[@]}" --compile \
+            --json "$out/vllm-gpu-graphs-v2.json"
+        ;;
     *) echo "there is no step $step" >&2 && exit 2 ;;
     esac
 done
