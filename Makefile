@@ -67,14 +67,8 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	$(VLLM_PIP) --no-deps -e .
 	touch $@
 
-# Editable installs go through an import hook that static tools cannot follow: give them links.
 .dev/deltafold:
-	mkdir -p $@
-	ln -sfn ../../compress $@/compress
-	ln -sfn ../../runtime $@/runtime
-	ln -sfn ../../server $@/server
-	ln -sfn ../../runtime/_api/__init__.py $@/__init__.py
-	ln -sfn ../../runtime/_api/py.typed $@/py.typed
+	sh .ci/links
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) .dev build dist .venv-wheel *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
-from kernel_setting import MOST_SWAPPED, Case, Parts, Setting, linear
-from timing import Call
+from kernel_setting import MOST_SWAPPED, Case, Parts, Refused, Setting, linear
+from timing import Call, why_not
 
 from deltafold.compress import parse_spec
 from deltafold.compress.terms import Context
@@ -20,18 +22,29 @@ Make = Callable[[int], DeltaMatrix]
 CONTEXT = Context("layer.weight")
 
 
-def our_cases(setting: Setting) -> list[Case]:
-    """Base and deltas by form, the mixed path without a variant, lookups, and rebuilt weights."""
-    cases = []
-    for name, made in FORMS.items():
-        sets = setting.sets(made(setting))
-        cases.append(_added(setting, name, sets))
-        if setting.packed and name == "1 bit":
-            cases += [*_all_base(setting, sets), *_rows(setting, sets)]
-        if setting.packed and name in ("1 bit", "4 bits"):
-            cases += _rebuilt(setting, name, sets)
-        if name.startswith("rank"):
-            cases.append(_factor_loop(setting, name, sets))
+def our_cases(setting: Setting, forms: Sequence[str]) -> tuple[list[Case], Refused]:
+    """Base and deltas by form, the mixed path without a variant, lookups, and rebuilt weights; and why
+    others are left out.
+    """
+    cases: list[Case] = []
+    refused: Refused = {}
+    for name in forms:
+        try:
+            cases += _of_form(setting, name)
+        except Exception as error:  # memory, most of all
+            refused[f"base + {name}"] = why_not(error)
+    return cases, refused
+
+
+def _of_form(setting: Setting, name: str) -> list[Case]:
+    sets = setting.sets(FORMS[name](setting))
+    cases = [_added(setting, name, sets)]
+    if setting.packed and name == "1 bit":
+        cases += [*_all_base(setting, sets), *_rows(setting, sets)]
+    if setting.packed and name in ("1 bit", "4 bits"):
+        cases += _rebuilt(setting, name, sets)
+    if name.startswith("rank"):
+        cases.append(_factor_loop(setting, name, sets))
     return cases
 
 
@@ -92,25 +105,42 @@ def _coded(spec: str) -> Callable[[Setting], Make]:
     """A codec's own form: of the CPU, and of layouts that only codecs make."""
 
     def of(setting: Setting) -> Make:
-        stored: dict[int, Any] = {}
-
         def one(rows: int) -> DeltaMatrix:
             shape = (rows, setting.columns)
-            if rows not in stored:
-                stored[rows] = parse_spec(spec).encode(torch.randn(shape) * 1e-3, CONTEXT)
-            encoded = stored[rows]
+            encoded = _encoded(spec, shape)
             if setting.packed and spec == "stratified":
-                from deltafold.runtime.kernels.triton.sparse import strata
-
-                ((term, parts),) = encoded
-                form = strata(term, parts, shape, setting.device, "layer")
-                assert form is not None
-                return form
+                return _own_memory(_strata(encoded, shape, setting.device))
             return product_form(encoded, shape, CONTEXT, Target(setting.device, setting.dtype))
 
         return one
 
     return of
+
+
+@cache
+def _encoded(spec: str, shape: tuple[int, int]) -> Any:
+    return parse_spec(spec).encode(torch.randn(shape) * 1e-3, CONTEXT)
+
+
+#: What `_strata` laid out, by shape: it takes longer than all that is measured.
+_LAID: dict[tuple[int, int], Any] = {}
+
+
+def _strata(encoded: Any, shape: tuple[int, int], device: torch.device) -> Any:
+    from deltafold.runtime.kernels.triton.sparse import strata
+
+    if shape not in _LAID:
+        ((term, parts),) = encoded
+        _LAID[shape] = strata(term, parts, shape, device, "layer")
+        assert _LAID[shape] is not None
+    return _LAID[shape]
+
+
+def _own_memory(form: Any) -> DeltaMatrix:
+    """The same numbers in other places of the memory."""
+    names = ("places", "starts", "levels")
+    copy: DeltaMatrix = replace(form, **{name: getattr(form, name).clone() for name in names})
+    return copy
 
 
 def _either(gpu: Callable[[Setting], Make], spec: str) -> Callable[[Setting], Make]:

@@ -8,29 +8,36 @@ from __future__ import annotations
 
 import importlib.util
 import urllib.request
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_setting import MOST_SWAPPED, Case, Setting, linear
-from timing import Call
+from kernel_setting import MOST_SWAPPED, Case, Refused, Setting, linear
+from timing import Call, why_not
 
 _KERNEL = (
     "https://raw.githubusercontent.com/FasterDecoding/BitDelta/"
     "386d2835f67025570d9f2c838ac0ce029ec35f51/bitdelta/binary_gemm_kernel.py"
 )
 _FETCHED = Path(__file__).parent / "results" / "fetched"
-Refused = dict[str, str]
 
 
 def other_cases(setting: Setting, fetch: bool) -> tuple[list[Case], Refused]:
     """The cases, and why others are left out."""
     refused: Refused = {}
-    cases = _dense(setting, refused)
+    cases: list[Case] = []
+    groups: dict[str, Callable[[], list[Case]]] = {"dense copies": lambda: _dense(setting, refused)}
     if setting.variants <= MOST_SWAPPED:
-        cases += _swap(setting)
+        groups["merged weights, swapped"] = lambda: _swap(setting)
     if setting.packed:
-        cases.append(_torch_unpack(setting))
+        groups["base + 1 bit, unpacked by torch"] = lambda: [_torch_unpack(setting)]
+    for name, made in groups.items():
+        try:
+            cases += made()
+        except Exception as error:  # memory, most of all
+            refused[name] = why_not(error)
     for name, make in (
         ("base + BitDelta's public kernel", lambda: _bitdelta(setting, fetch)),
         ("base + 1 bit, gemlite, a call each", lambda: _gemlite(setting)),
@@ -40,7 +47,7 @@ def other_cases(setting: Setting, fetch: bool) -> tuple[list[Case], Refused]:
         try:
             call, size = make()
         except Exception as error:  # whatever another package may raise
-            refused[name] = str(error).splitlines()[0][:120] if str(error) else repr(error)
+            refused[name] = why_not(error)
         else:
             cases.append(Case(name, call, size))
     return cases, refused
@@ -151,11 +158,26 @@ def _bitdelta(setting: Setting, fetch: bool) -> tuple[Call, int]:
     return call, signs[0].numel() * 4
 
 
-def _fetched(path: Path) -> Any:
-    if not path.exists():
+@cache
+def _download(path: Path) -> str:
+    """Why a file could not be had, or nothing; tried once, since packets that vanish take long."""
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(_KERNEL, timeout=20) as answer:
-            path.write_bytes(answer.read())
+            content = answer.read()
+        # Whole or not at all.
+        half = path.with_suffix(".part")
+        half.write_bytes(content)
+        half.replace(path)
+    except OSError as error:
+        return f"its download failed: {error}"
+    return ""
+
+
+def _fetched(path: Path) -> Any:
+    failed = "" if path.exists() else _download(path)
+    if failed:
+        raise RuntimeError(failed)
     spec = importlib.util.spec_from_file_location("bitdelta_kernel", path)
     assert spec is not None
     assert spec.loader is not None

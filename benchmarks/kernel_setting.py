@@ -21,6 +21,8 @@ MOST_HELD = 2**31
 MOST_SWAPPED = 16
 
 linear = torch.nn.functional.linear
+#: Cases that are left out, and why.
+Refused = dict[str, str]
 #: The forms of one variant, one for each part of the layer.
 Parts = tuple[DeltaMatrix, ...]
 

@@ -1,7 +1,7 @@
-"""Seconds and peak memory of every codec, edit and merge on a GiB of tensors.
+"""Seconds and peak memory of every codec, edit, family and merge on a GiB of tensors.
 
-    python benchmarks/method_cost.py [--kinds codec,edit,merge] [--only NAME,...] [--tiny]
-        [--seconds 120] [--json FILE] [--docs docs/quality.md]
+    python benchmarks/method_cost.py [--kinds codec,edit,family,merge] [--only NAME,...] [--tiny]
+        [--seconds 120] [--json FILE] [--docs docs/quality.md] [--from FILE]
 
 The set has the vocabulary of Qwen2.5-0.5B and as many of its layers as fill a GiB: random bfloat16
 weights and a small random step, written to disk and read from there by a real packing run: hashing,
@@ -11,7 +11,8 @@ matters less; memory is the most that the process held, libraries included. What
 loads the model of this set and runs it on rows of random tokens.
 
 A run that would take longer than `--seconds` is made on a share of the set, with fewer layers and fewer
-rows of the table; the share stands beside what was measured.
+rows of the table; the share stands beside what was measured. `--from` draws the table of an earlier
+run's JSON and measures nothing.
 """
 
 from __future__ import annotations
@@ -28,14 +29,13 @@ from typing import Any
 
 import torch
 from quality import machine
-from quality_specs import codec_specs, edit_specs
+from quality_specs import codec_specs, edit_specs, family_specs, name_of
 from tables import put_between
 
 from compress import output, weights
 from deltafold.compress.dtypes import raw_bytes
 from deltafold.compress.merges import MERGES
 from deltafold.compress.safetensors_file import file_head
-from deltafold.compress.spec import split_outside
 
 GIB = 2**30
 LAYERS, VOCABULARY = 27, 151_936
@@ -117,7 +117,7 @@ class Row:
     """What one method took.
 
     Attributes:
-        kind: codec, edit or merge.
+        kind: codec, edit, family or merge.
         spec: of it.
         share: of a GiB that was measured.
         cpu_seconds: from the first call to the end.
@@ -146,6 +146,8 @@ import torch
 torch.set_num_threads(1)
 from deltafold.compress import Recipe, compress_checkpoint, merge_deltas, parse_spec, twin_deltas
 from deltafold.compress.edits import parse_edit
+from deltafold.compress.families import parse_family
+from deltafold.compress.families.pack import compress_family
 from deltafold.compress.memory import peak_memory
 from deltafold.compress.merges import parse_merge
 from deltafold.compress.methods import LosslessMethod
@@ -165,6 +167,10 @@ if needs:
 if kind == "merge":
     merge = twin_deltas if spec == "twin" else merge_deltas
     merge(base, [one + "-delta", two + "-delta"], out, method=parse_merge(spec))
+elif kind == "family":
+    spec, _, codec = spec.partition(" --codec ")
+    codec = parse_spec(codec) if codec else None
+    compress_family(base, [one, two], out, method=parse_family(spec), codec=codec)
 else:
     compress_checkpoint(base, one, out, recipe=recipe, evidence=evidence)
 print(json.dumps({
@@ -271,13 +277,13 @@ def methods(kinds: list[str], only: list[str]) -> Iterator[tuple[str, str]]:
     specs = {
         "codec": [spec for _, spec in codec_specs(False)],
         "edit": edit_specs(False),
+        "family": family_specs(),
         "merge": sorted(MERGES),
     }
     for kind in kinds:
         seen: set[str] = set()
         for spec in specs[kind]:
-            # What stands behind an edit is the codec.
-            name = split_outside(spec, r"\+")[-1].partition(":")[0]
+            name = name_of(spec)
             if name not in seen and (not only or name in only):
                 seen.add(name)
                 yield kind, spec
@@ -350,35 +356,44 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--kinds", default="codec,edit,merge")
+    parser.add_argument("--kinds", default="codec,edit,family,merge")
     parser.add_argument("--only", default="", help="names, separated by commas")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--tiny", action="store_true", help="three layers of 64 columns")
     parser.add_argument("--folder", help="where to put the set; needs 6 GiB")
     parser.add_argument("--json")
     parser.add_argument("--docs", help="put the table into this page, between its marks")
+    parser.add_argument(
+        "--from", dest="source", help="draw the table of this JSON; measure nothing"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     """Measure, print, and write down."""
     options = _options()
-    whole = Shape(3, 1024, 64, 96, 64) if options.tiny else Shape(LAYERS, VOCABULARY)
-    only = [name for name in options.only.split(",") if name]
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        sets = Sets(Path(folder), whole)
-        rows = measured(sets, options.kinds.split(","), only, options.seconds)
-    result = {
-        "machine": machine(),
-        "set_bytes": whole.nbytes,
-        "rows": [asdict(row) for row in rows],
-    }
+    result = (
+        json.loads(Path(options.source).read_text("utf-8")) if options.source else _run(options)
+    )
     text = markdown(result)
     print(text)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     if options.docs:
         put_between(Path(options.docs), MARKS, text)
+
+
+def _run(options: argparse.Namespace) -> dict[str, Any]:
+    whole = Shape(3, 1024, 64, 96, 64) if options.tiny else Shape(LAYERS, VOCABULARY)
+    only = [name for name in options.only.split(",") if name]
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        sets = Sets(Path(folder), whole)
+        rows = measured(sets, options.kinds.split(","), only, options.seconds)
+    return {
+        "machine": machine(),
+        "set_bytes": whole.nbytes,
+        "rows": [asdict(row) for row in rows],
+    }
 
 
 if __name__ == "__main__":

@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 
-from deltafold.compress import Checkpoint, DeltaRepo, Recipe, compress_checkpoint, parse_spec
+from deltafold.compress import (
+    Checkpoint,
+    DeltaRepo,
+    Recipe,
+    compress_checkpoint,
+    merge_deltas,
+    parse_spec,
+    twin_deltas,
+)
 from deltafold.compress.calibration import (
     CalibratedEvidence,
     CalibrationSet,
@@ -26,7 +34,8 @@ from deltafold.compress.calibration.quality import Predictions
 from deltafold.compress.checkpoint import TensorSource
 from deltafold.compress.families import parse_family
 from deltafold.compress.families.pack import compress_family
-from deltafold.compress.methods import SurveyedMethod
+from deltafold.compress.merges import Twin, parse_merge
+from deltafold.compress.methods import LosslessMethod, SurveyedMethod
 from deltafold.compress.methods.chain import codec_of
 from deltafold.compress.references import ReferenceEvidence, open_references
 from deltafold.compress.source import open_variant
@@ -160,8 +169,12 @@ class Bench:
         self._become(self.tensors_of(task.source))
         return list(logits_of(self.model, task.held_out, batch=_BATCH))
 
-    def family(self, spec: str, codec: str) -> list[Measured]:
-        """Pack all fine-tunes together; the shared tensors' bytes are split evenly."""
+    def family(self, spec: str) -> list[Measured]:
+        """Pack all fine-tunes together; the shared tensors' bytes are split evenly.
+
+        `spec` is of the family, ` --codec ` and the codec of what is shared behind it, or without one.
+        """
+        spec, _, codec = spec.partition(" --codec ")
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()
             report = compress_family(
@@ -182,6 +195,38 @@ class Bench:
                     "ratio": (totals.delta_bytes + shared) / totals.variant_bytes,
                 }
                 found.append(self.measure(task, tensors, **sizes, seconds=seconds))
+        return found
+
+    def merge(self, spec: str) -> list[Measured]:
+        """Merge all fine-tunes and see what is left of each; what all need is split evenly.
+
+        A merge is one model for all tasks. Twin-Merging's is the shared delta with the task's own.
+        """
+        method = parse_merge(spec)
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder)
+            for task in self.tasks:
+                recipe = Recipe(default=LosslessMethod())
+                compress_checkpoint(self.base.folder, task.folder, place / task.name, recipe=recipe)
+            parents = [place / task.name for task in self.tasks]
+            began = time.perf_counter()
+            if isinstance(method, Twin):
+                twin_deltas(self.base.folder, parents, place / "zoo", method=method)
+                shared = DeltaRepo.open(place / "zoo" / "shared")
+            else:
+                merge_deltas(self.base.folder, parents, place / "merged", method=method)
+                shared = DeltaRepo.open(place / "merged")
+            seconds = (time.perf_counter() - began) / len(self.tasks)
+            found = []
+            for task in self.tasks:
+                tensors = dict(decoded_tensors(self.base, shared))
+                repos = [(shared, len(self.tasks))]
+                if isinstance(method, Twin):
+                    own = DeltaRepo.open(place / "zoo" / task.name)
+                    repos.append((own, 1))
+                    for name, tensor in decoded_tensors(self.base, own).items():
+                        tensors[name] = tensors[name] + tensor - self.base.tensor(name)
+                found.append(self.measure(task, tensors, **_split(task, repos), seconds=seconds))
         return found
 
     def _task(self, name: str, folder: Path, folders: Sequence[Path], words: int) -> Task:
@@ -205,6 +250,15 @@ class Bench:
             answer = [*(ids[c] for c in tasks.apply(task, word)), self.tokenizer.eos_token_id]
             rows.append(make_row([*prompt, *answer], len(prompt)))
         return CalibrationSet("demo words", tuple(rows), answers=True)
+
+
+def _split(task: Task, repos: Sequence[tuple[DeltaRepo, int]]) -> dict[str, float]:
+    """Size of deltas that so many tasks share each, for one of them."""
+    weights = sum(task.source.tensor(n).numel() for n in task.source.names())
+    payload = sum(repo.manifest.totals.payload_bytes / users for repo, users in repos)
+    nbytes = sum(repo.manifest.totals.delta_bytes / users for repo, users in repos)
+    variant = repos[0][0].manifest.totals.variant_bytes
+    return {"bits": payload * 8 / weights, "ratio": nbytes / variant}
 
 
 def _accuracy(said: Sequence[Predictions], data: CalibrationSet) -> float:

@@ -7,7 +7,10 @@ spec that this version refuses is told and left out.
 from __future__ import annotations
 
 from deltafold.compress.edits import EDITS
+from deltafold.compress.families import FAMILIES
+from deltafold.compress.merges import MERGES
 from deltafold.compress.methods import METHODS
+from deltafold.compress.spec import split_outside
 
 #: Specs of about 1, 2 and 4 bits a weight. Whatever is beside the codes (scales, masks) counts too.
 CODECS: dict[str, dict[str, str]] = {
@@ -37,7 +40,12 @@ CODECS: dict[str, dict[str, str]] = {
     "int-hessian": {"2": "int-hessian:bits=2", "4": "int-hessian:bits=4"},
     "lloyd": {"1": "lloyd:bits=1", "2": "lloyd:bits=2", "4": "lloyd:bits=4"},
     "lossless": {"16": "lossless"},
-    "nm": {"1": "nm:keep=1,of=8,bits=4", "2": "nm:keep=1,of=4,bits=4", "4": "nm:bits=4"},
+    "nm": {
+        "1": "nm:keep=1,of=8,bits=4",
+        "2": "nm:keep=1,of=4,bits=4",
+        "3": "nm:bits=4",
+        "4": "nm:keep=3,bits=4",
+    },
     "quantize-and-drop": {
         "1": "quantize-and-drop:drop=0.9",
         "2": "quantize-and-drop:drop=0.75",
@@ -52,8 +60,14 @@ CODECS: dict[str, dict[str, str]] = {
     "sparse": {
         "1": "trim:keep=0.1,scope=tensor+sparse:bits=4",
         "2": "trim:keep=0.2,scope=tensor+sparse:bits=4",
+        "4": "trim:keep=0.4,scope=tensor+sparse:bits=8",
     },
-    "stratified": {"1": "stratified:of=8", "2": "stratified:of=4", "4": "stratified:of=2"},
+    "stratified": {
+        "1": "stratified:of=8",
+        "2": "stratified:of=4",
+        "3": "stratified:of=2",
+        "4": "stratified:of=2,bits=8",
+    },
     "svd": {"1": "svd:bits=1", "2": "svd:bits=2", "4": "svd:bits=4"},
     "svd-act": {"1": "svd-act:bits=1", "2": "svd-act:bits=2", "4": "svd-act:bits=4"},
     "svd-widths": {
@@ -64,7 +78,8 @@ CODECS: dict[str, dict[str, str]] = {
     "topk": {
         "1": "topk:keep=0.1,bits=4",
         "2": "topk:keep=0.2,bits=4",
-        "4": "topk:keep=0.5,bits=4",
+        "3": "topk:keep=0.5,bits=4",
+        "4": "topk:keep=0.4,bits=8",
     },
     "ultradelta": {
         "1": "ultradelta:drop=0.9",
@@ -73,14 +88,22 @@ CODECS: dict[str, dict[str, str]] = {
     },
 }
 #: Families, and the codec of what they share.
-FAMILY_SPECS = (
-    ("emr", ""),
-    ("emr", "int:bits=4"),
-    ("row-groups:groups=2", "int:bits=4"),
-    ("row-groups:groups=4", "int:bits=4"),
-    ("shift-scale", "int:bits=4"),
-    ("shift-scale:rest=(bitdelta:bits=2)", "int:bits=4"),
-)
+FAMILY_SPECS: dict[str, tuple[str, ...]] = {
+    "emr": ("emr", "emr --codec int:bits=4"),
+    "row-groups": (
+        "row-groups:groups=2 --codec int:bits=4",
+        "row-groups:groups=4 --codec int:bits=4",
+    ),
+    "shift-scale": (
+        "shift-scale --codec int:bits=4",
+        "shift-scale:rest=(bitdelta:bits=2) --codec int:bits=4",
+    ),
+}
+#: Merges into one delta, and Twin-Merging's zoo of a shared delta and one for each task.
+MERGE_SPECS: dict[str, tuple[str, ...]] = {
+    "task": ("task", "task:scale=1"),
+    "twin": ("twin",),
+}
 #: Edits by themselves, their result kept in float32.
 EDIT_SPECS: dict[str, tuple[str, ...]] = {
     "dare": ("dare:drop=0.5", "dare:drop=0.9"),
@@ -117,3 +140,18 @@ def edit_specs(quick: bool) -> list[str]:
     """Specs of every registered edit."""
     names = [name for name in sorted(EDITS) if not quick or name in QUICK]
     return [spec for name in names for spec in EDIT_SPECS.get(name, (name,))]
+
+
+def family_specs() -> list[str]:
+    """Specs of every registered family, with the codec of what is shared."""
+    return [spec for name in sorted(FAMILIES) for spec in FAMILY_SPECS.get(name, (name,))]
+
+
+def merge_specs() -> list[str]:
+    """Specs of every registered merge."""
+    return [spec for name in sorted(MERGES) for spec in MERGE_SPECS.get(name, (name,))]
+
+
+def name_of(spec: str) -> str:
+    """The method's name: what stands behind an edit is the codec."""
+    return split_outside(spec, r"\+")[-1].partition(" ")[0].partition(":")[0]

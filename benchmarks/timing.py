@@ -33,8 +33,7 @@ def time_in_turn(
             try:
                 ready[name] = _captured(call) if device.type == "cuda" else _plain(call)
             except Exception as error:  # whatever a case's package may raise
-                why = str(error).splitlines() or [""]
-                found[name] = f"{type(error).__name__}: {why[0][:100]}"
+                found[name] = why_not(error)
         times: dict[str, list[float]] = {name: [] for name in ready}
         for done in range(rounds):
             for name, run in ready.items():
@@ -42,6 +41,12 @@ def time_in_turn(
                 if done < _LEAST_ROUNDS or sum(times[name]) < _ENOUGH:
                     times[name].append(_once(run, device) / (CALLS if device.type == "cuda" else 1))
     return found | {n: (min(t), statistics.median(t)) for n, t in times.items()}
+
+
+def why_not(error: Exception) -> str:
+    """An error in one short line, for a table."""
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:100]}"
 
 
 def _plain(call: Call) -> Callable[[], object]:
@@ -53,15 +58,17 @@ def _captured(call: Call) -> Callable[[], None]:
     """A graph of several calls, after they ran once for what they compile and allocate."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
+    # Where a capture fails, torch leaves the stream that it captured on current. This one is our own,
+    # and the block around it goes back to the stream before.
     with torch.cuda.stream(stream):
         for i in range(CALLS):
             call(i)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for i in range(CALLS):
+                call(i)
     torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(CALLS):
-            call(i)
     graph.replay()
     torch.cuda.synchronize()
     return graph.replay

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,13 +16,15 @@ import torch
 from deltafold.compress import dtypes
 from deltafold.compress.card import write_card, write_tensor_table
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
-from deltafold.compress.coded import TensorStats
+from deltafold.compress.coded import Sink, TensorStats
 from deltafold.compress.companions import copy_files
 from deltafold.compress.encode import difference
 from deltafold.compress.errors import DeltafoldError, name_some
-from deltafold.compress.evidence import check_needs, follower
-from deltafold.compress.fingerprint import DigestCache, Digests, TensorDigest, fingerprint
-from deltafold.compress.journal import Journal, Record, clear, is_journal
+from deltafold.compress.evidence import RunningSource, check_needs, follower
+from deltafold.compress.fingerprint import Digests, TensorDigest, fingerprint
+from deltafold.compress.inputs import Inputs
+from deltafold.compress.journal import Journal, Place, Record, clear, is_journal
+from deltafold.compress.limits import Limits, check_room, needs
 from deltafold.compress.manifest import (
     BASE_TENSORS_NAME,
     FORMAT,
@@ -36,7 +38,7 @@ from deltafold.compress.manifest import (
     version_for,
 )
 from deltafold.compress.memory import Timeline
-from deltafold.compress.packing import Limits, code_all, stats_of
+from deltafold.compress.packing import code_all, stats_of
 from deltafold.compress.payload import payload_key
 from deltafold.compress.quantized import dequantized
 from deltafold.compress.release import version
@@ -96,6 +98,14 @@ class Run:
                 fix="a pattern is matched with the whole name: begin or end it with *",
             )
 
+    def check_room(self) -> None:
+        """Refuse a bound of memory that a tensor does not fit, before any work."""
+        job = self.job
+        source = job.evidence
+        model = source.upcoming_bytes() if isinstance(source, RunningSource) else 0
+        coder = self._coder(_nowhere, {}, {})
+        check_room(needs(coder, job.target.names(), job.recipe), self.limits, model)
+
     def survey(self) -> None:
         """Let edits that need it look at the whole model."""
         job = self.job
@@ -137,14 +147,16 @@ class Run:
         """
         job = self.job
         clear(folder)
-        inputs = (job.source.checkpoint, job.target)
-        caches = [DigestCache(s) for s in inputs if isinstance(s, Checkpoint)]
-        stamps = [c.stamps for c in caches]
-        with Timeline() as timeline, Journal(folder, self._identity()) as journal:
+        inputs = Inputs(job.source, job.target)
+        caches, identity = inputs.caches, self._identity()
+        with Timeline() as timeline, Journal(folder, identity, inputs.stamps) as journal:
+            if journal.stamps != inputs.stamps:
+                journal.drop(
+                    inputs.stale(journal.done, journal.stamps, job.progress), inputs.stamps
+                )
             self.resumed = journal.resumed
-            digests = self._code(journal, caches)
-            if [c.now() for c in caches] != stamps:
-                raise _changed(caches, stamps)
+            digests = self._code(journal, inputs)
+            inputs.check()
             records = [journal.done[name] for name in sorted(job.target.names())]
             writer = self._payload(folder, journal, records)
         for cache, found in zip(caches, (job.source.by_own(digests[0]), digests[1]), strict=False):
@@ -157,35 +169,41 @@ class Run:
         _write_timeline(folder, timeline)
         return manifest, stats
 
-    def _code(self, journal: Journal, caches: list[DigestCache]) -> tuple[Digests, Digests]:
+    def _code(self, journal: Journal, inputs: Inputs) -> tuple[Digests, Digests]:
         """Code what the journal lacks; the digests of base and fine-tune."""
         job = self.job
         follows = follower(job.evidence)
-        known = [cache.known() for cache in caches]
+        known = [cache.known() for cache in inputs.caches]
         known[0] = job.source.named(known[0])
-        coder = Coder(
-            job.source,
-            job.target,
-            self.recipe,
-            journal.put,
-            known[0],
-            known_target=known[1] if len(known) > 1 else {},
-            evidence=job.evidence,
-            given=job.given,
-            delta=job.delta,
-            quantization=job.quantization,
-            shared=job.shared,
-            settled=follows.settle if follows else None,
-        )
+        coder = self._coder(journal.put, known[0], known[1] if len(known) > 1 else {})
+        if follows:
+            coder = replace(coder, settled=follows.settle)
         names = job.target.names()
         limits = Limits(1, self.limits.memory) if follows else self.limits
         order = follows.order(names) if follows else None
-        code_all(coder, names, journal, limits, job.progress, order=order)
+        code_all(coder, names, journal, limits, job.progress, order=order, check=inputs.check)
         variant = {n: str(journal.done[n].variant) for n in names}
         base = known[0] | {n: b for n in names if (b := journal.done[n].base) is not None}
         # What the fine-tune lacks is part of the base's fingerprint all the same.
         base |= {n: job.source.sha256(n) for n in job.source.names() if n not in base}
         return _digests(job.source, base), _digests(job.target, variant)
+
+    def _coder(self, sink: Sink, base: dict[str, str], variant: dict[str, str]) -> Coder:
+        """What codes the tensors; digests of base and fine-tune that are known need no hashing."""
+        job = self.job
+        return Coder(
+            job.source,
+            job.target,
+            self.recipe,
+            sink,
+            base,
+            known_target=variant,
+            evidence=job.evidence,
+            given=job.given,
+            delta=job.delta,
+            quantization=job.quantization,
+            shared=job.shared,
+        )
 
     def _payload(self, folder: Path, journal: Journal, records: list[Record]) -> list[Path]:
         """Put the parts into shards, in the order of names, terms and parts."""
@@ -253,14 +271,14 @@ class Run:
         return version_for(self.job.quantization, source.scheme, source.untied)
 
     def _identity(self) -> str:
-        """What a journal belongs to: inputs as they are now, settings, and this version."""
+        """What a journal belongs to: inputs but for their content, settings, and this version."""
         job = self.job
         if not job.resumable:
             return ""
         assert isinstance(job.target, Checkpoint)
         content = {
             "version": [version(), self._version()],
-            "inputs": [[str(s.folder), s.stamps()] for s in (job.source.checkpoint, job.target)],
+            "inputs": [_headers(s) for s in (job.source.checkpoint, job.target)],
             "recipe": self.recipe.to_json(),
             "accept": sorted(job.accept),
             "quantization": None if job.quantization is None else job.quantization.model_dump(),
@@ -269,21 +287,12 @@ class Run:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _changed(
-    caches: list[DigestCache], before: list[dict[str, tuple[int, int, int, int]]]
-) -> DeltafoldError:
-    files = [
-        str(cache.folder / name)
-        for cache, old in zip(caches, before, strict=True)
-        for name, stamp in cache.now().items()
-        if old.get(name) != stamp
-    ]
-    return DeltafoldError(
-        "input-changed",
-        "a checkpoint was changed while it was read.",
-        facts=[("changed", name_some(files, len(files)))],
-        fix="let nothing write to it, and run the same command again",
-    )
+def _nowhere(tensor: torch.Tensor) -> Place:
+    raise AssertionError("nothing is coded here")
+
+
+def _headers(source: Checkpoint) -> list[object]:
+    return [str(source.folder), [[name, *source.spec(name)] for name in source.names()]]
 
 
 def _digests(source: TensorSource, digests: dict[str, str]) -> dict[str, TensorDigest]:

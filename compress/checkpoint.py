@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -106,12 +106,19 @@ class Checkpoint:
         """Hex digest of the tensor's bytes."""
         return self._home[name].sha256(name)
 
-    def stamps(self) -> dict[str, tuple[int, int, int, int]]:
-        """By file name what tells that a weights file was changed (see `SafetensorsFile.stamp`)."""
-        return {file.path.name: file.stamp() for file in self.files}
+    def stamps(self, names: Collection[str] | None = None) -> dict[str, tuple[int, int, int, int]]:
+        """By file name what tells that a weights file was changed (see `SafetensorsFile.stamp`).
 
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        Args:
+            names: tensors whose files are asked for; all if None.
+        """
+        files = self.files if names is None else [self._home[name] for name in names]
+        return {file.path.name: file.stamp() for file in files}
+
+    def nbytes(self, name: str | None = None) -> int:
+        """Bytes of a tensor, of all if None."""
+        if name is not None:
+            return self._home[name].nbytes(name)
         return sum(e.stop - e.start for file in self.files for e in file.entries.values())
 
     def _paths(self) -> list[Path]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from deltafold.compress import rans, symbols
 from deltafold.compress.native import FLAGS, compiled
-from deltafold.compress.rooms import room
+from deltafold.compress.scratch import borrowed
 from deltafold.compress.symbols import Bytes, Words
 
 _DAMAGE: Final = {
@@ -139,7 +139,7 @@ def encode(
     assert int(each.sum()) == len(words)
     low = np.empty(symbols.low_size(each, words.itemsize, leading=base is None), np.uint8)
     states = np.empty(lanes, np.uint32)
-    with room(2 * len(words) + 16) as moved, room(words.nbytes) as values:
+    with borrowed(2 * len(words) + 16) as moved, borrowed(words.nbytes) as values:
         found = library.encode_block(
             _kind(coding.dtype, words.itemsize, base is None), _at(words), _at(below), len(words),
             _at(np.ascontiguousarray(coding.own)), _at(coding.tables_for_c[1]), _at(each), lanes,
@@ -177,7 +177,7 @@ def decode(block: Block, base: Words | None, coding: Coding, out: Words) -> None
     low = np.ascontiguousarray(block.low)
     # Eight words are read at a time, some of them beyond the last.
     padded = 2 * len(stream) + 16
-    with room(padded) as words, room(len(out)) as symbol, room(out.nbytes) as values:
+    with borrowed(padded) as words, borrowed(len(out)) as symbol, borrowed(out.nbytes) as values:
         words.view(np.uint16)[: len(stream)] = stream
         found = library.decode_block(
             _kind(coding.dtype, out.itemsize, leading), _at(below), len(out),

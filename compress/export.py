@@ -21,6 +21,7 @@ from deltafold.compress import dtypes
 from deltafold.compress.adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from deltafold.compress.checkpoint import Checkpoint
 from deltafold.compress.companions import copy_files, is_tokenizer_file, vocabulary
+from deltafold.compress.differences import difference
 from deltafold.compress.errors import DeltafoldError, name_some
 from deltafold.compress.fingerprint import digest_source
 from deltafold.compress.manifest import TensorEntry
@@ -145,7 +146,8 @@ class _Run:
 
     def tensor(self, name: str) -> None:
         kind, base = self.kinds[name], self.repo.base_tensor(self.source.checkpoint, name)
-        delta = self._delta(name, base)
+        # An adapter's base is not quantised.
+        delta = difference(self.repo, self.source.checkpoint, name)
         norm, missed, rank = _norm(delta), 0.0, 0
         module, _, attribute = name.rpartition(".")
         if kind == "lora":
@@ -164,13 +166,6 @@ class _Run:
         else:
             missed = norm
         self.report.append(Exported(name, kind, rank, norm, missed))
-
-    def _delta(self, name: str, base: torch.Tensor | None) -> torch.Tensor:
-        """The difference to the base itself: an adapter's base is not quantised."""
-        delta = self.repo.delta(name, base)
-        if base is not None and name in self.repo.quantised:
-            delta += base - self.source.tensor(name).to(torch.float32)
-        return delta
 
     def config(self) -> dict[str, Any]:
         """`adapter_config.json`: alpha is the rank everywhere, so every scale is 1."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import threading
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -29,9 +28,6 @@ _CHUNK: Final = 4096
 _DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 #: Sums of squares below this may have lost some to the bottom of float32's range.
 _UNSURE: Final = 1e-30
-
-#: By name, what `scratch` has lent to this thread.
-_lent = threading.local()
 
 
 class _Rows(ctypes.Structure):
@@ -170,25 +166,6 @@ def is_sure(square: float) -> bool:
 def square_sum(matrix: torch.Tensor) -> float:
     """The sum of squares of a float32 matrix `[N, M]`."""
     return totals(Pair.of(matrix)).square
-
-
-def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Memory that this thread lends again and again: new memory costs more than the work in it.
-
-    What it holds is lost when the same name is asked for again, so it must not be kept.
-    """
-    count = math.prod(shape) * dtype.itemsize
-    lent: dict[str, torch.Tensor] = _lent.__dict__
-    if name not in lent or lent[name].numel() < count:
-        lent[name] = torch.empty(count, dtype=torch.uint8)
-    if not count:
-        return torch.empty(shape, dtype=dtype)
-    return lent[name][:count].view(dtype).reshape(shape)
-
-
-def forget() -> None:
-    """Give this thread's scratch memory back."""
-    _lent.__dict__.clear()
 
 
 def rows_changed(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from deltafold.compress.safetensors_file import SafetensorsFile
 from deltafold.compress.several import cores, finished
 
 #: Threads that hash a checkpoint; more wait for the disk.
-_MOST_THREADS: Final = 8
+MOST_THREADS: Final = 8
 #: A file that was written less than this ago is not cached: it may change again without its stamp
 #: changing, since clocks of file systems are coarse.
 _SETTLED_NS: Final = 1_000_000_000
@@ -120,7 +120,7 @@ def _digest_file(
 
     # The largest first, so that none is left to run alone at the end.
     left = sorted(file.entries.keys() - known.keys(), key=lambda n: (-file.nbytes(n), n))
-    for name in finished(hash_one, left, cores(_MOST_THREADS) if len(left) > 1 else 1):
+    for name in finished(hash_one, left, cores(MOST_THREADS) if len(left) > 1 else 1):
         if progress is not None:
             progress(name, file.nbytes(name))
     digests = {n: TensorDigest(e.dtype, e.shape, known[n]) for n, e in file.entries.items()}

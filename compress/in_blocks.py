@@ -27,6 +27,7 @@ from deltafold.compress.naming import NamedBase
 from deltafold.compress.quantized import dequantized
 from deltafold.compress.repo import pad_rows
 from deltafold.compress.safetensors_file import Hash
+from deltafold.compress.scratch import Scratch
 from deltafold.compress.shapes import rows_and_columns
 from deltafold.compress.terms import (
     Blocks,
@@ -68,7 +69,8 @@ def code_in_blocks(
     Raises:
         DeltafoldError: `not-finite`, `not-lossless`, and what reading gives.
     """
-    return _Tensor(name, source, target, method, sink, known, quantization).code()
+    with Scratch() as memory:
+        return _Tensor(name, source, target, method, sink, known, quantization, memory).code()
 
 
 @dataclass
@@ -126,6 +128,7 @@ class _Tensor:
     sink: Sink
     known: tuple[str | None, str | None]
     quantization: Quantization | None
+    memory: Scratch
 
     def __post_init__(self) -> None:
         self.spec, self.base_spec = self.target.spec(self.name), self.source.spec(self.name)
@@ -183,7 +186,7 @@ class _Tensor:
     ) -> torch.Tensor:
         itemsize = dtypes.TORCH[model.spec(self.name).dtype].itemsize
         size = max(stop - start, 0) * self.columns * itemsize
-        lent = fast.scratch(memory, (size,), torch.uint8)
+        lent = self.memory.lend(memory, (size,), torch.uint8)
         return model.matrix_rows(self.name, start, stop, lent, total)
 
     def _code_all(self, done: list[_Block]) -> tuple[list[Term], list[dict[str, Place]], _Sums]:
@@ -260,7 +263,7 @@ class _Tensor:
     def _encoded(self, pair: Pair, context: Context) -> list[Encoded]:
         if isinstance(self.method, PairMethod):
             return self.method.encode_pair(pair, context)
-        lent = fast.scratch("delta", pair.shape)
+        lent = self.memory.lend("delta", pair.shape)
         return self.method.encode(fast.difference(*pair, lent), context)
 
     def _missed(
@@ -278,7 +281,7 @@ class _Tensor:
         if len(encoded) == 1 and isinstance(first, MeasuredTerm):
             missed = first.missed(pair, parts)
         if not fast.is_sure(missed):
-            lent = fast.scratch("missed", pair.shape)
+            lent = self.memory.lend("missed", pair.shape)
             left = fast.difference(*pair, lent)
             for term, parts in encoded:
                 left -= term.decode(parts, pair.shape, context)

@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Self
@@ -68,16 +68,19 @@ class Journal:
     Args:
         folder: the folder that is being made.
         identity: names inputs and settings; what another run left is dropped.
+        stamps: of the inputs' files, anything that JSON keeps.
 
     Attributes:
         done: finished tensors by name.
         resumed: how many of them an earlier run finished.
+        stamps: those that `done` belongs to.
     """
 
-    def __init__(self, folder: Path, identity: str) -> None:
+    def __init__(self, folder: Path, identity: str, stamps: Any = None) -> None:
         self._journal_path, self._spool_path = folder / _JOURNAL, folder / _SPOOL
         self._lock = threading.Lock()
         self.done: dict[str, Record] = {}
+        self.stamps: Any = stamps
         kept, end = self._read(identity)
         self._spool = self._open(self._spool_path, end)
         self._journal = self._open(self._journal_path, kept)
@@ -85,7 +88,7 @@ class Journal:
             del self.done[name]
         self.resumed = len(self.done)
         if not kept:
-            self._line({"identity": identity})
+            self._line({"identity": identity, "stamps": stamps})
 
     def __enter__(self) -> Self:
         return self
@@ -107,6 +110,14 @@ class Journal:
         with self._lock:
             self._line({"record": asdict(record)})
             self.done[record.name] = record
+
+    def drop(self, names: Collection[str], stamps: Any) -> None:
+        """Forget tensors whose inputs changed; the others are of inputs that have `stamps` now."""
+        with self._lock:
+            self._line({"dropped": sorted(names), "stamps": stamps})
+            for name in names:
+                del self.done[name]
+            self.stamps, self.resumed = stamps, len(self.done)
 
     def part(self, place: Place) -> torch.Tensor:
         """Read one part back; what was torn off comes as zeros, and its checksum will say so."""
@@ -144,6 +155,9 @@ class Journal:
             if content is None or (not kept and content.get("identity") != identity):
                 break
             kept += len(line)
+            self.stamps = content.get("stamps", self.stamps)
+            for name in content.get("dropped", ()):
+                self.done.pop(name, None)
             if "record" in content:
                 record = _record(content["record"])
                 self.done[record.name] = record

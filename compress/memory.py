@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 import threading
@@ -27,14 +28,19 @@ class MemoryBudget:
         self._free = threading.Condition()
 
     @contextmanager
-    def hold(self, nbytes: int) -> Iterator[None]:
-        """Wait until `nbytes` more fit, and hold them; what is larger than the bound runs alone."""
+    def hold(self, nbytes: int) -> Iterator[int | None]:
+        """Wait until `nbytes` more fit, and hold them; what is larger than the bound runs alone.
+
+        Yields:
+            Bytes that nobody holds then; None without a bound.
+        """
         with self._free:
             while self._held and self._limit is not None and self._held + nbytes > self._limit:
                 self._free.wait()
             self._held += nbytes
+            unheld = None if self._limit is None else max(self._limit - self._held, 0)
         try:
-            yield
+            yield unheld
         finally:
             with self._free:
                 self._held -= nbytes
@@ -48,6 +54,13 @@ def resident() -> int:
     except (OSError, IndexError, ValueError):
         return peak_memory()
     return pages * resource.getpagesize()
+
+
+def trim() -> None:
+    """Give memory that the allocator keeps for later back to the system, where it can do that."""
+    release = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if release is not None:
+        release(0)
 
 
 def ran_out(error: BaseException) -> bool:

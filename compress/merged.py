@@ -11,6 +11,7 @@ import torch
 from deltafold.compress import dtypes
 from deltafold.compress.checkpoint import Checkpoint, Spec
 from deltafold.compress.companions import check_tokenizer
+from deltafold.compress.differences import difference
 from deltafold.compress.errors import DeltafoldError, name_some
 from deltafold.compress.fingerprint import Digests, digest_source
 from deltafold.compress.hub import Reference
@@ -97,12 +98,13 @@ class Parents:
             DeltafoldError: `not-finite` for NaN or infinity, which a lossless delta may hold: an
                 election would lose it without a word, and a sum would spread it.
         """
-        base = self.base.tensor(name) if name in self.base else None
         shape = self.spec(name).shape
         found = []
         for repo in self.repos:
             coded = name in repo.manifest.tensors
-            found.append(repo.delta(name, base) if coded else torch.zeros(shape))
+            found.append(
+                difference(repo, self.base.checkpoint, name) if coded else torch.zeros(shape)
+            )
             if coded and not bool(torch.isfinite(found[-1]).all()):
                 raise DeltafoldError(
                     "not-finite",

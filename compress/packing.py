@@ -6,67 +6,23 @@ cut short.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Final
+from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 
-from deltafold.compress import dtypes, fast, rooms
+from deltafold.compress import dtypes, scratch
 from deltafold.compress.coded import Coded, TensorStats
-from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import RunningSource
 from deltafold.compress.journal import Journal, Record
+from deltafold.compress.limits import Limits, check_room, needs, working_bytes
 from deltafold.compress.manifest import TensorEntry
-from deltafold.compress.memory import MemoryBudget, resident
-from deltafold.compress.methods import PairMethod
+from deltafold.compress.memory import MemoryBudget, trim
 from deltafold.compress.payload import payload_digest
 from deltafold.compress.progress import OnProgress, Progress
 from deltafold.compress.several import finished
-from deltafold.compress.shapes import rows_and_columns
-from deltafold.compress.sizes import human
 from deltafold.compress.streaming import Coder
 from deltafold.compress.terms import config_of
-from deltafold.compress.terms.blocks import block_rows
-
-#: Bytes an entry of a block takes while it is coded, besides the weights of both models: the
-#: difference, what is left of it, the codes, and what reading it back makes.
-_WORKING: Final = 36
-#: The same for methods that take both models as they are: what is coded, and that once more, read back.
-_PAIRED: Final = 6
-#: The same of a tensor that goes through its method as a whole, which may square it in float64.
-_WHOLE: Final = 48
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much of the machine a run may take.
-
-    Attributes:
-        jobs: tensors at a time.
-        memory: most bytes of the whole process; None means no bound.
-    """
-
-    jobs: int = 1
-    memory: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.jobs < 1:
-            raise DeltafoldError("bad-argument", f"jobs must be 1 or more, not {self.jobs}.")
-
-
-def working_bytes(coder: Coder, name: str) -> int:
-    """Bytes of memory that coding a tensor takes at its peak."""
-    spec = coder.target.spec(name)
-    size = dtypes.TORCH[spec.dtype].itemsize
-    sizes = size
-    if name in coder.source:
-        sizes += dtypes.TORCH[coder.source.spec(name).dtype].itemsize
-    if coder.in_blocks(name):
-        rows, columns = rows_and_columns(spec.shape)
-        paired = isinstance(coder.method(name), PairMethod)
-        working = _PAIRED + 3 * size if paired else _WORKING
-        return (block_rows(spec.shape) or rows) * columns * (sizes + working)
-    return math.prod(spec.shape) * (sizes + _WHOLE)
 
 
 def code_all(
@@ -76,6 +32,7 @@ def code_all(
     limits: Limits,
     progress: OnProgress,
     order: list[str] | None = None,
+    check: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Code every tensor that the journal does not have yet.
 
@@ -86,21 +43,32 @@ def code_all(
         limits: how many at a time, and within which memory.
         progress: called after every tensor.
         order: the order in which tensors must be coded; None leaves it open.
+        check: raises where a tensor's files were changed meanwhile.
 
     Raises:
         DeltafoldError: `not-enough-memory` before any work where the bound is too tight for a
             tensor; what coding raises, of the first tensor in the order of names that failed.
     """
-    room = _room(coder, names, limits)
-    budget, left = MemoryBudget(room), [n for n in names if n not in journal.done]
+    source = coder.evidence
+    model = source.upcoming_bytes() if isinstance(source, RunningSource) else 0
+    check_room(needs(coder, names), limits, model)
+    left = [n for n in names if n not in journal.done]
+    budget = MemoryBudget(limits.room(model))
     done = len(names) - len(left)
     threads = torch.get_num_threads()
 
     def one(name: str) -> None:
-        with budget.hold(working_bytes(coder, name)):
+        with budget.hold(working_bytes(coder, name)) as unheld:
+            if unheld is not None:
+                # What others gave back counts as nobody's, so it must fit beside what is held.
+                scratch.forget(unheld)
+                trim()
             # Tensors run side by side; threads within one would only fight over the cores.
             torch.set_num_threads(1 if limits.jobs > 1 else threads)
-            journal.add(_record(name, coder.code(name), coder, journal))
+            record = _record(name, coder.code(name), coder, journal)
+            # What was read twice must have been the same, or its digest is that of something else.
+            check(name)
+            journal.add(record)
 
     # The largest first, so that none is left to run alone at the end.
     by_size = sorted(left, key=lambda n: (-math.prod(coder.target.spec(n).shape), n))
@@ -111,36 +79,8 @@ def code_all(
             nbytes = math.prod(spec.shape) * dtypes.TORCH[spec.dtype].itemsize
             progress(Progress("pack", name, done, len(names), nbytes))
     finally:
-        fast.forget()
-        rooms.forget()
+        scratch.forget()
         torch.set_num_threads(threads)
-
-
-def _room(coder: Coder, names: list[str], limits: Limits) -> int | None:
-    """Bytes for tensors beside what the process holds already."""
-    if limits.memory is None:
-        return None
-    source = coder.evidence
-    model = source.upcoming_bytes() if isinstance(source, RunningSource) else 0
-    room = limits.memory - resident() - _SPARE - model
-    needed, name = max(((working_bytes(coder, n), n) for n in names), default=(0, ""))
-    if needed > room:
-        raise DeltafoldError(
-            "not-enough-memory",
-            f"{name} cannot be coded within the memory that this run may take.",
-            facts=[
-                ("bound", human(limits.memory)),
-                ("needed", f"{human(limits.memory - room + needed)}, all of the process counted"),
-                *([("calibration", f"{human(model)} of it, and activations")] if model else []),
-            ],
-            fix="raise --max-memory, or choose a codec that codes rows by themselves "
-            "(bitdelta with scale=row or groups, int, exact, lossless)",
-        )
-    return room
-
-
-#: What the process may grow by besides tensors: buffers of files, fragments of the allocator.
-_SPARE: Final = 96 * 2**20
 
 
 def _record(name: str, coded: Coded, coder: Coder, journal: Journal) -> Record:

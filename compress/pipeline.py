@@ -19,12 +19,13 @@ from deltafold.compress.companions import check_tokenizer, named
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import EvidenceSource
 from deltafold.compress.journal import discard
+from deltafold.compress.limits import Limits
 from deltafold.compress.manifest import (
     Manifest,
     Quantization,
 )
+from deltafold.compress.memory import MemoryBudget
 from deltafold.compress.naming import NamedBase
-from deltafold.compress.packing import Limits
 from deltafold.compress.predict import Prediction, predict
 from deltafold.compress.progress import OnProgress, ignore
 from deltafold.compress.quality import record_quality
@@ -273,6 +274,7 @@ def pack(
     tokenizer = check_tokenizer(*inputs, accepted="tokenizer" in job.accept)
     run.check()
     _refuse_quantised_budget(job)
+    run.check_room()
     plan: Plan | None = None
     resume = job.resumable and not fresh
     with Staging(Path(out), overwrite=overwrite, inputs=inputs, resume=resume) as staging:
@@ -284,7 +286,7 @@ def pack(
         run.survey()
         manifest, stats = run.write(structure, staging.folder, tokenizer=tokenizer)
         repo = DeltaRepo.open(staging.folder)
-        check_payload(repo, job.progress, limits.jobs)
+        check_payload(repo, job.progress, limits.jobs, MemoryBudget(limits.room()))
         if job.judge is not None:
             manifest = record_quality(staging.folder, judged(job, repo))
         discard(staging.folder)

@@ -16,10 +16,11 @@ from deltafold.compress.budget.size import companion_bytes, payload_bytes
 from deltafold.compress.checkpoint import Spec
 from deltafold.compress.encode import is_blockwise
 from deltafold.compress.fast import Pair
+from deltafold.compress.limits import SPARE, Limits, check_room, needs
 from deltafold.compress.memory import resident
 from deltafold.compress.methods import Method, PairMethod
+from deltafold.compress.methods.chain import looks_around
 from deltafold.compress.model_memory import evidence_bytes, fitting_bytes, on_cpu
-from deltafold.compress.packing import Limits, working_bytes
 from deltafold.compress.payload import payload_digest, payload_key
 from deltafold.compress.spec import spec_of
 from deltafold.compress.streaming import Coder
@@ -60,7 +61,8 @@ class Prediction:
         variant_bytes: of the fine-tune's tensors.
         fixed: whether that is so to the byte; where codecs depend on the data it is an estimate.
         seconds: that coding would take on this machine as busy as it is now, reading left out.
-        timed: whether `seconds` counts every codec; those that run the model are not tried.
+        timed: whether `seconds` counts every codec; those that run the model, or look at all of it, are
+            not tried.
         memory: bytes that the process would hold at its peak, those of `model` counted.
         model: bytes of it for running the fine-tune on calibration data, activations left out.
     """
@@ -87,6 +89,9 @@ def predict(job: Job, limits: Limits, *, device: str = "cpu", fit: bool = False)
         limits: how much of the machine it may take.
         device: where models would run.
         fit: whether scales would be fitted.
+
+    Raises:
+        DeltafoldError: `not-enough-memory` where `limits` are too tight for a tensor.
     """
     coder = Coder(job.source, job.target, job.recipe, _nowhere, {}, quantization=job.quantization)
     parts: list[Part] = []
@@ -95,6 +100,8 @@ def predict(job: Job, limits: Limits, *, device: str = "cpu", fit: bool = False)
     for name in job.target.names():
         spec = job.target.spec(name)
         method = coder.method(name)
+        # With evidence a codec may choose terms that it could not name before.
+        fixed = fixed and not method.needs
         for number, term in enumerate(_terms(job, name, spec, method)):
             fixed = fixed and _is_fixed(term)
             for key, part in sorted(term.parts(spec.shape).items()):
@@ -102,19 +109,22 @@ def predict(job: Job, limits: Limits, *, device: str = "cpu", fit: bool = False)
         known = entries.setdefault(spec_of(method), [method, 0])
         known[1] += math.prod(spec.shape)
     names = job.target.names()
-    needs = sorted((working_bytes(coder, n) for n in names), reverse=True)[: limits.jobs]
+    taken = needs(coder, names, job.recipe)
     seconds = sum(count * _seconds_an_entry(method) for method, count in entries.values())
     model = 0
     if on_cpu(device):
         model = evidence_bytes(job.target, job.recipe.needs())
         model = max(model, fitting_bytes(job.target) if fit else 0)
+    check_room(taken, limits, model)
+    together = sorted((need.nbytes for need in taken), reverse=True)[: limits.jobs]
+    memory = resident() + SPARE + model + sum(together)
     return Prediction(
         nbytes=payload_bytes(parts) + companion_bytes(job.companions, job.source),
         variant_bytes=sum(_size(job.target.spec(n)) for n in names),
         fixed=fixed,
         seconds=seconds / limits.jobs,
-        timed=not any(method.needs for method, _ in entries.values()),
-        memory=resident() + model + min(sum(needs), limits.memory or sum(needs)),
+        timed=all(_is_tried(method) for method, _ in entries.values()),
+        memory=min(memory, limits.memory or memory),
         model=model,
     )
 
@@ -144,9 +154,14 @@ def _is_fixed(term: Term) -> bool:
     return isinstance(term, _FIXED)
 
 
+def _is_tried(method: Method) -> bool:
+    """Whether a method can code random numbers, without evidence and a look at the model."""
+    return not method.needs and not looks_around(method)
+
+
 def _seconds_an_entry(method: Method) -> float:
-    """Coding and reading back a matrix of random numbers, a weight's share; 0 without its evidence."""
-    if method.needs:
+    """Coding and reading back a matrix of random numbers, a weight's share; 0 of what is not tried."""
+    if not _is_tried(method):
         return 0.0
     _seconds(method, 64)  # compiles, the first time on a machine
     return _seconds(method, _TRIED) / _TRIED**2

@@ -12,16 +12,17 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeAlias, TypeVar
 
 import torch
 
-from deltafold.compress import dtypes, fast
+from deltafold.compress import dtypes
 from deltafold.compress.checkpoint import Checkpoint
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.quantized import dequantized
 from deltafold.compress.repo import DeltaRepo, pad_rows
+from deltafold.compress.scratch import Scratch
 from deltafold.compress.shapes import rows_and_columns
 from deltafold.compress.terms import Blocks, Context, ExactTerm, Parts, Rows, Term, blocks
 
@@ -106,6 +107,7 @@ class _Tensor:
         own: the base's name of it, None where it has none such.
         shape: the fine-tune's, read as a matrix `[N, M]`.
         base_rows: the base's, 0 where it has none.
+        memory: to work in.
     """
 
     repo: DeltaRepo
@@ -114,6 +116,7 @@ class _Tensor:
     own: str | None
     shape: tuple[int, int]
     base_rows: int
+    memory: Scratch = field(default_factory=Scratch)
 
     @classmethod
     def of(cls, repo: DeltaRepo, source: Checkpoint, name: str) -> _Tensor:
@@ -148,9 +151,10 @@ class _Tensor:
             yield from made
             return
         dtype = dtypes.TORCH[self.repo.entry(self.name).dtype]
-        for piece in made:
-            # A copy: sums are made in memory that the next one takes again.
-            yield piece.to(piece.dtype if wide else dtype, copy=True)
+        with self.memory:
+            for piece in made:
+                # A copy: sums are made in memory that the next one takes again.
+                yield piece.to(piece.dtype if wide else dtype, copy=True)
 
     def _whole(self) -> torch.Tensor:
         base = self.repo.base_tensor(self.source, self.name)
@@ -201,7 +205,7 @@ class _Tensor:
         """Changed rows: as they are where they are exact, else what is added to the base's."""
         if self.repo.exact(self.name):
             return self._made(coded, base, rows, context)
-        return _sum_of(coded, (rows, self.shape[1]), context)
+        return _sum_of(coded, (rows, self.shape[1]), context, self.memory)
 
     def _with_rows(
         self, start: int, stop: int, index: torch.Tensor, rows: torch.Tensor
@@ -225,7 +229,7 @@ class _Tensor:
     ) -> torch.Tensor:
         shape = (rows, self.shape[1])
         if not self.repo.exact(self.name):
-            return _added(base, _sum_of(coded, shape, context))
+            return _added(base, _sum_of(coded, shape, context, self.memory))
         ((term, parts),) = coded
         assert isinstance(term, ExactTerm)
         dtype = dtypes.TORCH[self.repo.entry(self.name).dtype]
@@ -292,9 +296,11 @@ def _nth(terms: Sequence[Term], stored: Sequence[Parts], number: int) -> _Coded:
     return found
 
 
-def _sum_of(coded: _Coded, shape: tuple[int, int], context: Context) -> torch.Tensor:
-    """The sum of some terms, in memory that this thread's next sum takes again."""
-    total = fast.scratch("sum", shape).zero_()
+def _sum_of(
+    coded: _Coded, shape: tuple[int, int], context: Context, memory: Scratch
+) -> torch.Tensor:
+    """The sum of some terms, in memory that the tensor's next sum takes again."""
+    total = memory.lend("sum", shape).zero_()
     for term, parts in coded:
         total += term.decode(dict(parts), shape, context)
     return total

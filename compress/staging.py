@@ -189,7 +189,10 @@ class Staging:
 def _from_outside(error: BaseException | None) -> bool:
     """Whether the same run could end well once what stopped it is gone."""
     if isinstance(error, DeltafoldError):
-        return error.code in ("not-enough-disk", "not-enough-memory", "not-found", "truncated")
+        return error.code in (
+            *("not-enough-disk", "not-enough-memory"),
+            *("not-found", "truncated", "input-changed"),
+        )
     return error is not None and not isinstance(error, AssertionError)
 
 

@@ -49,7 +49,7 @@ def surveyed(
         evidence: of a calibration run, for edits before a surveyed one.
         given: is not None for tensors that the recipe has no say in.
     """
-    if not (edits_look_around(recipe) or any(map(looks_around, _methods(recipe)))):
+    if not looks_at_all(recipe):
         return recipe
     names = [n for n in _edited(source, target) if given(n) is None]
     model = _Model(names, source, target, read, evidence)
@@ -61,6 +61,11 @@ def surveyed(
         if isinstance(codec, SurveyedMethod):
             recipe = _with(recipe, codec, codec.survey(_SeenByCodec(model, recipe, codec)))
     return recipe
+
+
+def looks_at_all(recipe: Recipe) -> bool:
+    """Whether something in a recipe must see the whole model first."""
+    return edits_look_around(recipe) or any(map(looks_around, _methods(recipe)))
 
 
 def edits_look_around(recipe: Recipe) -> bool:

@@ -12,6 +12,7 @@ from deltafold.compress import dtypes
 from deltafold.compress.checkpoint import Checkpoint, Spec
 from deltafold.compress.errors import DeltafoldError, name_some
 from deltafold.compress.fingerprint import TensorDigest, digest_source
+from deltafold.compress.memory import MemoryBudget
 from deltafold.compress.naming import renamed
 from deltafold.compress.progress import OnProgress, Progress, ignore
 from deltafold.compress.quantized import block_of, fits
@@ -84,18 +85,35 @@ def verify_delta(
     )
 
 
-def check_payload(repo: DeltaRepo, progress: OnProgress = ignore, jobs: int | None = None) -> None:
+def check_payload(
+    repo: DeltaRepo,
+    progress: OnProgress = ignore,
+    jobs: int | None = None,
+    budget: MemoryBudget | None = None,
+) -> None:
     """Read every part and compare checksums.
 
     Args:
         repo: the delta.
         progress: called after every tensor.
         jobs: tensors at a time, of each of which one part is in memory; one a core if None.
+        budget: of memory for those parts; no bound if None.
     """
-    names = sorted(repo.manifest.tensors)
+    names, bounded = sorted(repo.manifest.tensors), budget or MemoryBudget(None)
+
+    def check(name: str) -> None:
+        with bounded.hold(_largest_part(repo, name)):
+            repo.check_parts(name)
+
     threads = cores(_MOST_THREADS) if jobs is None else jobs
-    for done, name in enumerate(finished(repo.check_parts, names, threads), 1):
+    for done, name in enumerate(finished(check, names, threads), 1):
         progress(Progress("verify", name, done, len(names), repo.entry(name).bytes))
+
+
+def _largest_part(repo: DeltaRepo, name: str) -> int:
+    shape = tuple(repo.entry(name).shape)
+    sizes = [spec.nbytes for term in repo.terms(name) for spec in term.parts(shape).values()]
+    return max(sizes, default=0)
 
 
 def check_coverage(repo: DeltaRepo, base: Mapping[str, TensorDigest]) -> None:

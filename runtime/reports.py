@@ -18,6 +18,7 @@ from deltafold.compress import DeltafoldError
 from deltafold.runtime.batch import BatchState
 from deltafold.runtime.layers import is_embedding, is_linear, is_transposed_linear, unwrap, wrap
 from deltafold.runtime.layout import WARM_ROWS
+from deltafold.runtime.warm_up import later_inputs
 
 if TYPE_CHECKING:
     from deltafold.runtime.loading import LoadedVariant
@@ -40,26 +41,39 @@ class _Nothing:
 
 
 @torch.no_grad()
-def bypassed(model: nn.Module, inputs: dict[str, Any], homes: Collection[Home]) -> set[str]:
+def bypassed(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    homes: Collection[Home],
+    later: frozenset[str] = frozenset(),
+) -> set[str]:
     """Names of the modules that do not report, or cannot be run for some requests alone.
 
     Every other request of the warm-up batch runs a variant that changes all homes by nothing.
+
+    Args:
+        model: not wrapped.
+        inputs: of the warm-up batch.
+        homes: to be wrapped.
+        later: modules that run, and must report, when the model goes on by one token.
     """
     try:
-        return {h.name for h in homes} - _reported(model, inputs, homes)
+        return {h.name for h in homes} - _reported(model, inputs, homes, later)
     except (DeltafoldError, RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         pass
     bad = set()
     for name in sorted({h.name for h in homes}):
         try:
-            if name not in _reported(model, inputs, [h for h in homes if h.name == name]):
+            if name not in _reported(model, inputs, [h for h in homes if h.name == name], later):
                 bad.add(name)
         except (DeltafoldError, RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             bad.add(name)
     return bad
 
 
-def _reported(model: nn.Module, inputs: dict[str, Any], homes: Collection[Home]) -> set[str]:
+def _reported(
+    model: nn.Module, inputs: dict[str, Any], homes: Collection[Home], later: frozenset[str]
+) -> set[str]:
     variant = _unchanged(homes)
     state = BatchState(next(model.parameters()).device)
     modules = {h.name: h for h in homes}
@@ -68,8 +82,14 @@ def _reported(model: nn.Module, inputs: dict[str, Any], homes: Collection[Home])
             wrap(name, home.module, state, home.layout)
         with state.running([(None if i % 2 else variant, 1.0) for i in range(WARM_ROWS)]):
             state.reports = set()
-            model(**inputs)
-            return state.reports
+            output = model(**inputs)
+            reported = state.reports
+            more = later_inputs(inputs, output) if later & reported else None
+            if more is not None:
+                state.reports = set()
+                model(**more)
+                reported -= later - state.reports
+            return reported
     finally:
         for home in modules.values():
             unwrap(home.module)

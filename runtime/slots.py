@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deltafold.runtime.forgetting import forgotten_readers
 from deltafold.runtime.idle import idle
 from deltafold.runtime.layers import is_embedding, is_linear, is_transposed_linear
 from deltafold.runtime.layout import Layout
@@ -151,6 +152,7 @@ class SlotMap:
         """
         answers = Answers.observe(model, inputs)
         self._uses = Uses.watch(model, inputs, self._tied)
+        later = self._uses.watch_later(model, inputs, self._tied)
         saved = [n for n in model.state_dict() if n in self.slots]
         # A module that mixes requests, or whose hook is passed by, sends its parameters to one around.
         for _ in range(_MOST_ROUNDS):
@@ -159,13 +161,17 @@ class SlotMap:
             homes = [h for name in saved for h in self.homes(name) if _is_risky(h)]
             bad |= rehearse(model, inputs, [h for h in homes if h.name not in bad], answers)
             if not bad:
-                bad = bypassed(model, inputs, [h for name in saved for h in self.homes(name)])
+                bad = bypassed(model, inputs, [h for n in saved for h in self.homes(n)], later)
             if not bad:
                 break
             self._bad |= bad
-        self._captured = self._kept_elsewhere(model, inputs)
+        else:
+            # The homes further out have not been tried, and are not looked for any longer.
+            moved = [n for n in saved if any(h.name not in found for h in self.homes(n))]
+            self._captured |= {id(self.slots[n].tensor) for n in moved}
+        self._captured |= self._kept_elsewhere(model, inputs) | self._put_by(model, inputs)
         if find_idle:
-            homeless = {n: self.slots[n].tensor for n in saved if not self._served(n)}
+            homeless = {n: self.slots[n].tensor for n in saved if self._may_be_idle(n)}
             self._idle = idle(model, inputs, answers, homeless)
 
     def siblings(self, model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -181,8 +187,18 @@ class SlotMap:
         """Whether the parameters of these slots have no say in any answer."""
         return set(names) <= self._idle
 
-    def _served(self, name: str) -> bool:
-        return any(self.homes(tied) for tied in self.tied_to(name))
+    def _may_be_idle(self, name: str) -> bool:
+        """Whether a parameter has no home, and moving it in a warm-up batch tells something.
+
+        A module that did not run is perhaps for other tokens, and what a model has computed of a
+        parameter in its first pass does not move any more.
+        """
+        ties = self.tied_to(name)
+        ran = any(self.slots[n].module_name in self._uses.layouts for n in ties)
+        tensor = id(self.slots[name].tensor)
+        read = tensor in self._uses.readers
+        served = any(self.homes(tied) for tied in ties)
+        return (ran or read) and tensor not in self._captured and not served
 
     def homes(self, name: str) -> list[Home]:
         """The modules to wrap for a slot; empty where a variant's value cannot be brought in.
@@ -223,12 +239,21 @@ class SlotMap:
             return Home(module_name, module, slot.name[len(module_name) + 1 :], layout)
         return None
 
+    def _put_by(self, model: nn.Module, inputs: dict[str, Any]) -> set[int]:
+        """Parameters that somebody read in the first pass only, and kept what he made of them."""
+        found = forgotten_readers(model, inputs, self._tied, self._uses)
+        for tensor, chains in found.items():
+            self._uses.readers.setdefault(tensor, set()).update(chains)
+        return set(found)
+
     def _kept_elsewhere(self, model: nn.Module, inputs: dict[str, Any]) -> set[int]:
         """Parameters that somebody reads from a place of his own, where no other value gets in."""
         alias = {t: self.slots[names[0]].tensor.detach() for t, names in self._tied.items()}
         swapped = {n: alias[t] for t, names in self._tied.items() for n in names}
         with _values(self.slots, swapped):
-            return set(Uses.watch(model, inputs, self._tied).readers)
+            uses = Uses.watch(model, inputs, self._tied)
+            uses.watch_later(model, inputs, self._tied)
+            return set(uses.readers)
 
 
 class _values:  # noqa: N801

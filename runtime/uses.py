@@ -6,10 +6,10 @@ decides which module has to run again with a variant's value. Models are watched
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -17,9 +17,12 @@ from torch.overrides import TorchFunctionMode
 
 from deltafold.compress import DeltafoldError
 from deltafold.runtime.layout import WARM_ROWS, Layout, answers_of, kind_of
+from deltafold.runtime.warm_up import later_inputs
 
 #: Descriptors that give a tensor's values; all others tell its shape, dtype or place.
 _VALUES = {"T", "mT", "H", "mH", "data", "real"}
+#: Names of the modules that ran while a parameter was read, outermost first.
+Chain: TypeAlias = tuple[str, ...]
 #: The request whose rows `mixing` disturbs.
 _DISTURBED = 1
 
@@ -34,7 +37,7 @@ class Uses:
     """
 
     def __init__(self) -> None:
-        self.readers: dict[int, set[tuple[str, ...]]] = {}
+        self.readers: dict[int, set[Chain]] = {}
         self.layouts: dict[str, Layout | None] = {}
 
     @classmethod
@@ -52,6 +55,30 @@ class Uses:
             for handle in handles:
                 handle.remove()
         return uses
+
+    def watch_later(
+        self, model: nn.Module, inputs: dict[str, Any], tensors: Collection[int]
+    ) -> frozenset[str]:
+        """Note too who reads what while the model goes on by one token, with its cache.
+
+        Models may read a parameter otherwise there. Layouts stay those of the prompt.
+
+        Returns:
+            The modules that ran; none where the model has no cache, or does not go on.
+        """
+        try:
+            with torch.no_grad():
+                later = later_inputs(inputs, model(**inputs))
+            if later is None:
+                return frozenset()
+            seen = Uses.watch(model, later, tensors)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+            return frozenset()
+        for tensor, chains in seen.readers.items():
+            self.readers.setdefault(tensor, set()).update(chains)
+        return frozenset(seen.layouts)
 
     def _note_layout(self, name: str, layout: Layout) -> None:
         known = self.layouts.setdefault(name, layout)
@@ -76,9 +103,7 @@ def _hooks(uses: Uses, stack: list[str], name: str, module: nn.Module) -> list[A
 class _Watch(TorchFunctionMode):
     """Notes the modules that are running when a parameter is handed to a torch function."""
 
-    def __init__(
-        self, readers: dict[int, set[tuple[str, ...]]], stack: list[str], tensors: set[int]
-    ) -> None:
+    def __init__(self, readers: dict[int, set[Chain]], stack: list[str], tensors: set[int]) -> None:
         super().__init__()
         self._readers, self._stack, self._tensors = readers, stack, tensors
 

@@ -45,12 +45,19 @@ class Encoder:
         rebuilt: the tensor (its name's end) for which a variant gets a dense model of its own; empty
             where deltas are applied to the shared one.
         why: what stands in the way.
+        still: ends of the names of tensors that no request asks for and training leaves alone. A
+            variant that moves one is rebuilt.
     """
 
     name: str
     config: dict[str, Any] = field(default_factory=lambda: _TEXT)
     rebuilt: str = ""
     why: str = ""
+    still: tuple[str, ...] = ()
+
+    def is_still(self, name: str) -> bool:
+        """Whether fine-tunes leave a tensor as it is."""
+        return name.endswith(self.still) if self.still else False
 
     @property
     def cls(self) -> Any:
@@ -122,7 +129,11 @@ ENCODERS = [
             "d_inner": 48,
         },
     ),
-    Encoder("Esm", {**_TEXT, "pad_token_id": 1}),
+    Encoder(
+        "Esm",
+        {**_TEXT, "pad_token_id": 1},
+        still=("contact_head.regression.weight", "contact_head.regression.bias"),
+    ),
     Encoder("FNet"),
     Encoder(
         "T5Encoder",
@@ -134,6 +145,21 @@ ENCODERS = [
             "num_layers": 2,
             "num_heads": 4,
         },
+    ),
+    Encoder(
+        "SwitchTransformersEncoder",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+            "num_experts": 4,
+            "num_sparse_encoder_layers": 1,
+        },
+        rebuilt="expert_3.wi.weight",
+        why="no token of the warm-up reaches that expert",
     ),
     Encoder(
         "Bart",
@@ -193,6 +219,8 @@ ENCODERS = [
             "mlp_ratio": [2, 2, 2],
             "attention_ratio": [2, 2, 2],
         },
+        rebuilt="attention_biases",
+        why="the first pass picks a table of it, which is kept",
     ),
     Encoder("ResNet", {**_STAGES, "embedding_size": 16, "layer_type": "basic"}),
     Encoder("CLIP", _pair({"projection_dim": 16}, projection_dim=16)),
@@ -217,6 +245,8 @@ lengths share a batch. Heads come on top; see [serving.md](serving.md).
 
 *Idle* are tensors that have no say in any answer to such requests, as moving them has shown: the token
 for masked patches in training, the scale between texts and images. A variant may bring other ones.
+What a module holds that did not run at the start is not taken for idle, nor is what a model read in its
+first pass alone: a variant that changed it is rebuilt.
 Nothing is remembered here, so state space models are applied too. What is rebuilt has a forward pass of
 its own beside the shared model's.
 
@@ -244,7 +274,9 @@ def _line(family: Encoder) -> list[str]:
     tables = {n for n, m in modules.items() if is_embedding(m)}
     again = sorted({type(m).__name__ for n, m in modules.items() if n not in products | tables})
     idle = sorted({n.rpartition(".")[2] for n in saved if slots.is_idle([n])})
-    served = f"rebuilt: `{family.rebuilt}`, {family.why}" if family.rebuilt else "applied"
+    still = " and ".join(f"`{name}`" for name in family.still)
+    served = f"rebuilt if {still} moved" if still else "applied"
+    served = f"rebuilt: `{family.rebuilt}`, {family.why}" if family.rebuilt else served
     reads = {"text": "texts", "image": "images"}
     return [
         family.name,

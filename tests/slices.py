@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from deltafold.runtime.kernels.triton.layout import Kind, Slice, make_slice
+from deltafold.runtime.kernels.base import DeltaMatrix, leaves
+from deltafold.runtime.kernels.simple import Factors
+from deltafold.runtime.kernels.triton.forms import BitSlices
+from deltafold.runtime.kernels.triton.layout import Kind, Slice, make_slice, values
 from deltafold.runtime.kernels.triton.sparse import SparseRows, sparse_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,3 +56,32 @@ def random_sparse(seed: int) -> tuple[SparseRows, torch.Tensor]:
     # float16 values beside one unit.
     assert (form.dense(torch.float32).cpu() - delta).abs().max() <= 5e-4 * delta.abs().max()
     return form, form.dense(torch.float32).cpu()
+
+
+def random_slices(bits: list[int], shape: tuple[int, int], seed: int, group: int = 0) -> BitSlices:
+    kinds = [random_kind(b, *shape, group=group) for b in bits]
+    return BitSlices(tuple(random_slice(kind, seed + i) for i, kind in enumerate(kinds)))
+
+
+def random_factors(
+    rank: int, shape: tuple[int, int], seed: int, dtype: torch.dtype = torch.float32
+) -> Factors:
+    a = torch.randn(rank, shape[1], generator=noise(seed)) / shape[1] ** 0.5
+    b = torch.randn(shape[0], rank, generator=noise(seed + 1))
+    return Factors(a.to(DEVICE, dtype), b.to(DEVICE, dtype))
+
+
+def exact(form: DeltaMatrix) -> torch.Tensor:
+    """What a form stands for, in float64 on the CPU."""
+    total: torch.Tensor | float = 0.0
+    for leaf, weight in leaves(form):
+        if isinstance(leaf, BitSlices):
+            for piece in leaf.slices:
+                total = total + weight * values(piece).cpu().double()
+        elif isinstance(leaf, Factors):
+            total = total + weight * (leaf.b.cpu().double() @ leaf.a.cpu().double())
+        else:
+            assert isinstance(leaf, SparseRows), type(leaf)
+            total = total + weight * leaf.dense(torch.float32).cpu().double()
+    assert isinstance(total, torch.Tensor)
+    return total

@@ -42,7 +42,11 @@ def test_kernels_on_tiny_layers(tmp_path: Path) -> None:
     # The GPU kernels, interpreted: the same code that a GPU runs.
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [*call, "--json", str(out)], capture_output=True, text=True, check=False, env=environment
+        [*call, "--json", str(out), "--plots", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text("utf-8"))["rows"]
@@ -56,6 +60,56 @@ def test_kernels_on_tiny_layers(tmp_path: Path) -> None:
     for row in rows:
         assert (row["least"] is not None) != bool(row["note"]), row
     assert "base + BitDelta's public kernel" in done.stdout
+    assert "goal 75%" in done.stdout
+    plot = (tmp_path / "kernels-tiny.svg").read_text("utf-8")
+    assert plot.startswith("<?xml")
+    assert "variants in the batch" in plot
+
+
+CUT_SHORT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import kernel_forms, kernels
+
+def unchecked(form, setting):
+    raise MemoryError("no room for float64")
+
+def unmade(rows):
+    raise RuntimeError("no room for this form")
+
+whole = kernels._measure
+def cut(head, setting, options):
+    if head[1] == "down" and setting.variants == 2:
+        raise KeyboardInterrupt  # a run cut short
+    return whole(head, setting, options)
+
+kernel_forms._dense_of = unchecked
+kernel_forms.FORMS["4 bits"] = lambda setting: unmade
+kernels._measure = cut
+sys.argv[1:] = sys.argv[2:]
+kernels.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux alone")
+def test_what_was_measured_before_a_run_was_cut_short_is_kept(tmp_path: Path) -> None:
+    """Forms that cannot be made or checked are rows that say why, and the others go on."""
+    out = tmp_path / "kernels.json"
+    options = ("--device", "cpu", "--quick", "--variants", "1", "2", "--json", str(out))
+    forms = ("--forms", "1 bit", "4 bits", "rank 16")
+    call = [sys.executable, "-c", CUT_SHORT, str(ROOT / "benchmarks"), *options, *forms]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(call, capture_output=True, text=True, check=False, env=environment)
+    assert "KeyboardInterrupt" in done.stderr
+    rows = json.loads(out.read_text("utf-8"))["rows"]
+    assert {(row["layer"], row["variants"]) for row in rows} == {
+        ("qkv", 1), ("qkv", 2), ("down", 1)
+    }  # fmt: skip
+    by_case = {row["case"]: row for row in rows}
+    assert by_case["base + 4 bits"]["note"] == "RuntimeError: no room for this form"
+    assert by_case["base + 4 bits"]["least"] is None
+    assert by_case["base + 1 bit"]["note"].endswith("MemoryError: no room for float64")
+    assert by_case["base + rank 16"]["least"] > 0
 
 
 def interpreted(script: str, *options: str) -> str:
@@ -111,7 +165,8 @@ def test_layers_and_experts_of_a_cpu(tmp_path: Path) -> None:
 def test_the_cost_of_a_method_is_that_of_a_real_run(tmp_path: Path) -> None:
     out = tmp_path / "cost.json"
     script = ROOT / "benchmarks" / "method_cost.py"
-    call = [sys.executable, str(script), "--tiny", "--kinds", "codec", "--only", "svd"]
+    kinds = ("--kinds", "codec,family,merge", "--only", "svd,emr,task")
+    call = [sys.executable, str(script), "--tiny", *kinds]
     done = subprocess.run(
         [*call, "--folder", str(tmp_path), "--json", str(out)],
         capture_output=True,
@@ -120,7 +175,11 @@ def test_the_cost_of_a_method_is_that_of_a_real_run(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text("utf-8"))
-    (row,) = found["rows"]
+    row, *others = found["rows"]
+    assert [(r["kind"], r["spec"], r["note"]) for r in others] == [
+        ("family", "emr", ""),
+        ("merge", "task", ""),
+    ]
     assert (row["spec"], row["needs"], row["note"]) == ("svd:bits=1", "", "")
     # All three layers, as they took little time.
     assert row["share"] == pytest.approx(found["set_bytes"] / 2**30)
@@ -128,3 +187,69 @@ def test_the_cost_of_a_method_is_that_of_a_real_run(tmp_path: Path) -> None:
     assert row["peak_bytes"] > row["idle_bytes"] > 2**26
     assert "| codec `svd:bits=1` | 0.0% |" in done.stdout
     assert not list(tmp_path.glob("tmp*"))
+
+
+def test_the_gpu_script_runs_every_step_and_names_those_that_fail(tmp_path: Path) -> None:
+    """With a stand-in for Python that writes down its calls: without a GPU no step can run."""
+    stand_in, calls = tmp_path / "python", tmp_path / "calls"
+    stand_in.write_text(
+        f"""#!/bin/sh
+[ "$1" = -c ] && {{ [ -z "$LACKS" ]; exit; }}
+[ "$2" = pip ] && {{ echo "pip $PYTHONPATH" >> {calls}; exit; }}
+echo "$PYTHONPATH $*" >> {calls}
+case "$*" in *linear.py*) exit 3; esac
+"""
+    )
+    stand_in.chmod(0o755)
+    (tmp_path / "wheels").mkdir()
+
+    def run(steps: str, **more: str) -> subprocess.CompletedProcess[str]:
+        calls.unlink(missing_ok=True)
+        given = {"PYTHON": str(stand_in), "STEPS": steps, "WHEELS": str(tmp_path / "wheels")}
+        return subprocess.run(
+            ["bash", ROOT / "benchmarks" / "gpu.sh", tmp_path / "out"],
+            capture_output=True, text=True, check=False,
+            env={**os.environ, "LACKS": "", **given, **more},
+        )  # fmt: skip
+
+    done = run("tests linear step")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "== failed: linear"
+    lines = calls.read_text().splitlines()
+    assert [line.split()[1] for line in lines] == ["-m", "-m", *["benchmarks/" + n for n in (
+        "linear.py", "decode_step.py")]]  # fmt: skip
+    assert all(line.startswith(str(ROOT / ".dev")) for line in lines)
+    # The tests that it names are there.
+    named = [word for line in lines for word in line.split() if word.startswith("tests/")]
+    assert len(named) > 5
+    assert all((ROOT / name).exists() for name in named)
+    assert run("step").returncode == 0
+    assert run("nothing").returncode == 1
+    (tmp_path / "wheels" / "some.whl").touch()
+    assert run("step").returncode == 0
+    first, second = calls.read_text().splitlines()
+    assert first.startswith("pip ")
+    assert len(second.split()[0].split(":")) > len(first.split()[1].split(":"))
+    lacking = run("step", LACKS="1")
+    assert lacking.returncode == 2
+    assert "pydantic" in lacking.stderr
+
+
+def test_the_page_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables of docs/quality.md are those of the JSON files, every cost beside its method."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import method_cost
+    import quality
+
+    results = ROOT / "benchmarks" / "results"
+    found = json.loads((results / "quality.json").read_text("utf-8"))
+    cost = json.loads((results / "method-cost.json").read_text("utf-8"))
+    page = (ROOT / "docs" / "quality.md").read_text("utf-8")
+    table = quality.markdown(found, cost)
+    assert table in page
+    assert method_cost.markdown(cost) in page
+    kinds = {row["kind"] for row in cost["rows"]}
+    assert kinds == {"codec", "edit", "family", "merge"}
+    for line in table.splitlines():
+        if line.partition("`")[0].strip("| ") in kinds:
+            assert not line.endswith("- | - |"), f"no cost beside {line}"

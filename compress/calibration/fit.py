@@ -168,7 +168,8 @@ def fit_scales(
 
     Takes the memory of about six copies of the weights in float32, besides the activations of a step.
     Chance has no part in it. Should the logits end up farther away than before, the scales stay as they
-    were; the manifest's `quality.fit` tells.
+    were; the manifest's `quality.fit` tells, and how many tensors were fitted and how many `left_out`,
+    coded with loss by a codec that has no scales.
 
     Args:
         delta: the delta repo to improve.
@@ -207,6 +208,7 @@ def fit_scales(
         "data": rows.record(),
         "kept": "fitted" if better else "initial",
         "tensors": len(fitted),
+        "left_out": student.left_out,
         **({"factors": factors} if factors else {}),
         "logit_mse": [before, after],
         "kl": [kl_before, kl_after],
@@ -242,6 +244,8 @@ class _Student:
     tensors: dict[str, TrainableTensor | FactoredTensor]
     parameters: dict[str, str]
     device: str
+    #: Tensors that are coded with loss and have nothing to train.
+    left_out: int = 0
 
     @classmethod
     def open(
@@ -251,12 +255,14 @@ class _Student:
         found, parameters = ParameterMap(model, target), {}
         tensors: dict[str, TrainableTensor | FactoredTensor] = {}
         factors: list[torch.Tensor] = []
+        left_out = 0
         for name in sorted(repo.manifest.tensors):
             shape = tuple(repo.entry(name).shape)
             base = pad_rows(source.tensor(name), shape) if name in source else None
             shared = factors if fit.what == "terms" else None
             trainable = _trainable(repo.parts(name), shape, Context(name, base), shared)
             if trainable is None or base is None:
+                left_out += not repo.exact(name)
                 continue
             parameter = found.find(name)
             if parameter is None:
@@ -273,7 +279,7 @@ class _Student:
                 facts=[("codec", repo.manifest.codec_summary())],
                 fix="fit codecs that have some: bitdelta, int",
             )
-        return cls(model, tensors, parameters, device)
+        return cls(model, tensors, parameters, device, left_out)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The parameters that scales decide, by their names in the model."""

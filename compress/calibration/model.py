@@ -80,8 +80,10 @@ def decoded_tensors(
         elif stored is not None and not stored.is_floating_point():
             tensors[name] = repo.restored(name, stored)
         else:
-            delta = repo.delta(name, stored).mul_(scale)
-            padded = pad_rows(stored, tuple(delta.shape))
+            # A delta to the dequantised base makes its model on that base alone.
+            under = repo.base_tensor(base, name)
+            delta = repo.delta(name, under).mul_(scale)
+            padded = pad_rows(under, tuple(delta.shape))
             tensors[name] = delta if padded is None else delta.add_(padded.to(torch.float32))
     return tensors
 

@@ -9,6 +9,7 @@ from deltafold.compress.calibration.data import read_calibration
 from deltafold.compress.calibration.evidence import AT_THE_FINE_TUNE, CalibratedEvidence
 from deltafold.compress.checkpoint import Checkpoint
 from deltafold.compress.evidence import Need
+from deltafold.compress.model_memory import GROUP_BYTES
 from deltafold.compress.references import open_references
 from deltafold.compress.source import open_variant
 
@@ -23,6 +24,7 @@ def calibrate(
     references: Mapping[str, str | Path] | None = None,
     wanted: Iterable[Need] = AT_THE_FINE_TUNE,
     device: str = "cpu",
+    group_bytes: int = GROUP_BYTES,
 ) -> CalibratedEvidence:
     """Evidence for packing a fine-tune; the model is loaded when the first of it is asked for.
 
@@ -35,6 +37,7 @@ def calibrate(
         references: other checkpoints by role, see `open_references`.
         wanted: the needs to meet, `Recipe.needs()`.
         device: where the model runs.
+        group_bytes: most memory for the moments, or the gradients, of one pass.
 
     Raises:
         DeltafoldError: as `read_calibration` and `open_variant`; whatever is wrong with references.
@@ -43,4 +46,6 @@ def calibrate(
     source = open_variant(variant, checkpoint)
     others = open_references(references or {}, checkpoint, source)
     data = read_calibration(file, source.reference.folder, rows=rows, length=length)
-    return CalibratedEvidence(source, data, wanted=wanted, references=others, device=device)
+    return CalibratedEvidence(
+        source, data, wanted=wanted, references=others, device=device, group_bytes=group_bytes
+    )

@@ -1,21 +1,21 @@
 """A coded tensor whose scales can be trained: everything else in its terms stays as it is.
 
-Decoding is linear in the scales of a term, and plain torch, so gradients flow through `decode` itself
-once the scales are float32 tensors. What is written back has the term's own format. Instead of all
-scales, one factor for each term can be trained that all tensors of a model have in common.
+Decoding is plain torch, so gradients flow through `decode` itself once the scales are float32 tensors,
+whatever terms they lie in: rows, columns and blocks name their inner terms' parts by a prefix. What is
+written back has the term's own format. Instead of all scales, one factor for each term can be trained
+that all tensors of a model have in common.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from deltafold.compress.terms import Context, Encoded, Rows, Term, is_exact, scaled
+from deltafold.compress.terms import Context, Encoded, Parts, Rows, is_exact, scaled
 
-_KEY = "scales"
+_KEY, _UNIT = "scales", "_unit"
 
 
 @dataclass
@@ -38,11 +38,11 @@ class TrainableTensor:
     def open(
         cls, encoded: Sequence[Encoded], shape: tuple[int, ...], context: Context
     ) -> TrainableTensor | None:
-        """None where no term has scales."""
+        """None where no term has scales; tables, values and factors are not scales."""
         values = {
-            (i, key): _loaded(term, parts, key).requires_grad_(True)
-            for i, (term, parts) in enumerate(encoded)
-            for key in _scale_keys(term, parts)
+            (i, key): _loaded(parts, key).requires_grad_(True)
+            for i, (_, parts) in enumerate(encoded)
+            for key in _scale_keys(parts)
         }
         return cls(encoded, shape, context, values) if values else None
 
@@ -51,13 +51,13 @@ class TrainableTensor:
         total = torch.zeros(self.shape)
         for i, (term, parts) in enumerate(self.encoded):
             own = {key: value for (j, key), value in self.values.items() if j == i}
-            if own:
-                plain = {
-                    k: p for k, p in parts.items() if not k.endswith("_unit") or k[:-5] not in own
-                }
-                total = total + _float32(term).decode(plain | own, self.shape, self.context)
-            else:
-                total = total + term.decode(parts, self.shape, self.context)
+            # The units are in the values.
+            units = {
+                key: torch.ones_like(part)
+                for key, part in parts.items()
+                if key.endswith(_UNIT) and key.removesuffix(_UNIT) in own
+            }
+            total = total + term.decode(parts | units | own, self.shape, self.context)
         return total
 
     def stored(self) -> list[Encoded]:
@@ -67,7 +67,7 @@ class TrainableTensor:
             changed = dict(parts)
             for (j, key), value in self.values.items():
                 if j == i:
-                    changed |= _written(term, parts, key, value.detach())
+                    changed |= _written(parts, key, value.detach())
             found.append(Encoded(term, changed))
         return found
 
@@ -122,41 +122,25 @@ class FactoredTensor:
         return [scaled(encoded, factor.item()) for encoded, factor in pairs]
 
 
-def _scale_keys(term: Term, parts: dict[str, torch.Tensor]) -> list[str]:
-    if not hasattr(_inner(term), "scale_format"):
-        return []
+def _scale_keys(parts: Parts) -> list[str]:
     return [k for k in parts if k.rpartition(".")[2] == _KEY and parts[k].numel()]
 
 
-def _inner(term: Term) -> Term:
-    return term.inner if isinstance(term, Rows) else term
-
-
-def _float32(term: Term) -> Term:
-    """The same term with scales in float32, which is what is trained."""
-    if isinstance(term, Rows):
-        return replace(term, inner=_float32(term.inner))
-    changed: Any = term
-    found: Term = replace(changed, scale_format="float32")
-    return found
-
-
-def _loaded(term: Term, parts: dict[str, torch.Tensor], key: str) -> torch.Tensor:
+def _loaded(parts: Parts, key: str) -> torch.Tensor:
     values = parts[key].to(torch.float32, copy=True)
-    return values * _by_first(parts[f"{key}_unit"], values) if f"{key}_unit" in parts else values
+    units = parts.get(f"{key}{_UNIT}")
+    return values if units is None else values * _by_first(units, values)
 
 
-def _written(
-    term: Term, parts: dict[str, torch.Tensor], key: str, values: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def _written(parts: Parts, key: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
     """Scales in the format that they had: float32, or float16 beside as many units as before."""
-    if f"{key}_unit" not in parts:
+    units = parts.get(f"{key}{_UNIT}")
+    if units is None:
         return {key: values.contiguous()}
-    units = parts[f"{key}_unit"]
     largest = values.abs().reshape(len(units), -1).amax(dim=1)
     units = torch.where(largest > 0, largest, torch.ones_like(largest))
     half = (values / _by_first(units, values)).to(torch.float16).contiguous()
-    return {key: half, f"{key}_unit": units}
+    return {key: half, f"{key}{_UNIT}": units}
 
 
 def _by_first(units: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -58,4 +58,4 @@ class DellaTies:
         return hold_election(pruned, deltas, weights, self.scale)
 
     def _edit(self, t: int) -> Della:
-        return Della(self.drop, self.window, over=self.over, seed=self.seed + t)
+        return Della(self.drop, self.window, over=self.over, seed=(self.seed + t) % 2**64)

@@ -37,7 +37,8 @@ class Method(Protocol):
     """A way to store a tensor's delta.
 
     One that codes each row of a matrix without looking at others may say so with `blockwise = True`:
-    large tensors then go through it in blocks of rows, and never lie in memory as a whole.
+    large tensors then go through it in blocks of rows, and never lie in memory as a whole. One that
+    takes much memory says how much with `entry_bytes`, at an entry (see `compress/limits.py`).
     """
 
     id: ClassVar[str]

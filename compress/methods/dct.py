@@ -37,6 +37,8 @@ class Dct:
     paper: ClassVar[str] = "after 2503.06676"
     needs: ClassVar[tuple[Need, ...]] = ()
     applied: ClassVar[str] = "rebuilt at load"
+    #: Patches are padded, turned and coded side by side.
+    entry_bytes: ClassVar[int] = 96
 
     size: int = 16
     bits: int = 2

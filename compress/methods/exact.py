@@ -67,6 +67,11 @@ class LosslessMethod:
     def __post_init__(self) -> None:
         self._term("BF16")
 
+    @property
+    def entry_bytes(self) -> int:
+        """Streams hold more at a time than coded differences."""
+        return 24 if self.level else 0
+
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
         """One `lossless` term."""
         return [self._term("BF16").encode(delta, context)]

@@ -33,6 +33,8 @@ class SparseMethod:
     paper: ClassVar[str] = "Golomb 1966"
     needs: ClassVar[tuple[Need, ...]] = ()
     applied: ClassVar[str] = "sparse on the fly"
+    #: Where nothing is zero there is a place of eight bytes for each entry, and its distance.
+    entry_bytes: ClassVar[int] = 64
 
     bits: int = 16
     mask: Literal["runs", "bitmap"] = "runs"

@@ -63,7 +63,8 @@ _STEPS = 5
     metavar="SIZE",
     default="2GiB",
     show_default=True,
-    help="Most memory for gradients; smaller groups take more passes over the data.",
+    help="Most memory for gradients, and for what codecs and edits learn of the data; smaller groups "
+    "take more passes over it.",
 )
 @click.option(
     "--reference",
@@ -107,6 +108,7 @@ def diagnose(
     from deltafold.compress.sizes import parse_size
 
     began = time.monotonic()
+    group_bytes = parse_size(group_size, "--group-size 2GiB")
     evidence = calibrated(
         base,
         variant,
@@ -115,6 +117,7 @@ def diagnose(
         length=calibrate_length,
         references=read_references(references),
         device=device,
+        group_bytes=group_bytes,
     )
     asked = (codecs, edits) if codecs or edits else (_CODECS, _EDITS)
     found = Diagnose(
@@ -123,7 +126,7 @@ def diagnose(
         evidence.data,
         evidence,
         steps=steps,
-        group_bytes=parse_size(group_size, "--group-size 2GiB"),
+        group_bytes=group_bytes,
         device=device,
         progress=lambda spec: None if output.quiet else click.echo(f"judging {spec}", err=True),
     ).run(*asked)

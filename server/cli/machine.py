@@ -13,7 +13,7 @@ from deltafold.server.cli.options import F, add_options
 from deltafold.server.cli.output import facts
 
 if TYPE_CHECKING:
-    from deltafold.compress.packing import Limits
+    from deltafold.compress.limits import Limits
     from deltafold.compress.predict import Prediction
 
 _NAMES = ("jobs", "max_memory", "fresh")
@@ -65,7 +65,7 @@ class MachineOptions:
 
     def limits(self) -> Limits:
         """The same for `predict`. Raises `bad-argument` for what is no size."""
-        from deltafold.compress.packing import Limits
+        from deltafold.compress.limits import Limits
         from deltafold.compress.sizes import parse_size
 
         bound = self.max_memory

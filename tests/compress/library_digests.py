@@ -1,4 +1,4 @@
-"""Digests of what every codec, edit and merge gives, printed as JSON; run by `test_library.py`."""
+"""Digests of what all codecs, edits, families and merges give, as JSON; run by `test_library.py`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import math
 import torch
 from checkpoints import bits
 from test_edits import SPECS as EDITS
+from test_family_methods import SPECS as FAMILIES
+from test_family_methods import coded
 from test_merges import SPECS as MERGES
 from test_merges import merged
 from test_methods import SPECS as METHODS
@@ -61,6 +63,10 @@ def everything() -> dict[str, str]:
             edit = edit.survey([("some.weight", delta)])
         found[f"edit {spec}"] = digest(edit.apply(delta, context))
     several = [drawn(seed, *SHAPE) for seed in (4, 5, 6)]
+    for spec in FAMILIES:
+        table, members = coded(spec, several)
+        every = (e.parts[k] for terms in members for e in terms for k in sorted(e.parts))
+        found[f"family {spec}"] = digest(table, *every)
     for spec in MERGES:
         found[f"merge {spec}"] = digest(merged(parse_merge(spec), several))
     return found

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 import zoo_models
+from safetensors.torch import save_file
 
 from deltafold.compress import Checkpoint, DeltafoldError
 from deltafold.compress.calibration import CalibrationSet, load_source, riemann
 from deltafold.compress.calibration.diagnosis import Diagnose, compared_by_row
+from deltafold.compress.calibration.quality import batch_logits, predictions
 from deltafold.compress.heatmap import heat_map, place_of
 
 
@@ -114,6 +118,68 @@ def test_groups_of_tensors_give_what_all_at_once_give(diagnose):
     # Tied tables are one parameter, and counted once.
     assert "lm_head.weight" not in whole
     assert "model.embed_tokens.weight" in whole
+
+
+def test_gradients_are_taken_group_by_group(diagnose, monkeypatch):
+    """No call asks for more than a group may take, but for a tensor that is larger by itself."""
+    asked, real = [], torch.autograd.grad
+
+    def spy(loss, parameters, **options):
+        found = real(loss, parameters, **options)
+        asked.append([(id(p), p.numel() * p.element_size()) for p in parameters])
+        # Nothing else is differentiated, so nothing else takes memory.
+        assert all(p.requires_grad for p in parameters)
+        assert sum(p.requires_grad for p in model.parameters()) == len(parameters)
+        return found
+
+    most, steps = 6000, 2
+    model = load_source(diagnose.target)
+    change = {n: torch.full_like(p, 1e-4) for n, p in model.named_parameters()}
+    monkeypatch.setattr(torch.autograd, "grad", spy)
+    riemann.loss_terms(model, change, diagnose.data, steps=steps, group_bytes=most)
+    assert all(sum(size for _, size in group) <= most or len(group) == 1 for group in asked)
+    assert max(len(group) for group in asked) > 1
+    batches = len(list(diagnose.data.batches(8)))
+    times = Counter(key for group in asked for key, _ in group)
+    assert times == {id(p): steps * batches for p in model.parameters()}
+
+
+def test_what_helps_is_called_improved(diagnose, made, tmp_path):
+    """From half way to where the loss is lowest, a step further on: trained for a little, by hand."""
+    target = diagnose.target
+    model = load_source(target)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(30):
+        optimizer.zero_grad()
+        mean_loss_of(model, diagnose.data).backward()
+        optimizer.step()
+    trained = dict(model.named_parameters())
+    base = Checkpoint.open(made.base)
+    folder = tmp_path / "half-way"
+    shutil.copytree(target.folder, folder)
+    half = {
+        name: (base.tensor(name).float() + trained[name].detach()).div(2)
+        if name in trained
+        else base.tensor(name)
+        for name in target.names()
+    }
+    save_file(
+        {n: t.to(target.tensor(n).dtype).contiguous() for n, t in half.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    chosen = Diagnose(base, Checkpoint.open(folder), diagnose.data, steps=1)
+    further, back = chosen.run((), ("scale:by=1.8", "scale:by=0.2")).verdicts
+    assert (further.label, back.label) == ("improved", "decreased")
+    assert further.difference < -further.tolerance
+
+
+def mean_loss_of(model, data):
+    (batch,) = data.batches(len(data.rows))
+    found = predictions(batch_logits(model, batch), batch)
+    return torch.nn.functional.cross_entropy(found.logits, found.targets)
 
 
 def test_classes_say_what_the_losses_say(diagnose):

@@ -22,7 +22,7 @@ from deltafold.compress import (
     restore_checkpoint,
     verify_delta,
 )
-from deltafold.compress.families import parse_family
+from deltafold.compress.families import FAMILIES, parse_family
 from deltafold.compress.families.pack import FamilyReport, compress_family
 from deltafold.compress.families.row_groups import clusters
 from deltafold.compress.family import FamilyManifest, families_in
@@ -347,13 +347,15 @@ def test_one_fine_tune_is_no_family(models, tmp_path):
     assert code == "bad-argument"
 
 
-def test_a_broken_fine_tune_leaves_nothing(models, tmp_path):
+@pytest.mark.parametrize("method", FAMILIES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_broken_fine_tune_leaves_nothing(models, tmp_path, method, value):
     broken = {n: v.clone() for n, v in models.tensors[0].items()}
-    broken[MATRIX][0, 0] = float("nan")
+    broken[MATRIX][0, 0] = value
     full = write_checkpoint(tmp_path / "broken", broken)
     zoo = tmp_path / "zoo"
     several = [models.full[0], full]
-    code = code_of(compress_family, models.base, several, zoo, method=parse_family("emr"))
+    code = code_of(compress_family, models.base, several, zoo, method=parse_family(method))
     assert code == "not-finite"
     assert not any(zoo.iterdir())
 

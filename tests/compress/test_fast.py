@@ -179,12 +179,3 @@ def test_rows_differ_by_any_bit(dtype, portable):
     for found in (fast.rows_changed(first, second), portable(fast.rows_changed, first, second)):
         assert found.nonzero().flatten().tolist() == [2, 8]
     assert fast.rows_changed(first[:0], second[:0]).shape == (0,)
-
-
-def test_scratch_memory_is_lent_again():
-    first = fast.scratch("test", (4, 5)).fill_(1)
-    again = fast.scratch("test", (2, 3))
-    assert again.data_ptr() == first.data_ptr()
-    assert fast.scratch("other", (4, 5)).data_ptr() != first.data_ptr()
-    assert fast.scratch("test", (0, 7)).shape == (0, 7)
-    fast.forget()

@@ -25,7 +25,19 @@ from deltafold.compress.calibration import (
     read_calibration,
 )
 from deltafold.compress.calibration.trainable import TrainableTensor
-from deltafold.compress.terms import Codes, Context, Planes, Rows
+from deltafold.compress.terms import (
+    NM,
+    Banded,
+    Blocks,
+    Codes,
+    ColumnPlanes,
+    Columns,
+    Context,
+    Patches,
+    Planes,
+    Rows,
+    blocks,
+)
 from deltafold.server.demo import tasks
 from deltafold.server.demo.tokenizer import prompt_of
 from deltafold.server.demo.zoo import data_folder
@@ -161,8 +173,44 @@ TERMS = [
     Planes(bits=3, scale="row"),
     Planes(scale="tensor", scale_format="float32"),
     Codes(bits=4, group=16),
+    Codes(bits=4, scale_format="float32"),
     Rows(inner=Planes(bits=2)),
+    Columns(inner=Codes(bits=4)),
+    ColumnPlanes(bits=2),
+    NM(),
+    NM(keep=1, of=4, bits=8, group=6),
+    Patches(size=5, widths=(8,), shares=(1.0,)),
+    Blocks(rows=5, inner=(Planes(bits=2, scale="row"),)),
+    Blocks(rows=7, inner=(Codes(bits=4, group=16),)),
+    Rows(inner=Blocks(rows=4, inner=(Planes(scale="group", group=16),))),
 ]
+
+
+def test_tensors_in_blocks_are_fitted_as_well(tmp_path, data, monkeypatch):
+    """Matrices of more than 2^24 entries are coded in blocks; here of more than 2,048."""
+    monkeypatch.setattr(blocks, "BLOCK", 2048)
+    first = pack(tmp_path / "first", "bitdelta")
+    matrices = [n for n, entry in first.manifest.tensors.items() if len(entry.shape) > 1]
+    cut = [n for n in matrices if any(isinstance(t, Blocks) for t in first.terms(n))]
+    assert len(cut) > len(matrices) / 2
+    few = LogitFit(steps=2, lr=1e-3, batch=16)
+    report = fit_scales(first.folder, BASE, VARIANT, tmp_path / "out", data, fit=few)
+    found, fitted = report.manifest.quality["fit"], DeltaRepo.open(tmp_path / "out")
+    assert (found["tensors"], found["left_out"]) == (len(matrices), 0)
+    assert found["kept"] == "fitted"
+    for name in cut:
+        (_, old), (_, new) = *first.parts(name), *fitted.parts(name)
+        assert {k for k in old if not torch.equal(old[k], new[k])} >= {"0.scales", "1.scales"}
+
+
+def test_what_has_no_scales_is_counted(tmp_path, data):
+    recipe = Recipe(
+        default=parse_spec("bitdelta"), overrides=(("*mlp*", parse_spec("svd:rank=4")),)
+    )
+    few = LogitFit(steps=1, lr=1e-3, batch=16)
+    report = compress_and_fit(BASE, VARIANT, tmp_path / "out", data, fit=few, recipe=recipe)
+    entries = report.manifest.tensors
+    assert report.manifest.quality["fit"]["left_out"] == sum("mlp" in name for name in entries)
 
 
 @pytest.mark.parametrize("term", TERMS, ids=str)
@@ -177,13 +225,28 @@ def test_trained_scales_are_written_in_their_own_format(term):
     plain = encoded.term.decode(encoded.parts, shape, context)
     torch.testing.assert_close(tensor.decode().detach(), plain, rtol=1e-6, atol=0)
     tensor.decode().square().sum().backward()
-    (value,) = tensor.values.values()
-    assert bool((value.grad != 0).any())
-    with torch.no_grad():
-        value.mul_(-3)
+    for value in tensor.values.values():
+        assert bool((value.grad != 0).any())
+        value.data.mul_(-3)
     (again,) = tensor.stored()
     written = {key: (part.dtype, part.shape) for key, part in again.parts.items()}
     assert written == {key: (part.dtype, part.shape) for key, part in encoded.parts.items()}
     torch.testing.assert_close(
         again.term.decode(again.parts, shape, context), -3 * plain, rtol=2e-3, atol=1e-7
     )
+
+
+def test_scales_of_both_factors_are_trained():
+    """A product of two coded factors: what is -3 times as large on both sides is 9 times as large."""
+    delta = torch.randn(12, 40, generator=torch.Generator().manual_seed(0)) * 0.01
+    context = Context("w", torch.zeros_like(delta), delta)
+    encoded = Banded(ranks=(2, 4), widths=(8, 3)).encode(delta, context)
+    tensor = TrainableTensor.open([encoded], (12, 40), context)
+    tensor.decode().square().sum().backward()
+    assert {key for _, key in tensor.values} == {"a0.scales", "a1.scales", "b0.scales", "b1.scales"}
+    for value in tensor.values.values():
+        assert bool((value.grad != 0).any())
+        value.data.mul_(-3)
+    (again,) = tensor.stored()
+    plain, more = (e.term.decode(e.parts, (12, 40), context) for e in (encoded, again))
+    torch.testing.assert_close(more, 9 * plain, rtol=5e-3, atol=1e-6)

@@ -148,6 +148,29 @@ def test_della_before_the_election_prunes_each_delta_by_its_own_chances():
     assert neither == pytest.approx(0.25, abs=0.05)
 
 
+@pytest.mark.parametrize("name", ["dare-task", "dare-ties", "della-ties", "drop-and-sum"])
+def test_seeds_begin_again_after_the_largest(name):
+    """The second delta's seed is then the first one there is."""
+    delta, nothing = torch.ones(40, 50), torch.zeros(40, 50)
+    last = merged(parse_merge(f"{name}:seed={2**64 - 1}"), [nothing, delta])
+    assert last.any()
+    assert torch.equal(last, merged(parse_merge(f"{name}:seed=0"), [delta, nothing]))
+
+
+def test_della_before_the_election_by_hand():
+    """Windows of no width drop all ranks alike; with a drop of next to nothing it is TIES of all."""
+    first = torch.tensor([[4.0, -3.0, 1.0, 0.5]])
+    second = torch.tensor([[-2.0, -1.0, 3.0, 0.5]])
+    # Elected: + (4 - 2), - , +, +; the means of those that agree.
+    expected = torch.tensor([[4.0, -2.0, 2.0, 0.5]])
+    found = merged(DellaTies(drop=1e-6, window=0.0, scale=1.0), [first, second])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    # What half of the entries leave is twice as large, so that the sum stays: 2, 1, or nothing.
+    ones = torch.ones(200, 300)
+    dropped = merged(DellaTies(drop=0.5, window=0.0, scale=1.0), [ones, ones])
+    assert dropped.unique().tolist() == [0.0, 2.0]
+
+
 def test_drop_and_sum_keeps_one_in_as_many_as_there_are():
     ones = [torch.ones(300, 400)] * 4
     found = merged(DropAndSum(), ones)

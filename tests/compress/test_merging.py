@@ -19,7 +19,7 @@ from deltafold.compress import (
     twin_deltas,
     verify_delta,
 )
-from deltafold.compress.merges import Task, Ties, Twin, parse_merge
+from deltafold.compress.merges import MERGES, Task, Ties, Twin, parse_merge
 from deltafold.compress.recipe import parse_edit_for
 
 WIDE = Recipe(default=parse_spec("scale:by=1+exact"))  # float32 differences
@@ -215,16 +215,18 @@ def test_twin_keeps_a_share_of_the_ranks_and_refuses_one_name_for_two(family):
         twin_deltas(pair.base, [folders[0], folders[0]], pair.root / "x")
 
 
-@pytest.mark.parametrize("method", ["task", "ties", "dare-task", "dare-ties", "della-ties"])
-def test_what_is_not_finite_does_not_spread(family, method):
+@pytest.mark.parametrize("method", MERGES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_does_not_spread(family, method, value):
     """A lossless parent may hold NaN; a merge of it is refused, and leaves nothing."""
     pair, folders = family
     broken = {n: t.clone() for n, t in pair.variant_tensors.items()}
-    broken[MATRIX][0, 0] = float("nan")
+    broken[MATRIX][0, 0] = value
     folder = write_checkpoint(pair.root / "broken", broken)
     compress_checkpoint(pair.base, folder, pair.root / "deltas" / "nan", recipe=LOSSLESS)
     several = [pair.root / "deltas" / "nan", folders[1]]
+    merge = twin_deltas if method == "twin" else merge_deltas
     with pytest.raises(DeltafoldError) as caught:
-        merge_deltas(pair.base, several, pair.out, method=parse_merge(method))
+        merge(pair.base, several, pair.out, method=parse_merge(method))
     assert caught.value.code == "not-finite"
     assert not pair.out.exists()

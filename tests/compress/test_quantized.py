@@ -18,9 +18,13 @@ from deltafold.compress import (
     DeltaRepo,
     compress_checkpoint,
     export_peft,
+    merge_deltas,
     parse_spec,
+    restore_checkpoint,
     verify_delta,
 )
+from deltafold.compress.calibration import decoded_tensors
+from deltafold.compress.merges import Task
 from deltafold.compress.quantized import NF4_LEVELS, dequantized, quantization_of, quantize
 from deltafold.compress.recipe import Recipe
 
@@ -183,3 +187,36 @@ def test_a_lora_export_is_made_for_the_base_as_it_is(pair: Pair) -> None:
     prefix = f"base_model.model.{QUERY.removesuffix('.weight')}"
     product = tensors[f"{prefix}.lora_B.weight"] @ tensors[f"{prefix}.lora_A.weight"]
     assert (product - step).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("codec", ["lossless", "int:bits=8,group=32"])
+def test_the_model_that_is_evaluated_stands_on_the_dequantised_base(pair: Pair, codec: str) -> None:
+    repo = pack(pair, codec, "nf4")
+    found = decoded_tensors(Checkpoint.open(pair.base), repo)
+    expected = restored(pair, dtype=torch.float32)
+    assert sorted(found) == sorted(expected)
+    for name, value in expected.items():
+        assert torch.allclose(found[name].float(), value, rtol=0, atol=1e-6), name
+
+
+def test_deltas_against_two_bases_merge_as_differences_to_the_base(pair: Pair) -> None:
+    compress_checkpoint(pair.base, pair.variant, pair.root / "plain", recipe=LOSSLESS)
+    for method in ("nf4", "int8"):
+        compress_checkpoint(
+            pair.base, pair.variant, pair.root / method, recipe=LOSSLESS, base_quantization=method
+        )
+    parents = [pair.root / n for n in ("plain", "nf4", "int8")]
+    merge_deltas(
+        pair.base,
+        parents,
+        pair.root / "merged",
+        method=Task(scale=1.0),
+        weights=[1 / 3] * 3,
+        recipe=LOSSLESS,
+    )
+    out = pair.root / "restored"
+    restore_checkpoint(pair.root / "merged", pair.base, out)
+    for name, value in read_checkpoint(out).items():
+        assert torch.allclose(
+            value.float(), pair.variant_tensors[name].float(), rtol=0.01, atol=1e-6
+        ), name

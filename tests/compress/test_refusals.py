@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import base_tensors, write_checkpoint
+from packing import tree
 
 from deltafold.compress import (
     CODES,
@@ -260,15 +262,27 @@ def test_interrupted_restore(pair):
 def test_a_fine_tune_that_changes_while_it_is_read(pair):
     changed = {n: t + 1 for n, t in pair.variant_tensors.items()}
     other = write_checkpoint(pair.root / "changed", changed) / "model.safetensors"
+    weights, recipe = pair.variant / "model.safetensors", Recipe(default=parse_spec("lossless"))
+    before = weights.read_bytes()
 
     def change(event):
-        if event.phase == "pack" and event.done == 1:
-            with (pair.variant / "model.safetensors").open("r+b") as file:
+        if event.phase == "pack" and event.done == 2:
+            with weights.open("r+b") as file:
                 file.write(other.read_bytes())
 
-    with refused("input-changed", "model.safetensors"):
-        pack(pair, recipe=Recipe(default=parse_spec("lossless")), progress=change)
-    assert nothing_left(pair.out)
+    with refused("input-changed", "model.safetensors", "delta.partial"):
+        pack(pair, recipe=recipe, progress=change)
+    assert not pair.out.exists()
+    # As it is now nothing that was finished is of use; as it was, all of it.
+    partial = pair.out.with_name("delta.partial")
+    kept = shutil.copytree(partial, pair.root / "kept")
+    assert pack(pair, recipe=recipe).resumed == 0
+    shutil.rmtree(pair.out)
+    shutil.copytree(kept, partial)
+    weights.write_bytes(before)
+    assert pack(pair, recipe=recipe).resumed == 2
+    compress_checkpoint(pair.base, pair.variant, pair.root / "alone", recipe=recipe)
+    assert tree(pair.out) == tree(pair.root / "alone")
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from deltafold.runtime.engine import Request, Sampling
 from deltafold.runtime.host import Row
 from deltafold.runtime.misfit import NotAppliableError
 from deltafold.runtime.regions import find_region
+from deltafold.runtime.warm_up import later_inputs
 
 LOSSY = Recipe(
     default=parse_spec("bitdelta:bits=2,group=16"),
@@ -72,15 +73,23 @@ def pack(folder: Path) -> None:
         restore_checkpoint(delta, folder / "base", folder / name, dtype=torch.float32)
 
 
+def two_steps(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of a prompt, and of one more token that is read with the cache of it."""
+    with torch.inference_mode():
+        first = model(ids, use_cache=True)
+        later = later_inputs({"input_ids": ids}, first)
+        assert later is not None, "a decoder keeps what it has read"
+        return torch.cat([first.logits, model(**later).logits], dim=1)
+
+
 def mixed(folder: Path, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of a batch of base, lossy and exact rows, and of the model before it was wrapped."""
     model = plain(folder / "base")
-    with torch.inference_mode():
-        alone = model(ids).logits
+    alone = two_steps(model, ids)
     deltas = Deltas(model, Checkpoint.open(folder / "base"), folder / "zoo")
     rows = [Row(deltas.acquire(name)) for name in ("base", "lossy", "exact")]
-    with torch.inference_mode(), deltas.batch(rows):
-        return model(ids).logits, alone
+    with deltas.batch(rows):
+        return two_steps(model, ids), alone
 
 
 @pytest.mark.parametrize("family", arch_table.FAMILIES, ids=lambda f: f.name)
@@ -118,7 +127,9 @@ def test_experts_that_are_saved_fused(name: str, tmp_path: Path) -> None:
 
 
 def check(family: Family, folder: Path, ids: torch.Tensor) -> None:
-    """A mixed batch of three rows against the plain and the restored dense models."""
+    """A mixed batch of three rows, for a prompt and one more token, against the plain and the restored
+    dense models.
+    """
     got, alone = mixed(folder, ids)
     if family.experts:
         # An expert multiplies the tokens of all requests at once; where those of other rows go
@@ -127,10 +138,11 @@ def check(family: Family, folder: Path, ids: torch.Tensor) -> None:
     else:
         assert torch.equal(got[0], alone[0])
     for row, name in ((1, "lossy"), (2, "exact")):
-        with torch.inference_mode():
-            dense = plain(folder / name)(ids).logits[row].log_softmax(-1)
+        dense = two_steps(plain(folder / name), ids)[row].log_softmax(-1)
         assert (got[row].log_softmax(-1) - dense).abs().max() < 1e-4, name
-        assert (alone[row].log_softmax(-1) - dense).abs().max() > 1e-3, name
+        moved = (alone[row].log_softmax(-1) - dense).abs().amax(-1)
+        assert moved[:-1].max() > 1e-3, name
+        assert moved[-1] > 1e-3, f"{name}, later token"
 
 
 #: One of each kind: transposed products, positions, biases on scores, experts, sinks, short memories.

@@ -40,13 +40,15 @@ LENGTHS = (5, 9, 3, 9, 8)
 
 
 def fine_tune(family: arch_encoders.Encoder, folder: Path) -> None:
-    """Save a base and a fine-tune of it, every tensor of which differs."""
+    """Save a base and a fine-tune of it, in which every tensor that training moves differs."""
     model = family.build()
     model.save_pretrained(folder / "base")
     noise = torch.Generator().manual_seed(1)
     saved = set(model.state_dict())
     with torch.no_grad():
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            if family.is_still(name):
+                continue
             if name in saved and value.is_floating_point():
                 step = torch.randn(value.shape, generator=noise) * 0.05
                 value += step.abs() if name.endswith("running_var") else step
@@ -55,7 +57,7 @@ def fine_tune(family: arch_encoders.Encoder, folder: Path) -> None:
     model.save_pretrained(folder / "full")
 
 
-def pack(folder: Path) -> None:
+def pack(family: arch_encoders.Encoder, folder: Path) -> None:
     """Pack the fine-tune with and without loss; restore both as float32 checkpoints."""
     known = Checkpoint.open(folder / "full").names()
     for name, recipe in (("lossy", LOSSY), ("exact", EXACT)):
@@ -64,7 +66,8 @@ def pack(folder: Path) -> None:
         delta = folder / "zoo" / name
         report = compress_checkpoint(folder / "base", folder / "full", delta, recipe=chosen)
         assert report.coverage == 1
-        assert not report.manifest.unchanged, "every tensor was moved"
+        left = [n for n in report.manifest.unchanged if not family.is_still(n)]
+        assert not left, "every tensor was moved"
         restore_checkpoint(delta, folder / "base", folder / name, dtype=torch.float32)
 
 
@@ -88,7 +91,7 @@ def test_every_tensor_is_applied_or_the_variant_rebuilt(
     family: arch_encoders.Encoder, tmp_path: Path
 ) -> None:
     fine_tune(family, tmp_path)
-    pack(tmp_path)
+    pack(family, tmp_path)
     exact = digest_source(Checkpoint.open(tmp_path / "exact"))
     full = digest_source(Checkpoint.open(tmp_path / "full"))
     assert {n: d.sha256 for n, d in exact.items()} == {n: d.sha256 for n, d in full.items()}
@@ -104,7 +107,8 @@ def test_every_tensor_is_applied_or_the_variant_rebuilt(
             deltas.acquire("exact")
         assert caught.value.code in ("engine-unsupported", "coverage")
         assert caught.value.tensor.endswith(family.rebuilt)
-        check_rebuilt(family, tmp_path, alone["text"])
+        if "text" in alone:  # pictures: test_pooling_rebuilding.py
+            check_rebuilt(family, tmp_path, alone["text"])
         return
     rows = [Row(deltas.acquire(name)) for name in NAMES]
     dense = {name: plain(family, tmp_path / name) for name in set(NAMES)}

@@ -35,6 +35,7 @@ def test_mixed_batch_equals_restored_dense_models(family: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_a_quantised_base_gives_the_same_on_a_gpu_as_on_a_cpu(method: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
     made = zoo_models.make(tmp_path, intermediate_size=192)
     names = ["base", *made.variants]
     sampling = Sampling(max_tokens=12, logprobs=0, ignore_eos=True)

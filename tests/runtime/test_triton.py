@@ -15,9 +15,7 @@ if sys.platform != "linux":
     pytest.skip("Triton exists for Linux alone", allow_module_level=True)
 
 from slices import (
-    BOUNDS,
     DEVICE,
-    DTYPES,
     assignments,
     noise,
     random_kind,
@@ -160,34 +158,3 @@ def test_a_layer_whose_variants_come_and_go() -> None:
     gc.collect()
     # The dropped variant's memory is gone; its slot is used by one that leaves this layer alone.
     check({0: None, 1: factors})
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_captured_graph_serves_other_assignments(dtype: torch.dtype) -> None:
-    """Nothing waits for the device, so one graph is replayed for every batch of its size."""
-    kind = random_kind(1, 256, 1024)
-    slices = [[(random_slice(kind, v), 1.0)] for v in range(5)]
-    table = make_table(kind.of_blocks, [slices], DEVICE)
-    dense = torch.stack([values(piece) for ((piece, _),) in slices])
-    x = torch.randn(16, 1024, device=DEVICE).to(dtype)
-    y = torch.zeros(16, 256, dtype=dtype, device=DEVICE)
-    slots = torch.zeros(16, dtype=torch.int64, device=DEVICE)
-
-    def step() -> None:
-        y.zero_()
-        add_slices([y], x, table, make_segments(slots, 5, 8), splits=2)
-
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    for given in assignments(16, 5).values():
-        slots.copy_(given)
-        graph.replay()
-        for i, slot in enumerate(given.tolist()):
-            expected = dense[slot].double() @ x[i].double() if slot >= 0 else torch.zeros(256)
-            off = (y[i].double() - expected.to(DEVICE)).abs().max()
-            assert off <= BOUNDS[dtype] * (1e-30 + float(expected.abs().max()))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,27 +93,65 @@ PTX: dict[str, Callable[[np.ndarray, list[np.ndarray], bool], np.ndarray]] = {
 }
 
 
-@pytest.mark.parametrize(("target", "which"), [("80", "apply 1"), ("90", "")])
+#: Registers a thread that each kind of kernel may take, a little above what it takes.
+REGISTERS = {
+    "apply": 128,
+    "add splits": 48,
+    "expand": 48,
+    "look up": 80,
+    "shrink": 168,
+    "stretch": 240,
+    "sparse": 80,
+}
+#: Instructions a weight in the main loop; at 0.93 of them an H200 reads 1-bit weights at full speed.
+LOOPS = {
+    "apply 1 bit, 8 tokens, groups of 4096": 1.45,
+    "apply 1 bit, 8 tokens, groups of 128": 1.8,
+    "apply 1 bit, 64 tokens": 3.0,
+    "apply 2 bit, 16 tokens": 2.0,
+    "apply 4 bit, 16 tokens": 3.0,
+}
+#: Shared memory of a block of threads: the least of GPUs that run code for sm_80, and an H100's.
+SHARED = {"80": 99 * 1024, "90": 227 * 1024}
+
+
+def limit(limits: dict[str, Any], name: str) -> Any:
+    return next((most for start, most in limits.items() if name.startswith(start)), None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", list(SHARED))
 def test_kernels_compile_for_gpus_that_are_not_here(
-    target: str, which: str, tmp_path: Path
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """All kernels; what they take is printed whether the test passes or not."""
     script = Path(__file__).with_name("triton_compile.py")
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
-    call = [sys.executable, str(script), target, which]
+    call = [sys.executable, str(script), target]
     done = subprocess.run(call, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) >= (3 if which else 12)
+    with capsys.disabled():
+        print(f"\nsm_{target}: registers, bytes of stack, shared KiB, instructions a weight")
+        for row in rows:
+            counts = (row["registers"], row["stack"], f"{row['shared'] / 1024:.0f}")
+            numbers = "".join(f"{n:>5}" for n in (*counts, row.get("loop_a_weight", "-")))
+            print(f"  {row['kernel']:<62}{numbers}")
+    seen = {start for start in REGISTERS if any(r["kernel"].startswith(start) for r in rows)}
+    assert seen == set(REGISTERS)
     for row in rows:
-        print(row)
+        name, counts = row["kernel"], row["instructions"]
         # What does not fit the registers lies on the stack: at most a few addresses, around the loop.
         assert row["stack"] <= 32, row
-        assert row["shared"] <= 160 * 1024, row
-        if row["kernel"].startswith("apply 1 bit, 8 tokens") and row["kernel"].endswith("bf16"):
+        assert row["registers"] <= limit(REGISTERS, name), row
+        assert row["shared"] <= SHARED[target], row
+        most = limit(LOOPS, name)
+        assert (most is not None) == ("loop_a_weight" in row), row
+        if most is not None:
+            assert row["loop_a_weight"] <= most, row
+        if name.startswith("apply 1 bit, 8 tokens") and name.endswith("bf16"):
             # 14 of 16 fields take one multiply-add a pair of weights, and nothing is converted.
-            counts = row["instructions"]
             assert counts["HFMA2"] == 14 * 16, row
             assert counts.get("HMMA", 0) + counts.get("HGMMA", 0) >= 64, row
-            assert row["loop_a_weight"] < 1.7, row
             assert not {"I2F", "I2FP"} & set(counts), row

@@ -13,7 +13,18 @@ from deltafold.runtime.kernels.simple import Factors
 if sys.platform != "linux":
     pytest.skip("Triton exists for Linux alone", allow_module_level=True)
 
-from slices import BOUNDS, DEVICE, DTYPES, noise, random_kind, random_slice, random_sparse
+from slices import (
+    BOUNDS,
+    DEVICE,
+    DTYPES,
+    exact,
+    noise,
+    random_factors,
+    random_kind,
+    random_slice,
+    random_slices,
+    random_sparse,
+)
 
 from deltafold.runtime.kernels.triton import launch
 from deltafold.runtime.kernels.triton.forms import BitSlices
@@ -88,12 +99,10 @@ def test_codecs_of_all_kinds_share_a_group(cut: int, monkeypatch: pytest.MonkeyP
     rows, columns, tokens = (40, 40, 17, 24), 70, len(SLOTS)
 
     def slices(p: int, bits: int) -> BitSlices:
-        kinds = [random_kind(bits, rows[p], columns), random_kind(1, rows[p], columns)]
-        return BitSlices(tuple(random_slice(kind, p + i) for i, kind in enumerate(kinds)))
+        return random_slices([bits, 1], (rows[p], columns), p)
 
     def factors(p: int, rank: int) -> Factors:
-        a = torch.randn(rank, columns, generator=noise(p))
-        return Factors(a.to(DEVICE), torch.randn(rows[p], rank, generator=noise(rank)).to(DEVICE))
+        return random_factors(rank, (rows[p], columns), p + rank)
 
     sparse = [random_sparse(v)[0] for v in range(3)]
     forms: dict[int, list[DeltaMatrix | None]] = {
@@ -109,7 +118,47 @@ def test_codecs_of_all_kinds_share_a_group(cut: int, monkeypatch: pytest.MonkeyP
     for p, y in enumerate(ys):
         for t, slot in enumerate(SLOTS.tolist()):
             form = forms[slot][p] if slot >= 0 else None
-            expected = torch.zeros(1, rows[p], device=DEVICE)
+            expected = torch.zeros(rows[p], dtype=torch.float64)
             if form is not None:
-                expected = form.matmul(x[t : t + 1]) * scales[t]
-            assert torch.allclose(y[t], expected[0], rtol=1e-4, atol=1e-4), (p, t)
+                expected = exact(form) @ x[t].cpu().double() * scales[t].cpu().double()
+            assert torch.allclose(y[t].cpu().double(), expected, rtol=1e-5, atol=1e-5), (p, t)
+
+
+#: Ranks of each part and slot: blocks of 64 ranks, and one more, none, and one that fills a few.
+RANKS = ((65, 3, 300), (130, 0, 16), (1, 64, 129))
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ranks_of_any_size(dtype: torch.dtype, cut: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """High ranks take several steps; whoever has a low one beside them gets its own."""
+    monkeypatch.setattr("deltafold.runtime.kernels.triton.lowrank.splits_for", lambda *_: cut)
+    rows, columns = (40, 130, 17), 260
+    forms: dict[int, list[DeltaMatrix | None]] = {
+        v: [
+            random_factors(RANKS[p][v], (n, columns), 10 * p + v, dtype) if RANKS[p][v] else None
+            for p, n in enumerate(rows)
+        ]
+        for v in range(3)
+    }
+    forms[0][2] = Sum([random_factors(r, (17, columns), r, dtype) for r in (1, 70)])
+    x = torch.randn(len(SLOTS), columns, generator=noise(3)).to(dtype)
+    x[SLOTS < 0] = torch.nan
+    # Columns between and behind the parts belong to nobody.
+    whole = torch.full((len(SLOTS), sum(rows) + 24), 3.0, dtype=dtype, device=DEVICE)
+    places = [8, 8 + rows[0], 16 + rows[0] + rows[1]]
+    ys = [whole[:, at : at + n] for at, n in zip(places, rows, strict=True)]
+    GroupedProducts(3).add(ys, x.to(DEVICE), forms, make_segments(SLOTS.to(DEVICE), 3, 8), 3)
+    for p, y in enumerate(ys):
+        for t, slot in enumerate(SLOTS.tolist()):
+            expected = torch.full((rows[p],), 3.0, dtype=torch.float64)
+            form = forms[slot][p] if slot >= 0 else None
+            if form is not None:
+                expected += exact(form) @ x[t].double()
+            off = (y[t].cpu().double() - expected).abs().max()
+            assert off <= BOUNDS[dtype] * expected.abs().max(), (p, t)
+            assert slot >= 0 or off == 0
+    touched = torch.zeros(whole.shape[1], dtype=torch.bool)
+    for at, n in zip(places, rows, strict=True):
+        touched[at : at + n] = True
+    assert bool((whole[:, ~touched] == 3).all())

@@ -21,16 +21,21 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from deltafold.runtime.kernels.triton.apply import add_splits, apply_slices
 from deltafold.runtime.kernels.triton.expand import expand
-from deltafold.runtime.kernels.triton.launch import constants, options
+from deltafold.runtime.kernels.triton.launch import compute_type, constants, options
 from deltafold.runtime.kernels.triton.layout import Kind
 from deltafold.runtime.kernels.triton.lookup import look_up
-from deltafold.runtime.kernels.triton.lowrank import shrink, stretch
+from deltafold.runtime.kernels.triton.lowrank import (
+    columns_for,
+    ranks_for,
+    shrink,
+    stretch,
+    warps_for,
+)
 from deltafold.runtime.kernels.triton.sparse import apply_sparse
 from deltafold.runtime.kernels.triton.table import make_table
 
@@ -165,9 +170,20 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], str, dict[str, int]]]:
             "ONE_GROUP": True,
         }
         yield f"look up {bits} bit", look_up, {**flags, **shape, **more}, "bf16", {"num_warps": 1}
-    low = {"BT": 8, "R": 16, "ENTRIES": 1, "COMPUTE": tl.bfloat16, "PARTS": 3}
-    yield "shrink", shrink, {**low, "BK": 128, "STEPS": 32}, "bf16", {}
-    yield "stretch", stretch, {**low, "BN": 64, "SCALED": True, "SPLITS": 8}, "bf16", {}
+    for rank, block, dtype in [
+        (16, 8, torch.bfloat16),
+        (2048, 8, torch.float16),
+        (2048, 64, torch.bfloat16),
+        (2048, 64, torch.float32),
+    ]:
+        low = {"BT": block, "BR": ranks_for(rank), "ENTRIES": 1, "ALIGNED": 16, "PARTS": 3}
+        low["COMPUTE"] = compute_type(dtype)
+        more = {"BN": 64, "SCALED": True, "SPLITS": 8, "EVEN": 16}
+        name = f"rank {rank}, {block} tokens, {NAMES[dtype]}"
+        step, warps = columns_for(dtype), warps_for(block, dtype)
+        made = {**low, "BK": step, "STEPS": 4096 // step}
+        yield f"shrink {name}", shrink, made, NAMES[dtype], warps
+        yield f"stretch {name}", stretch, {**low, **more}, NAMES[dtype], warps
     sparse = {"BLOCK": 32, "STEP": 32, "ENTRIES": 1, "SCALED": False, "PARTS": 3}
     yield "sparse lists", apply_sparse, {**sparse, "OF": 0, "HALF": 0}, "bf16", {}
     yield "sparse strata", apply_sparse, {**sparse, "OF": 16, "HALF": 8}, "bf16", {}

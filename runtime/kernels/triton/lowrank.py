@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -15,53 +17,65 @@ from deltafold.runtime.kernels.triton.parts import chosen, first_blocks, outputs
 from deltafold.runtime.kernels.triton.segments import Segments
 from deltafold.runtime.kernels.triton.table import ByPart, Packed
 
-_COLUMNS, _ROWS = 128, 64
+#: Columns and rows of one step, and most ranks of it: higher ranks take several steps, so that what a
+#: block of threads holds does not grow with them.
+_COLUMNS, _ROWS, _RANKS = 128, 64, 64
+_LEAST_RANKS = 16
 
 
 @triton.jit
 def shrink(  # type: ignore[no-untyped-def]
     x, ranked, order, tile_slot, tile_start, tile_length, a_table, ranks, counts,
-    slots, columns, x_stride, split_stride,
-    BT: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, ENTRIES: tl.constexpr,
-    STEPS: tl.constexpr, COMPUTE: tl.constexpr, PARTS: tl.constexpr,
+    slots, columns, rank_blocks, x_stride, split_stride,
+    BT: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, ENTRIES: tl.constexpr,
+    STEPS: tl.constexpr, ALIGNED: tl.constexpr, COMPUTE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    # ranked[split, place, part, entry] = x[order[place]] A^T over a share of the columns: one entry of
-    # one part of one tile's slot.
+    # ranked[split, place, part, entry] = x[order[place]] A^T over a share of the columns: BR ranks of
+    # one entry of one part of one tile's slot.
     tile = tl.program_id(1)
     split = tl.program_id(2)
-    part = tl.program_id(0) // ENTRIES
-    entry = tl.program_id(0) % ENTRIES
+    numbered = tl.program_id(0) // rank_blocks
+    part = numbered // ENTRIES
+    entry = numbered % ENTRIES
     slot = part * slots + tl.load(tile_slot + tile)
     length = tl.load(tile_length + tile)
     if (length <= 0) | (entry >= tl.load(counts + slot)):
         return
+    first = tl.program_id(0) % rank_blocks * BR
+    rank = tl.load(ranks + slot * ENTRIES + entry)
+    if first >= rank:
+        return
     place = tl.load(tile_start + tile) + tl.arange(0, BT)
     here = tl.arange(0, BT) < length
     token = tl.load(order + place, mask=here, other=0).to(tl.int64)
+    # What an address is a multiple of only we know; without it loads are 2 bytes wide.
     a = tl.load(a_table + slot * ENTRIES + entry).to(tl.pointer_type(x.dtype.element_ty))
-    rank = tl.load(ranks + slot * ENTRIES + entry)
-    r = tl.arange(0, R)
-    total = tl.zeros((BT, R), dtype=tl.float32)
+    a = tl.multiple_of(a, ALIGNED)
+    r = first + tl.arange(0, BR)
+    total = tl.zeros((BT, BR), dtype=tl.float32)
     for step in range(STEPS):
         k = (split * STEPS + step) * BK + tl.arange(0, BK)
         some = (k < columns)[None, :]
         taken = tl.load(x + token[:, None] * x_stride + k[None, :], mask=some, other=0.0)
         down = tl.load(
-            a + r[:, None] * columns + k[None, :], mask=some & (r < rank)[:, None], other=0.0
+            a + r.to(tl.int64)[:, None] * columns + k[None, :],
+            mask=some & (r < rank)[:, None],
+            other=0.0,
         )
         total = tl.dot(taken.to(COMPUTE), tl.trans(down.to(COMPUTE)), total, input_precision="ieee")
-    at = (place[:, None] * PARTS + part) * ENTRIES + entry
-    target = ranked + split.to(tl.int64) * split_stride + at * R + r[None, :]
+    at = (place.to(tl.int64)[:, None] * PARTS + part) * ENTRIES + entry
+    target = ranked + split.to(tl.int64) * split_stride + at * (rank_blocks * BR) + r[None, :]
     tl.store(target, total, mask=here[:, None])
 
 
 @triton.jit
 def stretch(  # type: ignore[no-untyped-def]
     ranked, y0, y1, y2, y3, order, tile_slot, tile_start, tile_length, b_table, factors_table,
-    ranks, counts, scales, first, widths, slots, split_stride,
+    ranks, counts, scales, first, widths, slots, rank_blocks, split_stride,
     y0_stride, y1_stride, y2_stride, y3_stride,
-    BT: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, ENTRIES: tl.constexpr,
-    SPLITS: tl.constexpr, SCALED: tl.constexpr, COMPUTE: tl.constexpr, PARTS: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, ENTRIES: tl.constexpr,
+    SPLITS: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
+    COMPUTE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     # y[token] += sum over entries of factor * ranked B^T, for BN rows of one part's B.
     tile = tl.program_id(1)
@@ -75,24 +89,36 @@ def stretch(  # type: ignore[no-untyped-def]
     here = tl.arange(0, BT) < length
     token = tl.load(order + place, mask=here, other=0).to(tl.int64)
     n = (tl.program_id(0) - tl.load(first + part)) * BN + tl.arange(0, BN)
-    r = tl.arange(0, R)
     count = tl.load(counts + slot)
     total = tl.zeros((BT, BN), dtype=tl.float32)
     for entry in range(ENTRIES):
         if entry < count:
             at = slot * ENTRIES + entry
             b = tl.load(b_table + at).to(tl.pointer_type(y0.dtype.element_ty))
-            rank = tl.load(ranks + at)
-            some = (n < rows)[:, None] & (r < rank)[None, :]
-            up = tl.load(b + n[:, None] * rank + r[None, :], mask=some, other=0.0)
-            held = ranked + ((place[:, None] * PARTS + part) * ENTRIES + entry) * R + r[None, :]
-            inner = tl.load(held, mask=here[:, None], other=0.0)
-            for split in range(1, SPLITS):
-                inner += tl.load(held + split * split_stride, mask=here[:, None], other=0.0)
-            inner *= tl.load(factors_table + at)
-            total = tl.dot(
-                inner.to(COMPUTE), tl.trans(up.to(COMPUTE)), total, input_precision="ieee"
-            )
+            b = tl.multiple_of(b, ALIGNED)
+            rank = tl.multiple_of(tl.load(ranks + at), EVEN)
+            factor = tl.load(factors_table + at)
+            held = (place.to(tl.int64)[:, None] * PARTS + part) * ENTRIES + entry
+            held = ranked + held * (rank_blocks * BR)
+            # Each entry takes as many steps as its own rank needs, whatever the others' are.
+            begin = rank * 0
+            while begin < rank:
+                r = begin + tl.arange(0, BR)
+                inside = (r < rank)[None, :]
+                up = tl.load(
+                    b + n.to(tl.int64)[:, None] * rank + r[None, :],
+                    mask=(n < rows)[:, None] & inside,
+                    other=0.0,
+                )
+                kept = here[:, None] & inside
+                inner = tl.load(held + r[None, :], mask=kept, other=0.0)
+                for split in range(1, SPLITS):
+                    inner += tl.load(held + split * split_stride + r[None, :], mask=kept, other=0.0)
+                inner *= factor
+                total = tl.dot(
+                    inner.to(COMPUTE), tl.trans(up.to(COMPUTE)), total, input_precision="ieee"
+                )
+                begin += BR
     if SCALED:
         total *= tl.load(scales + token, mask=here, other=0.0)[:, None]
     kept = here[:, None] & (n < rows)[None, :]
@@ -115,6 +141,8 @@ class FactorTable:
         places: int32 `[2, parts + 1]`: first block of rows of each part, and its width.
         widths: rows of each part.
         widest: the largest rank.
+        aligned: what all addresses are multiples of, in bytes up to 16.
+        even: what all ranks are multiples of, up to 16.
     """
 
     counts: torch.Tensor
@@ -124,6 +152,8 @@ class FactorTable:
     places: torch.Tensor
     widths: tuple[int, ...]
     widest: int
+    aligned: int
+    even: int
 
 
 def make_factor_table(by_part: ByPart[Factors], device: torch.device) -> FactorTable:
@@ -140,8 +170,12 @@ def make_factor_table(by_part: ByPart[Factors], device: torch.device) -> FactorT
         widths[part] = form.b.shape[0]
     places = torch.tensor([first_blocks(widths, _ROWS), [*widths, 0]], dtype=torch.int64)
     widest = int(ranks.max()) if ranks.numel() else 0
+    aligned = math.gcd(16, *packed.addresses.reshape(-1).tolist())
+    even = math.gcd(16, *ranks.reshape(-1).tolist())
     counts, addresses, factors, (there, where) = packed.sent(device, [ranks, places])
-    return FactorTable(counts, addresses, there, factors, where, tuple(widths), widest)
+    return FactorTable(
+        counts, addresses, there, factors, where, tuple(widths), widest, aligned, even
+    )
 
 
 def add_factors(
@@ -158,29 +192,53 @@ def add_factors(
     assert all(x.dtype == y.dtype for y in ys), x.dtype
     assert x.stride(1) == 1, "rows must be contiguous"
     parts, slots, entries = table.factors.shape
-    rank = max(16, triton.next_power_of_2(table.widest))
     blocks = first_blocks(table.widths, _ROWS)[-1]
     if not segments.tiles or not table.widest or not blocks:
         return
+    ranks = ranks_for(table.widest)
+    rank_blocks = triton.cdiv(table.widest, ranks)
     tokens, columns = x.shape
-    steps = triton.cdiv(columns, _COLUMNS)
-    splits = splits_for(parts * entries * segments.tiles, steps, x.device)
-    shape = (splits, tokens, parts, entries, rank)
+    wide = columns_for(x.dtype)
+    steps = triton.cdiv(columns, wide)
+    splits = splits_for(parts * entries * rank_blocks * segments.tiles, steps, x.device)
+    shape = (splits, tokens, parts, entries, rank_blocks * ranks)
     ranked = torch.empty(shape, dtype=torch.float32, device=x.device)
     tiles = (segments.order, segments.slot, segments.start, segments.length)
-    compute = compute_type(x.dtype)
     scaled = segments.scales is not None
     held, strides = outputs(ys)
     down, up = table.addresses.unbind(0)
+    both: dict[str, Any] = {
+        "BT": segments.block,
+        "BR": ranks,
+        "ENTRIES": entries,
+        "ALIGNED": table.aligned,
+        "COMPUTE": compute_type(x.dtype),
+        "PARTS": parts,
+        **warps_for(segments.block, x.dtype),
+    }
     with on(x.device):
-        shrink[(parts * entries, segments.tiles, splits)](
-            x, ranked, *tiles, down, table.ranks, table.counts, slots, columns, x.stride(0),
-            ranked.stride(0), BT=segments.block, BK=_COLUMNS, R=rank, ENTRIES=entries,
-            STEPS=triton.cdiv(steps, splits), COMPUTE=compute, PARTS=parts,
+        shrink[(parts * entries * rank_blocks, segments.tiles, splits)](
+            x, ranked, *tiles, down, table.ranks, table.counts, slots, columns, rank_blocks,
+            x.stride(0), ranked.stride(0), BK=wide, STEPS=triton.cdiv(steps, splits), **both,
         )  # fmt: skip
         stretch[(blocks, segments.tiles)](
             ranked, *held, *tiles, up, table.factors, table.ranks, table.counts,
             segments.scales if scaled else segments.order, *table.places.unbind(0), slots,
-            ranked.stride(0), *strides, BT=segments.block, BN=_ROWS, R=rank, ENTRIES=entries,
-            SPLITS=splits, SCALED=scaled, COMPUTE=compute, PARTS=parts,
+            rank_blocks, ranked.stride(0), *strides, BN=_ROWS, SPLITS=splits, SCALED=scaled,
+            EVEN=table.even, **both,
         )  # fmt: skip
+
+
+def ranks_for(widest: int) -> int:
+    """BR: ranks of one step, a power of two."""
+    return int(max(_LEAST_RANKS, min(_RANKS, triton.next_power_of_2(widest))))
+
+
+def columns_for(dtype: torch.dtype) -> int:
+    """BK: columns of one step, whose bytes fit the shared memory of small GPUs too."""
+    return _COLUMNS // 2 if dtype == torch.float32 else _COLUMNS
+
+
+def warps_for(block: int, dtype: torch.dtype) -> dict[str, int]:
+    """Warps, by the size of what they hold in registers."""
+    return {"num_warps": 8 if block >= 32 and dtype == torch.float32 else 4}
