@@ -83,6 +83,7 @@ def compress_and_fit(
             quality=quality,
             jobs=jobs,
             max_memory=max_memory,
+            device=device,
             progress=progress,
         )
         return fit_scales(

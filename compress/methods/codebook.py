@@ -34,6 +34,7 @@ class CodebookMethod:
     paper: ClassVar[str] = "2410.13841"
     needs: ClassVar[tuple[Need, ...]] = ()
     applied: ClassVar[str] = "sign planes up to 3 bits, else rebuilt"
+    on_device: ClassVar[bool] = True
 
     bits: int = 3
     scale: Literal["tensor", "row"] = "tensor"

@@ -50,6 +50,7 @@ class DeltaCome:
     paper: ClassVar[str] = "after 2406.08903"
     needs: ClassVar[tuple[Need, ...]] = ("activations", "sequential")
     applied: ClassVar[str] = "low rank on the fly"
+    on_device: ClassVar[bool] = True
 
     bits: float = 1.0
     group: int = 128

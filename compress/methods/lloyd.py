@@ -24,6 +24,8 @@ class Lloyd(CodebookMethod):
     id: ClassVar[str] = "lloyd"
     summary: ClassVar[str] = "sign and magnitude level, levels of least squared error"
     paper: ClassVar[str] = "Lloyd 1982"
+    #: Its running sums have no fixed order on a GPU.
+    on_device: ClassVar[bool] = False
 
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
         """One `codebook` term."""

@@ -59,7 +59,11 @@ def calibration_options(command: F) -> F:
             "model on them: the base, or --reference aligned.",
         ),
         click.option(
-            "--device", default="cpu", show_default=True, help="Where calibration runs the model."
+            "--device",
+            default="cpu",
+            show_default=True,
+            help="Where calibration runs the model, and where codecs run whose cost is arithmetic "
+            "(see `deltafold codecs`); the others stay on the CPU.",
         ),
     ]
     return add_options(command, options)
@@ -75,7 +79,7 @@ class CalibrationOptions:
         length: most tokens of a row.
         references: `ROLE=MODEL`.
         safe: a file of safe answers, or None.
-        device: where the model runs.
+        device: where the model runs, and codecs whose cost is arithmetic.
     """
 
     file: str | None = None

@@ -151,6 +151,7 @@ def compress(
         jobs=machine.threads,
         max_memory=machine.max_memory,
         fresh=machine.fresh,
+        device=options.device,
     )
     if fit:
         pack = _fitting(calibrated(evidence), fit, base_quantization)

@@ -127,6 +127,8 @@ def test_safety_edits_look_at_the_aligned_model_on_safe_answers(tmp_path, words)
         (["--calibrate", "WORDS", "--fit-scales", "--fit-steps", "0"], "bad-argument"),
         (["--calibrate", "WORDS", "--fit-scales", "--max-memory", "1KiB"], "not-enough-memory"),
         (["--calibrate", "WORDS", "--codec", "svd-act", "--device", "abacus"], "bad-argument"),
+        (["--device", "abacus"], "bad-argument"),
+        (["--device", "abacus", "--dry-run"], "bad-argument"),
         (["--calibrate", "nowhere.jsonl"], "not-found"),
     ],
 )
