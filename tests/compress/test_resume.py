@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,19 +16,24 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import make_pair, write_checkpoint
+from killing import killed_at
 from packing import tree
 
 from deltafold.compress import (
     DeltafoldError,
     Recipe,
+    assembly,
     compress_checkpoint,
     parse_spec,
     predict_checkpoint,
+    shards,
+    staging,
 )
 from deltafold.compress.budget.goal import Budget
 from deltafold.compress.journal import Journal
 from deltafold.compress.limits import Limits
 from deltafold.compress.memory import MemoryBudget
+from deltafold.compress.predict import Speed
 from deltafold.compress.safetensors_file import SafetensorsFile, file_head
 from deltafold.compress.sizes import parse_size
 
@@ -65,6 +71,43 @@ def whole(models, tmp_path):
 def test_jobs_change_no_byte(models, whole, tmp_path, jobs):
     pack(models, tmp_path / "out", jobs=jobs)
     assert tree(tmp_path / "out") == whole
+
+
+THREADS = """
+import os, sys
+from pathlib import Path
+import torch
+from deltafold.compress import Recipe, compress_checkpoint, parse_spec
+
+torch.set_num_threads(int(sys.argv[3]))
+specs = ("svd:rank=8", "ultradelta", "dct", "d-qrelo", "impart", "svd", "bitdelta:scale=tensor")
+overrides = tuple((f"{n}.w", parse_spec(spec)) for n, spec in enumerate(specs))
+recipe = Recipe(overrides=overrides)
+compress_checkpoint(*sys.argv[1:3], sys.argv[4], recipe=recipe, jobs=int(sys.argv[5]))
+assert torch.get_num_threads() == int(sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory):
+    """Matrices that are large enough for linear algebra to be shared among threads."""
+    folder, draw = tmp_path_factory.mktemp("square"), torch.Generator().manual_seed(2)
+    shapes = {f"{n}.w": (512, 448) for n in range(5)} | {"5.w": (1030, 1040), "6.w": (512, 448)}
+    base = {n: torch.randn(s, generator=draw).mul(0.02) for n, s in shapes.items()}
+    tuned = {n: v + 1e-3 * torch.randn(v.shape, generator=draw) for n, v in base.items()}
+    return write_checkpoint(folder / "base", base), write_checkpoint(folder / "ft", tuned)
+
+
+@pytest.mark.parametrize(("threads", "jobs"), [(2, 1), (2, 2), (1, 2)])
+def test_threads_of_linear_algebra_change_no_byte(square, tmp_path_factory, threads, jobs):
+    """Sums that are split among threads round otherwise: what is coded must not see how many."""
+    folder = tmp_path_factory.getbasetemp() / "threads"
+    for count, several in {(1, 1), (threads, jobs)}:
+        out = folder / f"{count}-{several}"
+        if not out.exists():
+            arguments = [*map(str, square), str(count), str(out), str(several)]
+            subprocess.run([sys.executable, "-c", THREADS, *arguments], check=True)
+    assert tree(folder / f"{threads}-{jobs}") == tree(folder / "1-1")
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -137,6 +180,58 @@ def test_killed_outright(models, whole, tmp_path):
     assert not out.exists()
     assert pack(models, out).resumed >= 6
     assert tree(out) == whole
+
+
+#: Changes of the disk beside renames and removals: parts, lines of the journal, files of the delta.
+CHANGES = ((Journal, "put"), (Journal, "add"), (shards, "write_file"), (assembly, "write_card"),
+           (assembly, "_write_json"), (staging, "sync"))  # fmt: skip
+
+
+@pytest.fixture
+def few(tmp_path):
+    """A base and a fine-tune of three tensors."""
+    draw = torch.Generator().manual_seed(5)
+    base = {f"layers.{n}.weight": torch.randn(8, 16, generator=draw) for n in (1, 2)}
+    base["norm"] = torch.ones(9)
+    tuned = {n: v + 0.1 * torch.randn(v.shape, generator=draw) for n, v in base.items()}
+    return write_checkpoint(tmp_path / "base", base), write_checkpoint(tmp_path / "ft", tuned)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_at_any_step(few, tmp_path, overwrite):
+    """The output is the old delta, none, or the new one; what was finished is not done again."""
+    pack(few, tmp_path / "whole")
+    whole, out = tree(tmp_path / "whole"), tmp_path / "there" / "out"
+    compress_checkpoint(*few, tmp_path / "old", recipe=Recipe(default=parse_spec("exact")))
+    old, seen = tree(tmp_path / "old"), set()
+    for step in range(200):
+        shutil.rmtree(out.parent, ignore_errors=True)
+        if overwrite:
+            shutil.copytree(tmp_path / "old", out)
+        changes: list[str] = []
+        with killed_at(step, *CHANGES, counted=changes) as killed:
+            pack(few, out, overwrite=overwrite)
+        if not killed:
+            break
+        found = {n: raw for n, raw in tree(out).items() if n not in (".journal", ".spool")}
+        assert found in ([old, {}, whole] if overwrite else [{}, whole])
+        seen.add("none" if not found else "new" if found == whole else "old")
+        if overwrite and not found:
+            # The next run puts the old one back, whatever becomes of itself.
+            with pytest.raises(DeltafoldError) as caught:
+                pack(few, out)
+            assert caught.value.code == "exists"
+            assert tree(out) == old
+        if found == whole and not overwrite:
+            continue
+        report = pack(few, out, overwrite=overwrite)
+        assert report.resumed == (0 if found == whole else changes.count("add"))
+        assert tree(out) == whole
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+    else:
+        raise AssertionError("it never ended")
+    assert step > 20
+    assert seen == ({"old", "none", "new"} if overwrite else {"none", "new"})
 
 
 def interrupted(models, out):
@@ -387,6 +482,17 @@ def test_a_dry_run_knows_the_size_to_the_byte(models, tmp_path, codec):
     assert found.variant_bytes == report.manifest.totals.variant_bytes
 
 
+def test_speed_is_scaled_as_the_codec_grows():
+    plain, cubic = Speed.of(0.1, 0.4), Speed.of(0.1, 0.8)
+    assert not plain.grows
+    assert cubic.grows
+    assert plain.seconds(4096, 1024) == pytest.approx(1.6)
+    assert plain.seconds(4096, 4096) == pytest.approx(6.4)
+    assert cubic.seconds(4096, 1024) == pytest.approx(3.2)
+    assert cubic.seconds(4096, 4096) == pytest.approx(51.2)
+    assert not Speed.of(0.0, 0.0).grows
+
+
 def test_a_dry_run_of_a_codec_that_goes_by_data_is_an_estimate(models):
     """`axis-signs` chooses between scales a row and scales a column when it has seen the inputs."""
     recipe = Recipe(default=parse_spec("axis-signs"))
@@ -408,22 +514,30 @@ def test_a_dry_run_counts_the_model_that_calibration_runs(models):
     assert (fitting.model, fitting.timed) == (6 * 4 * weights, True)
 
 
-def hollow(folder: Path, layers: int) -> Path:
+def hollow(
+    folder: Path,
+    layers: int,
+    width: int = 8192,
+    inner: int = 28672,
+    keys: int = 1024,
+    words: int = 128256,
+) -> Path:
     """A checkpoint with the shapes of a 70B model, all holes: its files take no room."""
     folder.mkdir()
     folder.joinpath("config.json").write_text("{}")
-    shapes = {"model.embed_tokens": (128256, 8192), "lm_head": (128256, 8192)}
+    shapes = {"model.embed_tokens": (words, width), "lm_head": (words, width)}
+    shapes |= {"model.norm": (width,)}
     for layer in range(layers):
         for name, shape in {
-            "self_attn.q_proj": (8192, 8192),
-            "self_attn.k_proj": (1024, 8192),
-            "self_attn.v_proj": (1024, 8192),
-            "self_attn.o_proj": (8192, 8192),
-            "mlp.gate_proj": (28672, 8192),
-            "mlp.up_proj": (28672, 8192),
-            "mlp.down_proj": (8192, 28672),
-            "input_layernorm": (8192,),
-            "post_attention_layernorm": (8192,),
+            "self_attn.q_proj": (width, width),
+            "self_attn.k_proj": (keys, width),
+            "self_attn.v_proj": (keys, width),
+            "self_attn.o_proj": (width, width),
+            "mlp.gate_proj": (inner, width),
+            "mlp.up_proj": (inner, width),
+            "mlp.down_proj": (width, inner),
+            "input_layernorm": (width,),
+            "post_attention_layernorm": (width,),
         }.items():
             shapes[f"model.layers.{layer}.{name}"] = shape
     specs = {f"{name}.weight": (torch.bfloat16, shape) for name, shape in shapes.items()}
@@ -432,6 +546,18 @@ def hollow(folder: Path, layers: int) -> Path:
         file.write(head)
         file.truncate(len(head) + 2 * sum(math.prod(s) for _, s in specs.values()))
     return folder
+
+
+def test_a_dry_run_of_7b_has_the_bytes_that_bitdelta_reports(tmp_path):
+    """Its table prints 1.24 GiB: signs and a scale a matrix, tables and norms whole."""
+    shapes = {"width": 4096, "inner": 11008, "keys": 4096, "words": 32000}
+    base, tuned = (hollow(tmp_path / name, 32, **shapes) for name in ("base", "ft"))
+    whole = tuple((pattern, parse_spec("exact")) for pattern in ("*embed*", "lm_head*"))
+    recipe = Recipe(default=parse_spec("bitdelta:scale=tensor"), overrides=whole)
+    found = predict_checkpoint(base, tuned, recipe=recipe)
+    assert found.fixed
+    assert found.variant_bytes == 13_476_831_232
+    assert found.nbytes / 2**30 == pytest.approx(1.24, abs=0.005)
 
 
 def test_a_dry_run_of_70b(tmp_path):
