@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import tempfile
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +25,8 @@ from deltafold.compress.lora_folder import (
     own_class,
     own_companions,
     spellings,
+    untied_head,
+    write_untied,
 )
 from deltafold.compress.methods import LosslessMethod
 from deltafold.compress.naming import NamedBase
@@ -72,13 +75,16 @@ def import_lora(
         DeltafoldError: whatever is wrong, before anything stands under `out`.
     """
     adapter, checkpoint = Adapter.open(lora), Checkpoint.open(base)
-    source = NamedBase(checkpoint, adapted_names(adapter, checkpoint))
+    scheme = adapted_names(adapter, checkpoint)
+    untied = untied_head(adapter, NamedBase(checkpoint, scheme))
+    source = NamedBase(checkpoint, scheme, untied)
     target = LoraSource(adapter, source)
     head = ["new-tensors"] if own_class(source.folder, adapter.folder) else []
+    companions = companions_of(source.folder, adapter.folder)
     job = Job(
         source,
         target,
-        companions_of(source.folder, adapter.folder),
+        companions,
         Recipe(default=LosslessMethod()),
         frozenset([*accept, *head]),
         command,
@@ -86,7 +92,13 @@ def import_lora(
         given=target.given,
         record=_RECORD,
     )
-    return pack(job, out, overwrite=overwrite)
+    if not untied:
+        return pack(job, out, overwrite=overwrite)
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "config.json"
+        write_untied(companions[config.name], config)
+        job = replace(job, companions={**companions, config.name: config})
+        return pack(job, out, overwrite=overwrite)
 
 
 def cached_lora(base: Checkpoint, lora: Path) -> Path:
@@ -343,13 +355,14 @@ class LoraSource:
 
     def _refuse_tied(self, name: str, own_copy: bool) -> None:
         """PEFT unties a tied embedding that it adapts; a delta of the one tensor would move both."""
-        if not own_copy or self._adapter.ties_weights or not _is_tied_table(self._base, name):
+        kept = self._adapter.ties_weights or self._base.untied
+        if not own_copy or kept or not _is_tied_table(self._base, name):
             return
         raise DeltafoldError(
             "engine-unsupported",
             f"{name} is tied to the output layer in the base, which this adapter leaves as it was.",
-            fix="merge it with PEFT into an untied model, and pack that: deltafold compress "
-            "--accept new-tensors",
+            fix="merge it with PEFT into an untied model, and pack that: deltafold compress; or train "
+            "and save the output layer too (modules_to_save)",
         )
 
     def _no_such_module(self, path: str) -> DeltafoldError:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deltafold.compress.adapter import Adapter
 from deltafold.compress.checkpoint import Checkpoint
-from deltafold.compress.companions import has_tokenizer, is_tokenizer_file, named
+from deltafold.compress.companions import has_tokenizer, is_tokenizer_file, named, vocabulary
 from deltafold.compress.manifest import BaseNames
 from deltafold.compress.naming import NamedBase, prefixes
 
@@ -28,6 +28,36 @@ def adapted_names(adapter: Adapter, base: Checkpoint) -> BaseNames | None:
     schemes += [BaseNames(change="remove", prefix=p) for p in shorter]
     fitting = [s for s in schemes if all(path in NamedBase(base, s) for path in paths)]
     return fitting[0] if len(fitting) == 1 else None
+
+
+def untied_head(adapter: Adapter, base: NamedBase) -> dict[str, str]:
+    """The output layer that an adapter saves though its base ties it to the table of tokens, and that
+    table; empty for none. PEFT has trained the two apart then, unless it was told to keep the tie.
+    """
+    words, tied = vocabulary(base.folder)
+    if tied is not True or adapter.ties_weights:
+        return {}
+    shapes = {name: base.spec(name).shape for name in base.names()}
+    tables = [n for n, shape in shapes.items() if len(shape) == 2 and shape[0] == words]
+    if len(tables) > 1:  # other matrices may have as many rows by chance
+        tables = [n for n in tables if "emb" in n.split(".")[-2:][0] or ".wte." in f".{n}"]
+    heads = [
+        path
+        for path, key in adapter.plain.items()
+        if len(tables) == 1
+        and not any(name in base for name in spellings(path))
+        and adapter.file.entries[key].shape == shapes[tables[0]]
+    ]
+    return {heads[0]: tables[0]} if len(heads) == 1 else {}
+
+
+def write_untied(config: Path, out: Path) -> None:
+    """A copy of a `config.json` that ties no tables."""
+    data = json.loads(config.read_text("utf-8"))
+    for part in (data, data.get("text_config")):
+        if isinstance(part, dict) and (part is data or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    out.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def spellings(path: str) -> tuple[str, ...]:

@@ -15,7 +15,13 @@ import torch
 import zoo_models
 from adapters import factors, write_adapter
 
-from deltafold.compress import Checkpoint, DeltafoldError, DeltaRepo, import_lora
+from deltafold.compress import (
+    Checkpoint,
+    DeltafoldError,
+    DeltaRepo,
+    import_lora,
+    restore_checkpoint,
+)
 from deltafold.compress.fingerprint import digest_source
 from deltafold.compress.lora import cached_lora
 from deltafold.runtime.deltas import Deltas
@@ -60,6 +66,41 @@ def dense(models: zoo_models.Models, steps: dict[str, torch.Tensor]) -> Any:
 @pytest.fixture
 def models(tmp_path: Path) -> zoo_models.Models:
     return zoo_models.make(tmp_path, codecs={"sign1": "bitdelta"})
+
+
+def test_an_adapter_that_unties_the_head_is_served_from_its_folder(tmp_path: Path) -> None:
+    """PEFT trains table and output layer apart where both are saved; neither must move the other."""
+    models = zoo_models.make(tmp_path, "Qwen2", codecs={"sign1": "bitdelta"})
+    noise = torch.Generator().manual_seed(7)
+    saved = {n: torch.randn(128, 64, generator=noise) for n in ("model.embed_tokens", "lm_head")}
+    write_adapter(
+        models.zoo / "apart",
+        factors(f"{LAYER}.self_attn.q_proj", 64, 64)
+        | {f"{name}.weight": value for name, value in saved.items()},
+        modules_to_save=["embed_tokens", "lm_head"],
+    )
+    model = models.plain()
+    deltas = Deltas(model, Checkpoint.open(models.base), models.zoo)
+    rows = [Row(deltas.acquire(name)) for name in ("apart", "base", "sign1", "apart")]
+    ids = torch.randint(0, 128, (len(rows), 7), generator=noise)
+    with torch.inference_mode(), deltas.batch(rows):
+        mixed = model(ids).logits
+    restore_checkpoint(
+        cached_lora(Checkpoint.open(models.base), models.zoo / "apart"),
+        models.base,
+        tmp_path / "restored",
+        dtype=torch.float32,
+    )
+    dense = type(model).from_pretrained(tmp_path / "restored", dtype=torch.float32).eval()
+    assert not dense.config.tie_word_embeddings
+    for name, value in saved.items():
+        assert torch.equal(dense.get_submodule(name).weight, value)
+    with torch.inference_mode():
+        expected, plain = dense(ids).logits, models.plain()(ids).logits
+    for row in (0, 3):
+        limit = 1e-4 * float(expected[row].abs().max())
+        assert (mixed[row] - expected[row]).abs().max() < limit
+    assert torch.equal(mixed[1], plain[1])
 
 
 def test_a_mixed_batch_equals_merged_models(models: zoo_models.Models, tmp_path: Path) -> None:
