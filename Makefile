@@ -10,6 +10,9 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 # What `make test` runs besides the suite; `make test TEST_ALSO=` leaves vLLM out.
 TEST_ALSO ?= test-vllm
 
+# Options of the benchmark, as `make bench BENCH="--size 2048 --rounds 7"`.
+BENCH ?=
+
 .PHONY: demo test test-vllm dev lint bench wheel clean help
 
 help:
@@ -39,7 +42,7 @@ lint: dev
 	$(BIN)/mypy -p deltafold
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/linear.py
+	$(BIN)/python benchmarks/linear.py $(BENCH)
 
 # A fresh environment each time: what this proves is that the wheel alone is enough.
 wheel: $(STAMP)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ def _of_form(setting: Setting, name: str) -> list[Case]:
         cases += [*_all_base(setting, sets), *_rows(setting, sets)]
     if setting.packed and name in ("1 bit", "4 bits"):
         cases += _rebuilt(setting, name, sets)
+        cases += _merged(setting, name, sets)
     if name.startswith("rank"):
         cases.append(_factor_loop(setting, name, sets))
     return cases
@@ -168,15 +169,17 @@ def _added(setting: Setting, name: str, sets: Sequence[Sequence[Parts]]) -> Case
     held = sum(form.nbytes for parts in sets[0] for form in parts)
     call = _together(setting, sets) if setting.packed else _one_by_one(setting, sets)
 
-    def error() -> float:
-        rows = setting.part(setting.variants - 1)
-        dense = torch.cat([_dense_of(form, setting) for form in sets[0][-1]])
-        with torch.inference_mode():
-            found = call(0)[rows].double()
-        expected = setting.x[rows].double() @ (setting.weights[0].double() + dense).T
-        return float((found - expected).abs().max() / expected.abs().max())
+    return Case(f"base + {name}", call, held, partial(_off, setting, sets, call))
 
-    return Case(f"base + {name}", call, held, error)
+
+def _off(setting: Setting, sets: Sequence[Sequence[Parts]], call: Call) -> float:
+    """The largest error of the last variant's rows against float64, relative to the largest output."""
+    rows = setting.part(setting.variants - 1)
+    dense = torch.cat([_dense_of(form, setting) for form in sets[0][-1]])
+    with torch.inference_mode():
+        found = call(0)[rows].double()
+    expected = setting.x[rows].double() @ (setting.weights[0].double() + dense).T
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def _dense_of(form: Any, setting: Setting) -> torch.Tensor:
@@ -329,6 +332,36 @@ def _rebuilt(setting: Setting, name: str, sets: Sequence[Sequence[Parts]]) -> li
     if setting.variants <= MOST_SWAPPED:
         cases.append(Case(f"copied from host and rebuilt, {name}", every_step(True)))
     return cases
+
+
+def _merged(setting: Setting, name: str, sets: Sequence[Sequence[Parts]]) -> list[Case]:
+    """Prompts: one product by base and delta added up in registers, without the base's own."""
+    from deltafold.runtime.kernels.triton.forms import BitSlices
+    from deltafold.runtime.kernels.triton.merge import MergedProducts
+    from deltafold.runtime.kernels.triton.segments import MERGED_TOKENS, make_segments
+
+    if setting.each < MERGED_TOKENS // 2:
+        return []
+    layers = [[MergedProducts() for _ in setting.widths] for _ in sets]
+    slots = torch.arange(setting.variants, device=setting.device).repeat_interleave(setting.each)
+    tiles = setting.variants * -(-setting.each // MERGED_TOKENS)
+    segments = make_segments(slots, setting.variants, MERGED_TOKENS, tiles=tiles)
+
+    def call(i: int) -> torch.Tensor:
+        base, which, found = setting.weights[i % len(setting.weights)], i % len(sets), []
+        for part, weight in enumerate(base.split(setting.widths)):
+            forms: dict[int, BitSlices] = {}
+            for v, parts in enumerate(sets[which]):
+                form = parts[part]
+                assert isinstance(form, BitSlices)
+                forms[v] = form
+            made = layers[which][part]
+            found.append(made.product(setting.x, weight, forms, segments, setting.variants))
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+    held = sum(form.nbytes for parts in sets[0] for form in parts)
+    error = partial(_off, setting, sets, call)
+    return [Case(f"base + {name}, added up in registers", call, held, error)]
 
 
 def _factor_loop(setting: Setting, name: str, sets: Sequence[Sequence[Parts]]) -> Case:

@@ -286,6 +286,12 @@ def pack(
     tokenizer = check_tokenizer(*inputs, accepted="tokenizer" in job.accept)
     run.check()
     _refuse_quantised_budget(job)
+    if job.recipe.fit is not None:
+        raise DeltafoldError(
+            "bad-argument",
+            "this recipe also fits scales, which only packing a fine-tune with calibration data does.",
+            fix="deltafold compress --recipe FILE --calibrate FILE, or take `fit` out",
+        )
     run.check_room()
     plan: Plan | None = None
     resume = job.resumable and not fresh

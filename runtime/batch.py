@@ -138,11 +138,16 @@ class BatchState:
         """Slots there are; all groups' are below it."""
         return self._slots.capacity
 
-    def segments(self, tokens: int) -> Segments:
-        """The batch's tokens by slot, `tokens` of each row; made once a forward pass."""
+    def segments(self, tokens: int, block: int = 0) -> Segments:
+        """The batch's tokens by slot, `tokens` of each row; made once a forward pass.
+
+        Args:
+            tokens: of each row.
+            block: most tokens of a tile; 0 for what suits the longest variant.
+        """
         from deltafold.runtime.kernels.triton.segments import block_for, make_segments
 
-        block = block_for(max(group.size for group in self.groups) * tokens)
+        block = block or block_for(max(group.size for group in self.groups) * tokens)
         found = self._segments.get((tokens, block))
         if found is None:
             slots = self._slot_of_row.repeat_interleave(tokens)

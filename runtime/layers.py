@@ -18,7 +18,7 @@ from deltafold.runtime.batch import BatchState
 from deltafold.runtime.kernels.base import DeltaMatrix
 from deltafold.runtime.layout import Layout
 from deltafold.runtime.packed import PackedLayers, PackedRows
-from deltafold.runtime.prefill import merged_output
+from deltafold.runtime.prefill import MergedLayer
 from deltafold.runtime.quantized import QuantizedLinear
 from deltafold.runtime.siblings import Siblings
 
@@ -39,6 +39,7 @@ class LinearHook:
         self._module = module
         self.base: Forward = module.forward
         self._packed = PackedLayers([name], state)
+        self._merged = MergedLayer(name, module, state)
         if siblings is not None:
             siblings.join(name, self)
 
@@ -49,7 +50,7 @@ class LinearHook:
         infinity there, and rows of variants with a smaller one where theirs ends.
         """
         if self._state.groups:
-            ready = merged_output(self._name, self._module, self._state, x)
+            ready = self._merged.output(x)
             if ready is None and self._siblings is not None and self._state.packed:
                 ready = self._siblings.output(self._name, x)
             if ready is not None:

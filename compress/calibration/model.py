@@ -74,17 +74,16 @@ def decoded_tensors(
     """Every tensor of a delta's model: base plus decoded difference in float32, others as stored."""
     tensors, named = {}, repo.named(base)
     for name in repo.variant_names():
-        stored = named.tensor(name) if name in named else None
         if name not in repo.manifest.tensors:
-            assert stored is not None
-            tensors[name] = stored
-        elif stored is not None and not stored.is_floating_point():
+            tensors[name] = named.tensor(name)
+            continue
+        # A delta to the dequantised base makes its model on that base alone.
+        stored = repo.base_tensor(base, name)
+        if stored is not None and not stored.is_floating_point():
             tensors[name] = repo.restored(name, stored)
         else:
-            # A delta to the dequantised base makes its model on that base alone.
-            under = repo.base_tensor(base, name)
-            delta = repo.delta(name, under).mul_(scale)
-            padded = pad_rows(under, tuple(delta.shape))
+            delta = repo.delta(name, stored).mul_(scale)
+            padded = pad_rows(stored, tuple(delta.shape))
             tensors[name] = delta if padded is None else delta.add_(padded.to(torch.float32))
     return tensors
 

@@ -1,8 +1,9 @@
 """Many tokens of one variant: a product by base and delta added up, in place of two products.
 
 The sum is made anew for each product. On a CPU it is made a few rows at a time, which stay in its
-caches; on a GPU in one pass at copy speed. It is rounded to the model's dtype, as a merged checkpoint
-would be. Where a form cannot be rebuilt cheaply, and for few tokens, base and delta stay apart.
+caches; on a GPU in one pass at copy speed, or in registers (`triton/merge.py`). It is rounded to the
+model's dtype, as a merged checkpoint would be. Where a form cannot be rebuilt cheaply, and for few
+tokens, base and delta stay apart.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ def merges(form: DeltaMatrix, weight: torch.Tensor, tokens: int) -> bool:
         weight: the base's, `[N, M]`.
         tokens: of this variant.
     """
-    every = [leaf for leaf, _ in leaves(form)]
-    if weight.device.type == "cpu":
-        return all(_merges_here(leaf, weight, tokens) for leaf in every)
-    if not applies_packed(weight.device):
-        return False
-    from deltafold.runtime.kernels.triton.forms import REBUILD_ABOVE, BitSlices
+    if applies_packed(weight.device):
+        from deltafold.runtime.kernels.triton.forms import REBUILD_ABOVE, BitSlices
+        from deltafold.runtime.kernels.triton.sparse import SparseRows
 
-    return (
-        isinstance(form, BitSlices) and form.shape == tuple(weight.shape) and tokens > REBUILD_ABOVE
-    )
+        if not isinstance(form, BitSlices | SparseRows):
+            return False
+        return form.shape == tuple(weight.shape) and tokens > REBUILD_ABOVE
+    every = [leaf for leaf, _ in leaves(form)]
+    on_cpu = weight.device.type == "cpu"
+    return on_cpu and all(_merges_here(leaf, weight, tokens) for leaf in every)
 
 
 def _merges_here(leaf: DeltaMatrix, weight: torch.Tensor, tokens: int) -> bool:
@@ -67,10 +68,11 @@ def merged_product(
         bias: `[N]` of the model's dtype, or None.
         form: a delta that `merges`.
     """
-    if weight.device.type != "cpu":
+    if applies_packed(weight.device):
         from deltafold.runtime.kernels.triton.forms import BitSlices
+        from deltafold.runtime.kernels.triton.sparse import SparseRows
 
-        assert isinstance(form, BitSlices)
+        assert isinstance(form, BitSlices | SparseRows)
         return torch.nn.functional.linear(x, form.dense(weight.dtype, weight), bias)
     rows, columns = weight.shape
     step = max(1, _PIECE // max(columns * BLOCK_ROWS, 1)) * BLOCK_ROWS

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltafold.compress.fitting import CalibrationInputs
 from deltafold.server.cli.options import F, add_options
 
 if TYPE_CHECKING:
+    from deltafold.compress import Recipe
     from deltafold.compress.calibration import CalibratedEvidence, CalibratedJudge
     from deltafold.compress.evidence import Need
     from deltafold.compress.references import ReferenceEvidence
@@ -33,18 +35,14 @@ def calibration_options(command: F) -> F:
             "rows",
             metavar="N",
             type=int,
-            default=_ROWS,
-            show_default=True,
-            help="Most rows of it that are used.",
+            help=f"Most rows of it that are used; {_ROWS} if left out.",
         ),
         click.option(
             "--calibrate-length",
             "length",
             metavar="N",
             type=int,
-            default=_LENGTH,
-            show_default=True,
-            help="Most tokens of a row.",
+            help=f"Most tokens of a row; {_LENGTH} if left out.",
         ),
         click.option(
             "--reference",
@@ -53,6 +51,12 @@ def calibration_options(command: F) -> F:
             multiple=True,
             help="Another checkpoint for codecs and edits that look at one; ROLE is aligned, "
             "unaligned, or task: another fine-tune, of which there may be several.",
+        ),
+        click.option(
+            "--safe",
+            metavar="FILE",
+            help="Harmful prompts with safe answers, for safe-delta and irr, which look at the aligned "
+            "model on them: the base, or --reference aligned.",
         ),
         click.option(
             "--device",
@@ -74,6 +78,7 @@ class CalibrationOptions:
         rows: most rows.
         length: most tokens of a row.
         references: `ROLE=MODEL`.
+        safe: a file of safe answers, or None.
         device: where the model runs, and codecs whose cost is arithmetic.
     """
 
@@ -81,7 +86,21 @@ class CalibrationOptions:
     rows: int = _ROWS
     length: int = _LENGTH
     references: tuple[str, ...] = ()
+    safe: str | None = None
     device: str = "cpu"
+
+    @classmethod
+    def take(cls, given: dict[str, Any], recipe: Recipe) -> CalibrationOptions:
+        """A command's arguments, which come before what the recipe's file says."""
+        said = recipe.calibration or CalibrationInputs(rows=_ROWS, length=_LENGTH)
+        return cls(
+            file=given["file"] or said.file or None,
+            rows=said.rows if given["rows"] is None else given["rows"],
+            length=said.length if given["length"] is None else given["length"],
+            references=given["references"] or said.references,
+            safe=given["safe"] or said.safe or None,
+            device=given["device"],
+        )
 
     def evidence(
         self, base: str, variant: str, wanted: Iterable[Need]
@@ -97,6 +116,12 @@ class CalibrationOptions:
 
         references = read_references(self.references)
         if self.file is None:
+            if self.safe is not None:
+                raise DeltafoldError(
+                    "bad-argument",
+                    "--safe goes with calibration data of the task.",
+                    fix="--calibrate prompts.jsonl",
+                )
             if not all(map(is_task, references)):
                 raise DeltafoldError(
                     "bad-argument",
@@ -113,6 +138,7 @@ class CalibrationOptions:
             rows=self.rows,
             length=self.length,
             references=references,
+            safe=self.safe,
             wanted=(*wanted, "reference") if any(map(is_task, references)) else wanted,
             device=self.device,
         )

@@ -557,22 +557,30 @@ def test_a_dry_run_counts_the_model_that_calibration_runs(models):
     assert (fitting.model, fitting.timed) == (6 * 4 * weights, True)
 
 
-def hollow(folder: Path, layers: int) -> Path:
+def hollow(
+    folder: Path,
+    layers: int,
+    width: int = 8192,
+    inner: int = 28672,
+    keys: int = 1024,
+    words: int = 128256,
+) -> Path:
     """A checkpoint with the shapes of a 70B model, all holes: its files take no room."""
     folder.mkdir()
     folder.joinpath("config.json").write_text("{}")
-    shapes = {"model.embed_tokens": (128256, 8192), "lm_head": (128256, 8192)}
+    shapes = {"model.embed_tokens": (words, width), "lm_head": (words, width)}
+    shapes |= {"model.norm": (width,)}
     for layer in range(layers):
         for name, shape in {
-            "self_attn.q_proj": (8192, 8192),
-            "self_attn.k_proj": (1024, 8192),
-            "self_attn.v_proj": (1024, 8192),
-            "self_attn.o_proj": (8192, 8192),
-            "mlp.gate_proj": (28672, 8192),
-            "mlp.up_proj": (28672, 8192),
-            "mlp.down_proj": (8192, 28672),
-            "input_layernorm": (8192,),
-            "post_attention_layernorm": (8192,),
+            "self_attn.q_proj": (width, width),
+            "self_attn.k_proj": (keys, width),
+            "self_attn.v_proj": (keys, width),
+            "self_attn.o_proj": (width, width),
+            "mlp.gate_proj": (inner, width),
+            "mlp.up_proj": (inner, width),
+            "mlp.down_proj": (width, inner),
+            "input_layernorm": (width,),
+            "post_attention_layernorm": (width,),
         }.items():
             shapes[f"model.layers.{layer}.{name}"] = shape
     specs = {f"{name}.weight": (torch.bfloat16, shape) for name, shape in shapes.items()}
@@ -581,6 +589,18 @@ def hollow(folder: Path, layers: int) -> Path:
         file.write(head)
         file.truncate(len(head) + 2 * sum(math.prod(s) for _, s in specs.values()))
     return folder
+
+
+def test_a_dry_run_of_7b_has_the_bytes_that_bitdelta_reports(tmp_path):
+    """Its table prints 1.24 GiB: signs and a scale a matrix, tables and norms whole."""
+    shapes = {"width": 4096, "inner": 11008, "keys": 4096, "words": 32000}
+    base, tuned = (hollow(tmp_path / name, 32, **shapes) for name in ("base", "ft"))
+    whole = tuple((pattern, parse_spec("exact")) for pattern in ("*embed*", "lm_head*"))
+    recipe = Recipe(default=parse_spec("bitdelta:scale=tensor"), overrides=whole)
+    found = predict_checkpoint(base, tuned, recipe=recipe)
+    assert found.fixed
+    assert found.variant_bytes == 13_476_831_232
+    assert found.nbytes / 2**30 == pytest.approx(1.24, abs=0.005)
 
 
 def test_a_dry_run_of_70b(tmp_path):

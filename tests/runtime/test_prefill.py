@@ -59,38 +59,72 @@ def test_one_product_by_the_sum(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     assert (found - expected).abs().max() < limit * expected.abs().max()
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or torch.cuda.is_available(),
-    reason="Triton exists for Linux alone, and where there is a GPU it does not interpret",
-)
-def test_on_a_gpu_slices_are_added_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    for where in ("forms", "merged"):
-        monkeypatch.setattr(
-            f"deltafold.runtime.kernels.{where}.applies_packed", lambda device: True
-        )
-    form, exact = coded("int:bits=3")
-    weight = torch.randn(SHAPE, generator=noise(3))
-    x = torch.randn(5, SHAPE[1], generator=noise(5))
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux alone")
+@pytest.mark.parametrize(
+    ("specs", "launches"),
+    [(("int:bits=4", "int:bits=4"), 1), (("bitdelta:bits=2,group=32", "bitdelta:group=32"), 1),
+     (("int:bits=3", "bitdelta"), 0), (("dare:drop=0.9", "dare:drop=0.9"), 0)],
+)  # fmt: skip
+def test_on_a_gpu_all_variants_take_one_launch(
+    specs: tuple[str, str], launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where their slices are of one kind; others are rebuilt, and take a product each."""
+    from slices import BOUNDS, DEVICE
 
-    class OnGpu:
-        """A weight that says it lies on one."""
+    from deltafold.runtime.kernels.triton import forms, merge
 
-        device = torch.device("cuda")
-        shape = weight.shape
-
-    assert merges(form, OnGpu, 400)  # type: ignore[arg-type]
-    assert not merges(form, OnGpu, 300)  # type: ignore[arg-type]
-    dense = form.dense(torch.float32, weight)  # type: ignore[attr-defined]
-    assert torch.allclose(x @ dense.T, x @ (weight + exact).T, atol=1e-5)
+    for where in ("kernels.forms", "kernels.merged", "batch"):
+        monkeypatch.setattr(f"deltafold.runtime.{where}.applies_packed", lambda device: True)
+    monkeypatch.setattr(forms, "REBUILD_ABOVE", 100)
+    seen = []
+    plain = merge.merged_slices
+    monkeypatch.setattr(
+        merge, "merged_slices", lambda *given: seen.append(given[3].tiles) or plain(*given)
+    )
+    dtype, target = torch.bfloat16, Target(DEVICE, torch.bfloat16)
+    variants, exact = [], []
+    for seed, spec in enumerate(specs):
+        made = LoadedVariant(spec, Path())
+        encoded = parse_spec(spec).encode(torch.randn(SHAPE, generator=noise(seed)), Context("w"))
+        made.products["m"] = product_form(encoded, SHAPE, Context("w"), target)
+        exact.append(dense_delta(encoded, SHAPE, Context("w")))
+        variants.append(made)
+    # The second has a bias of its own.
+    variants[1].vectors["m"] = {"bias": torch.randn(SHAPE[0], generator=noise(9)).to(DEVICE)}
+    rows: list[tuple[LoadedVariant | None, float]] = [(variants[i], 1.0) for i in (1, 0, 1)]
+    hook, state, calls = hooked(rows, DEVICE, dtype)
+    x = torch.randn(3, 130, SHAPE[1], generator=noise(7)).to(dtype)
+    with state.running(rows):
+        found = hook(x.to(DEVICE))
+        again = hook(x.to(DEVICE))
+    assert torch.equal(found, again)
+    assert not calls
+    # 130 tokens of one variant are two tiles, 260 of the other three.
+    assert seen == [5] * 2 * launches
+    layer = hook._module
+    for i, which in enumerate((1, 0, 1)):
+        weight = layer.weight.cpu().double() + exact[which]
+        bias = layer.bias.cpu().double()  # type: ignore[union-attr]
+        if which:
+            bias = bias + variants[1].vectors["m"]["bias"].cpu().double()
+        expected = x[i].double() @ weight.T + bias
+        off = (found[i].cpu().double() - expected).abs().max()
+        # The sum of base and delta is rounded, the product, and the sum with the bias.
+        assert off <= 3 * BOUNDS[dtype] * expected.abs().max(), i
+    with state.running([(variants[0], 1.0)] * 2):
+        hook(x[:2, :40].to(DEVICE))
+    assert calls, "few tokens keep base and delta apart"
 
 
 def hooked(
     rows: list[tuple[LoadedVariant | None, float]],
+    device: torch.device = CPU.device,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[LinearHook, BatchState, list[int]]:
     layer = nn.Linear(SHAPE[1], SHAPE[0])
     nn.init.normal_(layer.weight, generator=noise(6))
-    layer.requires_grad_(False)
-    state, calls = BatchState(torch.device("cpu")), list[int]()
+    layer.requires_grad_(False).to(device, dtype)
+    state, calls = BatchState(device), list[int]()
     hook = LinearHook("m", layer, state)
     plain = hook.base
 

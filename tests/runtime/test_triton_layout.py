@@ -110,6 +110,31 @@ def test_rows_of_a_table_and_rebuilt_weights(spec: str) -> None:
     assert ((rebuilt.to(torch.float64) - expected).abs() <= expected.abs() * unit).all()
 
 
+@pytest.mark.usefixtures("packed")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec", ["stratified", "nm:keep=1,of=8,bits=3", "topk:keep=0.28"])
+def test_sparse_rows_are_added_to_a_base(spec: str, dtype: torch.dtype) -> None:
+    """A row that holds nothing, rows of one column each, lists longer than a step, and a base in a
+    wider tensor.
+    """
+    for shape in [(37, 300), (70, 1), (33, 45)]:
+        delta = torch.randn(shape, generator=noise(1)) * 0.05
+        delta[3] = 0
+        base = torch.randn(shape, generator=noise(2)).to(dtype)
+        context = Context("layer.weight", base.float(), base.float() + delta)
+        terms = parse_spec(spec).encode(delta, context)
+        form = product_form(terms, shape, context, Target(DEVICE, dtype))
+        if not isinstance(form, SparseRows):
+            assert shape[1] == 1
+            continue
+        exact = base.double() + dense_delta(terms, shape, context).double()
+        wide = torch.nn.functional.pad(base, (2, 5)).to(DEVICE)
+        found = form.dense(dtype, wide[:, 2:-5]).cpu().double()
+        # float16 values in the lists, and one rounding, which the interpreter does by cutting off.
+        assert (found - exact).abs().max() <= 2 * BOUNDS[dtype] * exact.abs().max() + 5e-5
+        assert torch.equal(found[3], base[3].double())
+
+
 @pytest.mark.parametrize("spec", ["bitdelta:group=40", "int:bits=4,group=24", "codebook:bits=4"])
 def test_terms_that_the_layout_cannot_hold_are_left_to_others(spec: str) -> None:
     ((term, parts),), _, _ = encoded(spec, (20, 96))

@@ -36,6 +36,8 @@ from deltafold.runtime.kernels.triton.lowrank import (
     stretch,
     warps_for,
 )
+from deltafold.runtime.kernels.triton.merge import merge_constants, merge_slices
+from deltafold.runtime.kernels.triton.scatter import scatter
 from deltafold.runtime.kernels.triton.sparse import apply_sparse
 from deltafold.runtime.kernels.triton.table import make_table
 
@@ -47,6 +49,10 @@ POINTERS = {
     **dict.fromkeys(["scales", "partial", "ranked", "factors_table"], "*fp32"),
     **dict.fromkeys(["words_table", "levels_table", "columns_table", "a_table", "b_table"], "*i64"),
     **dict.fromkeys(["places_table", "values_table", "starts_table"], "*i64"),
+    "places": "*i16",
+    "values": "*fp16",
+    "starts": "*i32",
+    "levels": "*fp32",
     "index": "*i64",
     "ids": "*i64",
 }
@@ -71,6 +77,8 @@ def compiled(
             continue
         data = f"*{dtype}" if name in DATA else "i32"
         signature[name] = POINTERS.get(name, data)
+        if name in ("places", "values") and constexprs["OF"]:
+            signature[name] = "*u8"
         if signature[name].startswith("*") or name in EVEN:
             attributes[(place,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(name),): value for name, value in constexprs.items()}
@@ -147,6 +155,16 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], str, dict[str, int]]]:
         made = constants(table, block, dtype, splits, False)
         name = f"apply {bits} bit, {block} tokens, groups of {group}, {parts} parts, {NAMES[dtype]}"
         yield name, apply_slices, made, NAMES[dtype], options(kind.block_rows, block, dtype)
+    for bits, group, entries, dtype in [
+        (1, 4096, 1, torch.bfloat16),
+        (1, 4096, 2, torch.float16),
+        (2, 4096, 1, torch.bfloat16),
+        (4, 128, 1, torch.bfloat16),
+    ]:
+        kind = Kind(bits, 4096, 4096, group, False, torch.float16)
+        name = f"merge {bits} bit, {entries} slices, groups of {group}, {NAMES[dtype]}"
+        made = merge_constants(kind, entries, dtype)
+        yield name, merge_slices, made, NAMES[dtype], {"num_warps": 8}
     for parts in (1, 3):
         split = {"SPLITS": 4, "BN": 1024, "BLOCK_ROWS": 128, "PARTS": parts}
         yield f"add splits, {parts} parts", add_splits, split, "bf16", {}
@@ -188,6 +206,10 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], str, dict[str, int]]]:
     yield "sparse lists", apply_sparse, {**sparse, "OF": 0, "HALF": 0}, "bf16", {}
     yield "sparse strata", apply_sparse, {**sparse, "OF": 16, "HALF": 8}, "bf16", {}
 
+    spread = {"BLOCK": 32, "STEP": 64, "BASED": True}
+    yield "scatter lists", scatter, {**spread, "OF": 0, "HALF": 0}, "bf16", {}
+    yield "scatter strata", scatter, {**spread, "OF": 16, "HALF": 8}, "bf16", {}
+
 
 def main() -> None:
     """Compile the kernels that the command line asks for."""
@@ -198,7 +220,8 @@ def main() -> None:
             row = {"kernel": name, "target": target, "shared": found.metadata.shared}
             row |= usage(found.asm["cubin"])
             if "FIELDS" in constexprs and row["loop"]:
-                weights = constexprs["BN"] * constexprs["BW"] * constexprs["FIELDS"]
+                fields = constexprs.get("EACH", constexprs["FIELDS"])
+                weights = constexprs["BN"] * constexprs["BW"] * fields
                 each = weights / (32 * launch.get("num_warps", 4))
                 row["loop_a_weight"] = round(row["loop"] / each, 2)
             print(json.dumps(row), flush=True)

@@ -87,7 +87,6 @@ def constants(
     """The compile-time arguments of `apply_slices`."""
     kind = table.kind
     each = triton.cdiv(kind.column_tiles, splits)
-    pairs = dtype in _HALVES and not INTERPRETED and torch.version.hip is None
     return {
         "BITS": kind.bits,
         "FIELDS": kind.fields,
@@ -106,10 +105,15 @@ def constants(
         "SCALED": scaled,
         "DIRECT": splits == 1,
         "COMPUTE": compute_type(dtype),
-        "PAIRS": pairs,
+        "PAIRS": in_pairs(dtype),
         "STAGES": 3 if block <= 16 else 2,
         "PARTS": table.parts,
     }
+
+
+def in_pairs(dtype: torch.dtype) -> bool:
+    """Whether two fields at a time are unpacked, by inline assembly."""
+    return dtype in _HALVES and not INTERPRETED and torch.version.hip is None
 
 
 def compute_type(dtype: torch.dtype) -> Any:

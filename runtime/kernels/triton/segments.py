@@ -13,6 +13,8 @@ import torch
 
 #: Numbers of tokens that one tile may hold.
 TILE_TOKENS = (8, 16, 32, 64)
+#: Tokens of a tile where base and delta are added up for it.
+MERGED_TOKENS = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,12 +62,12 @@ def make_segments(
     Args:
         slots: integers `[T]`, -1 for tokens of the base, else below `capacity`.
         capacity: how many slots there are.
-        block: one of `TILE_TOKENS`.
+        block: one of `TILE_TOKENS`, or `MERGED_TOKENS`.
         scales: float32 `[T]`, or None.
         tiles: how many tiles to make, where the caller knows how many there are at most; None for as
             many as any assignment can need.
     """
-    assert block in TILE_TOKENS, block
+    assert block in (*TILE_TOKENS, MERGED_TOKENS), block
     device, tokens = slots.device, slots.shape[0]
     shifted = slots.to(torch.int64) + 1
     order = torch.argsort(shifted, stable=True)

@@ -22,6 +22,7 @@ from deltafold.compress.terms import NM
 from deltafold.compress.terms.base import Parts
 from deltafold.runtime.kernels.triton.launch import on
 from deltafold.runtime.kernels.triton.parts import chosen, first_blocks, outputs, part_of
+from deltafold.runtime.kernels.triton.scatter import scattered
 from deltafold.runtime.kernels.triton.segments import Segments, one_segment
 from deltafold.runtime.kernels.triton.table import ByPart, Packed
 
@@ -64,6 +65,11 @@ class SparseRows:
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """N and M."""
+        return self.rows, self.columns
+
+    @property
     def layout(self) -> tuple[int, int]:
         """What forms must share to be multiplied in one launch."""
         return self.of, self.half
@@ -84,27 +90,10 @@ class SparseRows:
         """Not for tables: the layout has no cheap rows."""
         raise AssertionError("sparse rows are made for products only")
 
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """D as `[N, M]`, in plain torch."""
-        device = self.places.device
-        lengths = (self.starts[1:] - self.starts[:-1]).to(torch.int64)
-        entries = torch.arange(len(self.places), device=device)
-        block = torch.arange(len(lengths), device=device).repeat_interleave(
-            lengths, output_size=len(entries)
-        )
-        rows = block.unsqueeze(1) * BLOCK + torch.arange(BLOCK, device=device)
-        raw = self.places.to(torch.int64)
-        if self.values is None:
-            first = (entries - self.starts.to(torch.int64)[block]).unsqueeze(1) * self.of
-            columns, numbers = first + (raw & 15), (raw >> 4) - self.half
-        else:
-            columns, numbers = raw & 0xFFFF, self.values
-        numbers = numbers.to(torch.float32) * self.levels[rows]
-        # The last stratum may be wider than the matrix; what fills lists up is zero at column 0.
-        width = max(self.columns, -(-self.columns // self.of) * self.of if self.of else 0)
-        out = torch.zeros(len(self.levels), width, device=device)
-        out.view(-1).index_add_(0, (rows * width + columns).reshape(-1), numbers.reshape(-1))
-        return out[: self.rows, : self.columns].to(dtype)
+    def dense(self, dtype: torch.dtype, base: torch.Tensor | None = None) -> torch.Tensor:
+        """D, or `base + D`, as `[N, M]`."""
+        held = (self.places, self.values, self.starts, self.levels)
+        return scattered(*held, self.shape, self.layout, dtype, base)
 
 
 def sparse_rows(delta: torch.Tensor, device: torch.device) -> SparseRows | None:
