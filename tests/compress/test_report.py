@@ -17,6 +17,7 @@ from deltafold.compress import DeltafoldError, DeltaRepo, Recipe, compress_check
 from deltafold.compress.card import card_text
 from deltafold.compress.delta_files import read_manifest
 from deltafold.compress.licences import licence_of
+from deltafold.compress.memory import peak_memory
 from deltafold.compress.pictures import Point, bars, bytes_by_kind, error_map, kind_of, scatter
 from deltafold.compress.report import memory_samples, write_report
 from deltafold.compress.svg import ticks
@@ -85,6 +86,18 @@ def test_the_page_of_a_delta(pair):
     assert addresses == {"http://www.w3.org/2000/svg"}
     assert not re.search(r"<script|<link|<img|@import|url\(", text)
     assert str(pair.root) not in text
+
+
+def test_memory_of_a_real_run_is_drawn(pair, monkeypatch):
+    """Short runs have no such file: here every one has."""
+    monkeypatch.setattr("deltafold.compress.assembly._WORTH_DRAWING", 1)
+    pack(pair, Recipe(default=parse_spec("bitdelta:bits=1")))
+    samples = memory_samples(pair.out / "report" / "memory.csv")
+    assert samples
+    assert all(2**20 < nbytes <= peak_memory() for _, nbytes in samples)
+    assert [seconds for seconds, _ in samples] == sorted(seconds for seconds, _ in samples)
+    _, pictures = write_report(pair.out, pair.root / "r.html", svg_dir=pair.root / "svg")
+    assert "memory.svg" in [p.name for p in pictures]
 
 
 def test_the_page_of_a_lossless_delta_and_of_a_zoo(pair):

@@ -135,6 +135,49 @@ def test_a_disk_that_fills_again_and_again(models, whole, tmp_path, monkeypatch,
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder that is a disk of its own, and what changes the disk's size."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size: str, *options: str) -> bool:
+        call = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *options]), "tmpfs", folder]
+        try:
+            return not subprocess.run(call, capture_output=True, check=False).returncode
+        except OSError:
+            return False
+
+    if not mount("4k"):
+        pytest.skip("no disk can be mounted here")
+    yield folder, lambda size: mount(size, "remount")
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk, tmp_path):
+    """At the first part, between parts, in the files of the delta, and in its manifest."""
+    disk, resize = small_disk
+    draw = torch.Generator().manual_seed(6)
+    base = {f"{n}.w": torch.randn(128, 256, generator=draw) for n in range(4)}
+    tuned = {n: v + torch.randn(v.shape, generator=draw) for n, v in base.items()}
+    inputs = write_checkpoint(tmp_path / "base", base), write_checkpoint(tmp_path / "ft", tuned)
+    recipe = Recipe(default=parse_spec("exact"))
+    compress_checkpoint(*inputs, tmp_path / "whole", recipe=recipe)
+    # A tensor takes 128 KiB in the spool, and as much again in the delta.
+    for size, kept in ((4, 0), (64, 0), (320, 2), (600, 4), (1040, 4), (1056, 4)):
+        assert resize(f"{size}k")
+        with pytest.raises(DeltafoldError) as caught:
+            compress_checkpoint(*inputs, disk / "out", recipe=recipe)
+        assert caught.value.code == "not-enough-disk", size
+        assert not (disk / "out").exists()
+        spool = disk / "out.partial" / ".spool"
+        assert (spool.stat().st_size // 2**17 if spool.exists() else 0) == kept
+    assert resize("2m")
+    assert compress_checkpoint(*inputs, disk / "out", recipe=recipe).resumed == 4
+    assert tree(disk / "out") == tree(tmp_path / "whole")
+    assert [path.name for path in disk.iterdir()] == ["out"]
+
+
 def test_a_torn_last_write(models, whole, tmp_path):
     """As a power cut may leave it: half a line of the journal, parts that never reached the disk."""
     out = tmp_path / "out"
