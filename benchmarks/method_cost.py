@@ -163,7 +163,7 @@ idle = peak_memory()
 began = time.process_time(), time.perf_counter()
 if needs:
     references = {"unaligned": two} if "reference" in needs else {}
-    evidence = calibrate(base, one, data, wanted=needs, references=references)
+    evidence = calibrate(base, one, data, wanted=needs, references=references, safe=data)
 if kind == "merge":
     merge = twin_deltas if spec == "twin" else merge_deltas
     merge(base, [one + "-delta", two + "-delta"], out, method=parse_merge(spec))
@@ -325,7 +325,8 @@ def markdown(result: dict[str, Any]) -> str:
     """The table."""
     about = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
     lines = [
-        f"`python benchmarks/method_cost.py`; {about}. Before it begins a process holds "
+        f"`python benchmarks/method_cost.py --seconds {result['seconds']:g}`; {about}. "
+        "Before it begins a process holds "
         f"{_idle(result['rows'], False)}, and {_idle(result['rows'], True)} where it runs the model.",
         "",
         "| method | measured | CPU s | CPU s a GiB | peak MiB | given |",
@@ -392,6 +393,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "machine": machine(),
         "set_bytes": whole.nbytes,
+        "seconds": options.seconds,
         "rows": [asdict(row) for row in rows],
     }
 

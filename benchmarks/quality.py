@@ -67,9 +67,9 @@ def main() -> None:
 
 
 def _run(options: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:
-    began = time.perf_counter()
     names = known.get("tasks") or options.tasks.split(",")[: 1 if options.quick else None]
     bench = Bench(names, known.get("words") or (16 if options.quick else options.words))
+    began = time.perf_counter()
     rows = _rows(bench, known.get("rows", ()), quick=options.quick)
     found = known.get("shapes")
     if found is None:

@@ -29,7 +29,7 @@ from deltafold.compress.calibration import (
     logits_of,
 )
 from deltafold.compress.calibration.batches import make_row
-from deltafold.compress.calibration.evidence import AT_THE_FINE_TUNE
+from deltafold.compress.calibration.evidence import AT_THE_FINE_TUNE, SafeExamples
 from deltafold.compress.calibration.quality import Predictions
 from deltafold.compress.checkpoint import TensorSource
 from deltafold.compress.families import parse_family
@@ -37,7 +37,8 @@ from deltafold.compress.families.pack import compress_family
 from deltafold.compress.merges import Twin, parse_merge
 from deltafold.compress.methods import LosslessMethod, SurveyedMethod
 from deltafold.compress.methods.chain import codec_of
-from deltafold.compress.references import ReferenceEvidence, open_references
+from deltafold.compress.naming import NamedBase
+from deltafold.compress.references import Reference, ReferenceEvidence, open_references
 from deltafold.compress.source import open_variant
 from deltafold.server.demo import tasks, train
 from deltafold.server.demo.tokenizer import prompt_of
@@ -87,11 +88,12 @@ class Task:
             return ReferenceEvidence(open_references(roles, self.base, self.source))
         if not needs:
             return None
-        if "reference" in needs:
+        if {"reference", "safe-activations"} & set(needs):
             roles = {"unaligned": self.others[0]} if self.others else {}
             references = open_references(roles, self.base, self.source)
+            safe = SafeExamples(self.calibration, Reference.of(NamedBase(self.base)))
             return CalibratedEvidence(
-                self.source, self.calibration, wanted=needs, references=references
+                self.source, self.calibration, wanted=needs, references=references, safe=safe
             )
         if "sequential" in needs:
             return CalibratedEvidence(self.source, self.calibration, wanted=needs)

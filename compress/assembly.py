@@ -40,6 +40,7 @@ from deltafold.compress.manifest import (
 from deltafold.compress.memory import Timeline
 from deltafold.compress.packing import code_all, stats_of
 from deltafold.compress.payload import payload_key
+from deltafold.compress.placing import description, runs_on_devices
 from deltafold.compress.quantized import dequantized
 from deltafold.compress.release import version
 from deltafold.compress.safetensors_file import Deferred
@@ -203,6 +204,7 @@ class Run:
             delta=job.delta,
             quantization=job.quantization,
             shared=job.shared,
+            device=job.device,
         )
 
     def _payload(self, folder: Path, journal: Journal, records: list[Record]) -> list[Path]:
@@ -266,6 +268,15 @@ class Run:
         )
         return draft.model_copy(update={"delta_id": draft.content_digest()})
 
+    def coded_there(self) -> list[str]:
+        """Tensors whose codec is at work on the job's device; none where that is the CPU."""
+        job = self.job
+        if job.device.type == "cpu":
+            return []
+        coder = self._coder(_nowhere, {}, {})
+        names = [n for n in job.target.names() if n in job.source]
+        return [n for n in names if coder.target.spec(n).shape and runs_on_devices(coder.method(n))]
+
     def _version(self) -> str:
         source = self.job.source
         return version_for(self.job.quantization, source.scheme, source.untied)
@@ -281,6 +292,7 @@ class Run:
             "inputs": [_headers(s) for s in (job.source.checkpoint, job.target)],
             "recipe": self.recipe.to_json(),
             "accept": sorted(job.accept),
+            "device": self.coded_there() and description(job.device),
             "quantization": None if job.quantization is None else job.quantization.model_dump(),
         }
         text = json.dumps(content, sort_keys=True, default=str)

@@ -25,6 +25,8 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         uint8 `[..., ceil(M * bits / 8)]`; unused high bits are zero.
     """
     assert 1 <= bits <= 16, bits
+    if not codes.is_cpu:
+        return pack(codes.cpu(), bits).to(codes.device)
     array = codes.numpy()
     if bits not in (1, 2, 4, 8):
         return torch.from_numpy(_pack_any(array, bits))
@@ -46,6 +48,8 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """Undo `pack`: uint8 `[..., columns]`, int32 above 8 bits."""
     assert 1 <= bits <= 16, bits
+    if not packed.is_cpu:
+        return unpack(packed.cpu(), bits, columns).to(packed.device)
     array = packed.numpy()
     if bits not in (1, 2, 4, 8):
         return torch.from_numpy(_unpack_any(array, bits, columns))

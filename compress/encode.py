@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Final
 
 import torch
 
@@ -14,6 +15,7 @@ from deltafold.compress.evidence import EvidenceSource, check_needs
 from deltafold.compress.fast import Pair, Totals
 from deltafold.compress.fingerprint import TensorDigest
 from deltafold.compress.methods import Chain, ExactMethod, Method
+from deltafold.compress.placing import placed
 from deltafold.compress.recipe import Recipe
 from deltafold.compress.repo import pad_rows
 from deltafold.compress.shapes import rows_and_columns
@@ -28,6 +30,8 @@ from deltafold.compress.terms import (
 )
 from deltafold.compress.terms.blocks import block_context, block_rows, join
 
+CPU: Final = torch.device("cpu")
+
 
 def encode_tensor(
     name: str,
@@ -36,6 +40,7 @@ def encode_tensor(
     recipe: Recipe,
     evidence: EvidenceSource | None = None,
     delta: torch.Tensor | None = None,
+    device: torch.device = CPU,
 ) -> tuple[list[Encoded], torch.Tensor]:
     """Code one tensor of a fine-tune.
 
@@ -46,6 +51,7 @@ def encode_tensor(
         recipe: which method for which tensor.
         evidence: what a calibration run found out; None without one.
         delta: the float32 difference, where `value` is no more than that difference rounded.
+        device: where codecs run that say so (see `placing.placed`); all tensors are on the CPU.
 
     Returns:
         The terms, and the float32 delta that they stand for.
@@ -56,7 +62,7 @@ def encode_tensor(
     """
     shape = tuple(value.shape)
     dtype = dtypes.NAMES[value.dtype]
-    method = recipe.method_for(name, shape, floating=dtype in dtypes.FLOATS)
+    method = placed(recipe.method_for(name, shape, floating=dtype in dtypes.FLOATS), device)
     if not shape:
         # Codecs are for vectors and more; edits are for all.
         method = method.for_scalars() if isinstance(method, Chain) else ExactMethod()

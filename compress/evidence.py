@@ -6,7 +6,7 @@ gathered once for a calibration set and looked up tensor by tensor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
@@ -18,7 +18,17 @@ from deltafold.compress.errors import DeltafoldError
 #: the fine-tune; `logits`: forward passes of whole models; `labels`: examples with answers;
 #: `reference`: a third checkpoint (an aligned or an unaligned model).
 #: `sequential`: activations of layers that stand behind others as compressed.
-Need: TypeAlias = Literal["activations", "gradients", "logits", "labels", "reference", "sequential"]
+#: `safe-activations`, `safe-gradients`: the same of the aligned model, on safe answers.
+Need: TypeAlias = Literal[
+    "activations",
+    "gradients",
+    "logits",
+    "labels",
+    "reference",
+    "sequential",
+    "safe-activations",
+    "safe-gradients",
+]
 #: What a third checkpoint is: a model with safety training, or one without; or another fine-tune.
 Role: TypeAlias = Literal["aligned", "unaligned", "task"]
 NEEDS: Final[tuple[Need, ...]] = get_args(Need)
@@ -39,6 +49,7 @@ class Evidence:
         inputs: float32 `[n, M]`, inputs of that layer at a few tokens, at the fine-tune.
         row_moment: float32 `[N, N]`, the second moments where the layer computes `x W` (transformers'
             Conv1D) and inputs meet the tensor's rows; then `second_moment` and `inputs` are None.
+        safe: the same of the aligned model on safe answers; None where there are none.
     """
 
     second_moment: torch.Tensor | None = None
@@ -47,6 +58,7 @@ class Evidence:
     references: Mapping[str, torch.Tensor] = field(default_factory=dict)
     inputs: torch.Tensor | None = None
     row_moment: torch.Tensor | None = None
+    safe: Evidence | None = None
 
     def rows(self, index: torch.Tensor) -> Evidence:
         """The same of some rows of the tensor; the inputs of a layer are those of all its rows."""
@@ -56,6 +68,7 @@ class Evidence:
             fisher=None if self.fisher is None else self.fisher[index],
             references={role: tensor[index] for role, tensor in self.references.items()},
             inputs=self.inputs,
+            safe=None if self.safe is None else self.safe.rows(index),
         )
 
 
@@ -135,7 +148,15 @@ def check_needs(needs: Sequence[Need], source: EvidenceSource | None, who: str) 
             "needs-calibration",
             f"{who} needs {', '.join(missing)}, and this run has none.",
             facts=[("given", ", ".join(source.provides) if source else "no calibration data")],
-            fix="give a calibration set: --calibrate prompts.jsonl"
-            if missing != ["reference"]
-            else "name the checkpoint: --reference unaligned=MODEL",
+            fix="; ".join(_fixes(missing)),
         )
+
+
+def _fixes(missing: Sequence[Need]) -> Iterator[str]:
+    safe = [n for n in missing if n.startswith("safe-")]
+    if set(missing) - {"reference", *safe}:
+        yield "give a calibration set: --calibrate prompts.jsonl"
+    if "reference" in missing:
+        yield "name the checkpoint: --reference unaligned=MODEL"
+    if safe:
+        yield "give harmful prompts with safe answers: --safe refusals.jsonl"

@@ -23,6 +23,7 @@ from deltafold.compress.checkpoint import Checkpoint
 from deltafold.compress.companions import copy_files, is_tokenizer_file, vocabulary
 from deltafold.compress.differences import difference
 from deltafold.compress.errors import DeltafoldError, name_some
+from deltafold.compress.experts import of_experts
 from deltafold.compress.fingerprint import digest_source
 from deltafold.compress.manifest import TensorEntry
 from deltafold.compress.naming import NamedBase
@@ -242,7 +243,7 @@ def _kinds(repo: DeltaRepo, source: Checkpoint, drop: Collection[str]) -> dict[s
             kinds[name] = "bias"
         else:
             kinds[name] = "saved"
-    _refuse(repo, kinds)
+    _refuse(repo, kinds, of_experts(repo.named(source)))
     return kinds
 
 
@@ -265,9 +266,12 @@ def _is_linear(entry: TensorEntry, name: str, words: int | None) -> bool:
     )
 
 
-def _refuse(repo: DeltaRepo, kinds: Mapping[str, Kind]) -> None:
-    """What PEFT has no place for: new, resized or absent tensors, and bare parameters."""
-    lost = [n for n, kind in kinds.items() if kind != "dropped" and not _fits(repo, n, kind)]
+def _refuse(repo: DeltaRepo, kinds: Mapping[str, Kind], routed: Collection[str]) -> None:
+    """What PEFT has no place for: new, resized or absent tensors, bare parameters, and experts and
+    routers, which are no linear layers in the model that it adapts.
+    """
+    kept = [n for n, kind in kinds.items() if kind != "dropped"]
+    lost = [n for n in kept if n in routed or not _fits(repo, n, kinds[n])]
     if lost or repo.manifest.absent:
         raise DeltafoldError(
             "engine-unsupported",

@@ -129,7 +129,7 @@ def difference(
     """
     library = fast_library()
     known = variant.dtype in _DTYPES and (base is None or base.dtype in _DTYPES)
-    if library is None or not known:
+    if library is None or not known or not variant.is_cpu:
         wide = variant.to(torch.float32)
         wide = wide.clone() if base is None else wide - base.to(torch.float32)
         return wide if out is None else out.copy_(wide)
@@ -146,7 +146,7 @@ def totals(pair: Pair) -> Totals:
     library = fast_library()
     if not pair.variant.numel():
         return Totals()
-    if library is None:
+    if library is None or not pair.variant.is_cpu:
         found = _portable_totals(pair)
     else:
         out = (ctypes.c_double * 5)()
@@ -174,7 +174,7 @@ def rows_changed(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     assert first.shape == second.shape
     rows, columns = first.shape
     library = fast_library()
-    if library is None or not first.numel():
+    if library is None or not first.numel() or not first.is_cpu:
         width = columns * first.element_size()
         ours, theirs = (raw_bytes(t).reshape(rows, width) for t in (first, second))
         return (ours != theirs).any(dim=1)
@@ -196,7 +196,7 @@ def group_sums(matrix: torch.Tensor, width: int) -> torch.Tensor:
     pad = torch.nn.functional.pad
     padded = pad(matrix, (0, groups * width - columns)).reshape(rows, groups, width)
     padded = pad(padded, (0, -width % _LANES))
-    lanes = torch.zeros(rows, groups, _LANES)
+    lanes = matrix.new_zeros(rows, groups, _LANES)
     for start in range(0, padded.shape[2], _LANES):
         lanes += padded[:, :, start : start + _LANES]
     half = _LANES // 2
@@ -210,7 +210,7 @@ def total_of(matrix: torch.Tensor) -> float:
     """The sum of a float32 matrix `[N, M]`, in the loops' own order."""
     sums = group_sums(matrix, min(_CHUNK, max(matrix.shape[1], 1))).double().reshape(-1)
     # Not `sum`, which adds in an order of its own.
-    return float(np.add.accumulate(sums.numpy())[-1]) if len(sums) else 0.0
+    return float(np.add.accumulate(sums.cpu().numpy())[-1]) if len(sums) else 0.0
 
 
 def _portable_totals(pair: Pair) -> Totals:
@@ -226,7 +226,7 @@ def _portable_totals(pair: Pair) -> Totals:
 
 
 def _exact_squares(delta: torch.Tensor) -> float:
-    return float(np.add.accumulate(delta.double().square().reshape(-1).numpy())[-1])
+    return float(np.add.accumulate(delta.double().square().reshape(-1).cpu().numpy())[-1])
 
 
 def _known(tensor: torch.Tensor) -> torch.Tensor:

@@ -44,10 +44,10 @@ def best_scales(pair: Pair, width: int, bits: int, shares: Sequence[float]) -> t
     """
     rows, columns = pair.shape
     library = grid_library()
-    out = torch.zeros(rows, -(-columns // width))
+    out = pair.variant.new_zeros(rows, -(-columns // width), dtype=torch.float32)
     if not out.numel():
         return out
-    if library is None:
+    if library is None or not out.is_cpu:
         return _portable_scales(_groups(pair.delta(), width), bits, shares)
     tried = torch.tensor(shares, dtype=torch.float32)
     if library.grid_scales(pair.for_c(), width, bits, tried.data_ptr(), len(tried), out.data_ptr()):
@@ -69,10 +69,10 @@ def codes(pair: Pair, width: int, bits: int, scales: torch.Tensor) -> torch.Tens
     """
     rows, columns = pair.shape
     library = grid_library()
-    out = torch.empty(rows, packing.packed_width(columns, bits), dtype=torch.uint8)
+    out = pair.variant.new_empty(rows, packing.packed_width(columns, bits), dtype=torch.uint8)
     if not out.numel():
         return out
-    if library is None:
+    if library is None or not out.is_cpu:
         levels = _levels(_groups(pair.delta(), width), scales.unsqueeze(-1), bits)
         found = (levels + 2 ** (bits - 1)).to(torch.uint8).reshape(rows, -1)[:, :columns]
         return packing.pack(found.contiguous(), bits)
@@ -90,7 +90,7 @@ def codes_missed(
     library = grid_library()
     if not rows * columns:
         return 0.0
-    if library is None:
+    if library is None or not packed.is_cpu:
         missed = pair.delta() - values(packed, columns, width, bits, scales)
         return total_of(missed.square())
     scales, packed = scales.contiguous(), packed.contiguous()
@@ -113,7 +113,7 @@ def values(
         scales: float32 `[N, ceil(M / width)]`; gradients flow to them.
     """
     rows, library = len(packed), grid_library()
-    if library is None or not rows * columns or scales.requires_grad:
+    if library is None or not rows * columns or scales.requires_grad or not packed.is_cpu:
         centred = packing.unpack(packed, bits, columns).to(torch.int16) - 2 ** (bits - 1)
         found: torch.Tensor = centred.to(torch.float32) * spread(scales, width, columns)
         return found

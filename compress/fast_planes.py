@@ -43,10 +43,10 @@ def take_plane(pair: Pair, width: int, levels: torch.Tensor, signs: torch.Tensor
     """
     rows, columns = pair.shape
     before, library = len(levels), planes_library()
-    sums = torch.zeros(rows, -(-columns // width))
+    sums = pair.variant.new_zeros(rows, -(-columns // width), dtype=torch.float32)
     if not rows * columns:
         return sums
-    if library is None:
+    if library is None or not signs.is_cpu:
         rest = pair.delta()
         for plane in range(before):
             rest = rest - _spread(signs[plane], levels[plane], width, columns)
@@ -74,8 +74,8 @@ def planes_missed(pair: Pair, width: int, levels: torch.Tensor, signs: torch.Ten
     library = planes_library()
     if not rows * columns:
         return 0.0
-    if library is None:
-        total = torch.zeros(rows, columns)
+    if library is None or not signs.is_cpu:
+        total = levels.new_zeros(rows, columns)
         for plane, level in zip(signs, levels, strict=True):
             total += _spread(plane, level, width, columns)
         return total_of((pair.delta() - total).square())
@@ -100,7 +100,7 @@ def add_plane(total: torch.Tensor, signs: torch.Tensor, levels: torch.Tensor, wi
     rows, columns = total.shape
     levels, signs = levels.contiguous(), signs.contiguous()
     library = planes_library()
-    if library is None or not total.numel() or levels.requires_grad:
+    if library is None or not total.numel() or levels.requires_grad or not total.is_cpu:
         total += _spread(signs, levels, width, columns)
         return
     library.add_plane(

@@ -102,6 +102,7 @@ class Parents:
         found = []
         for repo in self.repos:
             coded = name in repo.manifest.tensors
+            # One may have been taken against the dequantised base, another against the original.
             found.append(
                 difference(repo, self.base.checkpoint, name) if coded else torch.zeros(shape)
             )

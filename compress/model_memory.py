@@ -60,13 +60,15 @@ def evidence_bytes(
     shapes = [source.spec(n).shape for n in source.names()]
     moments = sum(moment_bytes(s[1]) for s in shapes if len(s) == 2)
     gradients = sum(gradient_bytes(math.prod(s)) for s in shapes)
-    # Gradients stay those of the fine-tune while another model is compressed layer by layer.
-    models = 1 + ({"sequential", "gradients"} <= wanted)
+    safe = {n for n in wanted if n.startswith("safe-")}
+    # Gradients stay those of the fine-tune while another model is compressed layer by layer; safe
+    # answers are the aligned model's.
+    models = 1 + ({"sequential", "gradients"} <= wanted) + bool(safe)
     found = models * model_bytes(source)
-    if wanted & {"activations", "sequential"}:
-        found += min(moments, group_bytes)
-    if "gradients" in wanted:
-        found += min(gradients, group_bytes)
+    found += min(moments, group_bytes) * (
+        bool(wanted & {"activations", "sequential"}) + ("safe-activations" in safe)
+    )
+    found += min(gradients, group_bytes) * (("gradients" in wanted) + ("safe-gradients" in safe))
     return max(found, _MEASURING * model_bytes(source))
 
 

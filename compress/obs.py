@@ -88,7 +88,7 @@ def inverse_cholesky(hessian: torch.Tensor) -> torch.Tensor:
             "the second moments of a layer's inputs are not positive definite.",
             fix="use more calibration data, or more damping",
         )
-    identity = torch.eye(len(lower), dtype=torch.float64)
+    identity = torch.eye(len(lower), dtype=torch.float64, device=lower.device)
     inverse: torch.Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
     return inverse.flip(0, 1)
 

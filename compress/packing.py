@@ -63,8 +63,9 @@ def code_all(
                 # What others gave back counts as nobody's, so it must fit beside what is held.
                 scratch.forget(unheld)
                 trim()
-            # Tensors run side by side; threads within one would only fight over the cores.
-            torch.set_num_threads(1 if limits.jobs > 1 else threads)
+            # Linear algebra rounds otherwise on more threads, and the bytes must not tell how many
+            # tensors ran side by side. Runs with evidence code one at a time, and run a model.
+            torch.set_num_threads(1 if coder.evidence is None else threads)
             record = _record(name, coder.code(name), coder, journal)
             # What was read twice must have been the same, or its digest is that of something else.
             check(name)

@@ -16,9 +16,9 @@ from deltafold.compress.budget.run import judged, plan_of
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
 from deltafold.compress.coded import TensorStats
 from deltafold.compress.companions import check_tokenizer, named
+from deltafold.compress.encode import CPU
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import EvidenceSource
-from deltafold.compress.journal import discard
 from deltafold.compress.limits import Limits
 from deltafold.compress.manifest import (
     Manifest,
@@ -26,6 +26,7 @@ from deltafold.compress.manifest import (
 )
 from deltafold.compress.memory import MemoryBudget
 from deltafold.compress.naming import NamedBase
+from deltafold.compress.placing import device_named, parsed_device
 from deltafold.compress.predict import Prediction, predict
 from deltafold.compress.progress import OnProgress, ignore
 from deltafold.compress.quality import record_quality
@@ -46,7 +47,7 @@ class PackReport:
     """The outcome of a packing run; sizes in bytes.
 
     `plan` is there where the recipe had a budget. `resumed` counts tensors that an earlier run, cut
-    short, had finished.
+    short, had finished; `on_device` those that were coded on `device`, not the CPU.
     """
 
     out: Path
@@ -54,6 +55,8 @@ class PackReport:
     stats: dict[str, TensorStats] = field(default_factory=dict)
     plan: Plan | None = None
     resumed: int = 0
+    device: str = "cpu"
+    on_device: int = 0
 
     @property
     def ratio(self) -> float:
@@ -87,6 +90,7 @@ def compress_checkpoint(
     jobs: int = 1,
     max_memory: int | str | None = None,
     fresh: bool = False,
+    device: str = "cpu",
     progress: OnProgress = ignore,
 ) -> PackReport:
     """Pack a fine-tune as a delta against its base.
@@ -111,11 +115,15 @@ def compress_checkpoint(
             bounds the coding of tensors, not calibration, which runs the model.
         fresh: start over; otherwise a run with the same inputs and settings that was cut short
             (interrupted, killed, a full disk) goes on where it stopped.
+        device: where codecs run whose cost is arithmetic (`svd`, `svd-act`, `svd-widths`, `delta-come`,
+            `deltazip`, `int-hessian`, `codebook`), one tensor at a time; others stay on the CPU. The
+            bytes of these codecs are those of that device: it rounds as its own libraries do.
         progress: called after every tensor.
 
     Raises:
         DeltafoldError: whatever is wrong, before anything stands under `out`.
     """
+    where = device_named(device)
     opened = _opened(base, variant)
     job = replace(
         opened,
@@ -126,6 +134,7 @@ def compress_checkpoint(
         evidence=evidence,
         quality=quality or {},
         judge=judge,
+        device=where,
         quantization=quantization_of(opened.source, base_quantization)
         if base_quantization
         else None,
@@ -181,6 +190,7 @@ def predict_checkpoint(
     Raises:
         DeltafoldError: what can be wrong with inputs, recipe and structure.
     """
+    parsed_device(device)
     opened = _opened(base, variant)
     quantization = quantization_of(opened.source, base_quantization) if base_quantization else None
     job = replace(
@@ -220,6 +230,7 @@ class Job:
         quality: the manifest's `quality`, what the judge finds left out.
         judge: measures the packed delta; None without calibration data.
         shared: where given terms read what they share with other deltas.
+        device: where codecs run whose cost is arithmetic.
     """
 
     source: NamedBase
@@ -237,6 +248,7 @@ class Job:
     quality: Mapping[str, Any] = field(default_factory=dict)
     judge: Judge | None = None
     shared: SharedSource | None = None
+    device: torch.device = CPU
 
     @property
     def resumable(self) -> bool:
@@ -274,6 +286,12 @@ def pack(
     tokenizer = check_tokenizer(*inputs, accepted="tokenizer" in job.accept)
     run.check()
     _refuse_quantised_budget(job)
+    if job.recipe.fit is not None:
+        raise DeltafoldError(
+            "bad-argument",
+            "this recipe also fits scales, which only packing a fine-tune with calibration data does.",
+            fix="deltafold compress --recipe FILE --calibrate FILE, or take `fit` out",
+        )
     run.check_room()
     plan: Plan | None = None
     resume = job.resumable and not fresh
@@ -289,9 +307,9 @@ def pack(
         check_payload(repo, job.progress, limits.jobs, MemoryBudget(limits.room()))
         if job.judge is not None:
             manifest = record_quality(staging.folder, judged(job, repo))
-        discard(staging.folder)
         staging.publish()
-    return PackReport(Path(out), manifest, stats, plan, run.resumed)
+    there = frozenset(run.coded_there()) & set(stats)
+    return PackReport(Path(out), manifest, stats, plan, run.resumed, str(job.device), len(there))
 
 
 def _refuse_quantised_budget(job: Job) -> None:

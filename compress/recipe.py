@@ -19,10 +19,13 @@ from deltafold.compress.budget.goal import Budget
 from deltafold.compress.edits import Edit, parse_edit
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import NEEDS, Need
+from deltafold.compress.fitting import CalibrationInputs, LogitFit
 from deltafold.compress.methods import BitDelta, Chain, ExactMethod, LosslessMethod, Method
 from deltafold.compress.methods.base import build, parse_spec, spec_of
 
-_KNOWN: Final = ("default", "vectors", "tensors", "edits", "budget")
+_KNOWN: Final = ("default", "vectors", "tensors", "edits", "budget", "fit", "calibration")
+#: What a manifest's recipe says besides of where a delta comes from; nothing to do again.
+_RECORDS: Final = ("merge", "family", "unshared", "provenance")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Recipe:
         edits: `(pattern, edit)` in the order in which they are applied.
         budget: a goal by which packing chooses the codecs of matrices that no override names, in
             place of `default`; None where the recipe says it all.
+        fit: how scales are trained afterwards (`compress_and_fit`); None where they are not.
+        calibration: what the run looks at, for callers that open it; packing itself does not.
     """
 
     default: Method = field(default_factory=lambda: BitDelta(bits=4, group=128))
@@ -44,6 +49,8 @@ class Recipe:
     overrides: tuple[tuple[str, Method], ...] = ()
     edits: tuple[tuple[str, Edit], ...] = ()
     budget: Budget | None = None
+    fit: LogitFit | None = None
+    calibration: CalibrationInputs | None = None
 
     def method_for(self, name: str, shape: tuple[int, ...], *, floating: bool) -> Method:
         """The method for one tensor. Tensors that are not floating point are kept bit for bit."""
@@ -86,6 +93,8 @@ class Recipe:
         }
         if self.edits:
             record["edits"] = [e if p == "*" else f"{p}={e}" for p, e in self._edits()]
+        if self.fit is not None:
+            record["fit"] = self.fit.record()
         return record
 
     def _edits(self) -> list[tuple[str, str]]:
@@ -105,8 +114,18 @@ class Recipe:
 
         A codec is a spec string, or a mapping with `codec` and its options. `edits` is a list of
         specs, each for all tensors or, as `PATTERN=SPEC`, for some. `budget` is a mapping with
-        `target_size` or `max_kl`, and `candidates`.
+        `target_size` or `max_kl`, and `candidates`; `fit` and `calibration` have the fields of
+        `LogitFit` and `CalibrationInputs`. A manifest's recipe can be read, too, if a checkpoint was
+        packed by it: one of a merge or a family is refused.
         """
+        made = [key for key in _RECORDS if key in data]
+        if made:
+            raise DeltafoldError(
+                "bad-recipe",
+                f"{where}: this tells how a delta was made of others ({', '.join(made)}).",
+                fix="make it again with deltafold merge, family or import-lora; a recipe packs one "
+                "fine-tune",
+            )
         unknown = {str(key) for key in data} - set(_KNOWN)
         if unknown:
             raise DeltafoldError(
@@ -128,6 +147,10 @@ class Recipe:
             overrides=tuple((str(p), _method(m, where)) for p, m in tensors.items()),
             edits=tuple(parse_edit_for(str(e)) for e in edits),
             budget=Budget.from_mapping(data["budget"], where=where) if "budget" in data else None,
+            fit=LogitFit.from_mapping(data["fit"], where=where) if "fit" in data else None,
+            calibration=CalibrationInputs.from_mapping(data["calibration"], where=where)
+            if "calibration" in data
+            else None,
         )
 
     @classmethod

@@ -30,6 +30,11 @@ class Reference:
     source: NamedBase | TensorSource
     names: frozenset[str]
 
+    @classmethod
+    def of(cls, source: NamedBase | TensorSource) -> Reference:
+        """A checkpoint that is open."""
+        return cls(source.reference.name, source, frozenset(source.names()))
+
 
 @runtime_checkable
 class ReferenceSource(EvidenceSource, Protocol):
@@ -90,7 +95,7 @@ def open_references(
             )
         found = open_variant(folder, base)
         source = NamedBase.of(found, variant) if isinstance(found, Checkpoint) else found
-        opened[role] = Reference(found.reference.name, source, frozenset(source.names()))
+        opened[role] = Reference.of(source)
     return opened
 
 

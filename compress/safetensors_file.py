@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from deltafold.compress import dtypes
@@ -165,7 +166,8 @@ class SafetensorsFile:
                 view
             ):  # shortened since; a map would kill the process
                 raise self._truncated(first + len(view))
-            view[:] = memoryview(self._held)[first : first + len(view)]
+            # NumPy lets other threads run while it copies; slices of a memoryview do not.
+            np.copyto(out.numpy(), np.frombuffer(self._held, np.uint8, len(view), first))
             _let_go(self._held, first, first + len(view))
             if total is not None:
                 total.update(view)

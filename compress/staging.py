@@ -18,6 +18,7 @@ from typing import Self
 
 from deltafold.compress.durable import sync
 from deltafold.compress.errors import DeltafoldError
+from deltafold.compress.journal import discard, is_journal
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -59,11 +60,13 @@ class Staging:
         self._refuse_existing()
         self.folder = out.with_name(out.name + ".partial")
         self._lock_path = out.with_name(f".{out.name}.lock")
+        self._old = out.with_name(f".{out.name}.old")
 
     def __enter__(self) -> Self:
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
+            self._recover()
             # The run that held the lock may have finished since.
             self._refuse_existing()
             if not self._resume:
@@ -84,19 +87,26 @@ class Staging:
         return self
 
     def publish(self) -> None:
-        """Sync and rename; afterwards the folder stands under its own name."""
+        """Sync and rename; afterwards the folder stands under its own name, its journal gone."""
         for path in [*self.folder.rglob("*"), self.folder]:
-            sync(path)
+            if not is_journal(path):
+                sync(path)
         if self._overwrite and self.out.exists():
-            old = self.out.with_name(f".{self.out.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            self.out.rename(old)
-            self.folder.rename(self.out)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            self.folder.rename(self.out)
+            shutil.rmtree(self._old, ignore_errors=True)
+            self.out.rename(self._old)
+        self.folder.rename(self.out)
         sync(self.out.parent)
         self._published = True
+        # Not before: a run that is killed until then finds there what is finished.
+        discard(self.out)
+        shutil.rmtree(self._old, ignore_errors=True)
+
+    def _recover(self) -> None:
+        """Put back what a run was about to replace when it was killed; remove what was replaced."""
+        if self.out.exists():
+            shutil.rmtree(self._old, ignore_errors=True)
+        elif self._old.exists():
+            self._old.rename(self.out)
 
     def __exit__(
         self,

@@ -13,6 +13,7 @@ from deltafold.compress import dtypes
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
 from deltafold.compress.coded import Coded, Sink
 from deltafold.compress.encode import (
+    CPU,
     check_exact,
     encode_tensor,
     is_blockwise,
@@ -56,6 +57,7 @@ class Coder:
         shared: where given terms read what they share with other deltas.
         settled: told what the compressed model holds in place of each tensor, float32; whoever asks
             for it gets tensors in the order in which they are coded, as a whole.
+        device: where codecs run whose cost is arithmetic.
     """
 
     source: NamedBase
@@ -70,6 +72,7 @@ class Coder:
     quantization: Quantization | None = None
     shared: SharedSource | None = None
     settled: Callable[[str, torch.Tensor], None] | None = None
+    device: torch.device = CPU
 
     def code(self, name: str) -> Coded:
         """Read, hash and code one tensor.
@@ -147,7 +150,7 @@ class Coder:
         if base is not None:
             base = self.as_served(name, base)
         encoded, delta = given or encode_tensor(
-            name, value, base, self.recipe, self.evidence, known
+            name, value, base, self.recipe, self.evidence, known, self.device
         )
         check_exact(name, encoded, value, base, TensorDigest(*self.target.spec(name), digest))
         if self.settled is not None:

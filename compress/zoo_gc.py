@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from deltafold.compress.delta_files import read_manifest
 from deltafold.compress.errors import DeltafoldError
-from deltafold.compress.journal import is_resumable
+from deltafold.compress.journal import is_journal, is_resumable
 from deltafold.compress.manifest import MANIFEST_NAME
 from deltafold.compress.progress import OnProgress, ignore
 from deltafold.compress.repo import DeltaRepo
@@ -232,6 +232,8 @@ def _unlisted(folder: Path) -> Iterator[Leftover]:
     except DeltafoldError:
         return
     for path in sorted(folder.iterdir()):
+        if is_journal(path):
+            yield _leftover(path, "the journal of a run that was cut off at its end")
         if _PAYLOAD.fullmatch(path.name) and path.name not in listed:
             yield _leftover(path, "a payload file that its manifest does not list")
 

@@ -137,15 +137,13 @@ def need_bitsandbytes(device: torch.device) -> None:
     # It warns of an optional kernel that is not used here.
     log.setLevel(logging.ERROR)
     try:
-        import bitsandbytes as bnb
+        import bitsandbytes  # noqa: F401
 
         # Without a library for this CUDA it can be imported, and fails when it is used.
-        codes = torch.full((BLOCK // 2, 1), 0xF0, dtype=torch.uint8, device=device)
-        state = _state(torch.ones(1, device=device, dtype=torch.float32), (1, BLOCK), torch.float32)
-        values = bnb.functional.dequantize_4bit(codes, state)
-        if values.flatten()[:2].tolist() != [1.0, -1.0]:
-            raise RuntimeError(f"its codes stand for other values on {device}")
-    except (ImportError, RuntimeError, OSError, NotImplementedError) as error:
+        _try_products(device)
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, RuntimeError, OSError, ValueError, TypeError, AttributeError) as error:
         raise DeltafoldError(
             "missing-extra",
             f"a 4-bit base needs bitsandbytes, which cannot be used on {device}.",
@@ -154,6 +152,29 @@ def need_bitsandbytes(device: torch.device) -> None:
         ) from error
     finally:
         log.setLevel(level)
+
+
+@torch.no_grad()
+def _try_products(device: torch.device) -> None:
+    """Multiply by a matrix whose columns are 1 and -1 in turn, for one request and for several.
+
+    Each number of rows, and each way of keeping a weight, goes through a kernel of its own.
+
+    Raises:
+        RuntimeError: where the values or products are others.
+    """
+    codes = torch.full((BLOCK * BLOCK // 2, 1), 0xF0, dtype=torch.uint8, device=device)
+    ones = torch.ones(BLOCK, device=device, dtype=torch.float32)
+    packed = Packed("nf4", codes, ones, (BLOCK, BLOCK))
+    for transposed in (False, True):
+        layer = QuantizedLinear("a trial", packed, None, transposed=transposed)
+        signs = torch.tensor([1.0, -1.0]).repeat(BLOCK // 2)
+        expected = signs.repeat(8, 1) if transposed else signs[:8, None].repeat(1, BLOCK)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for rows in (1, 8):
+                found = layer(torch.eye(rows, BLOCK, dtype=dtype, device=device))
+                if not torch.equal(found.float().cpu(), expected[:rows]):
+                    raise RuntimeError(f"its products of {rows} rows are wrong on {device}")
 
 
 def is_quantized(module: Any) -> bool:

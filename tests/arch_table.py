@@ -240,6 +240,13 @@ and how requests lie in their inputs. From that every parameter gets a home:
   If a parameter is read by a module around its owner, or its owner does not keep requests apart,
   the smallest module around it that does is run again.
 
+Two layouts are known by the name of a class, wherever it comes from:
+
+| class | what it stands for |
+|---|---|
+| `Conv1D` | a linear layer that keeps its weight as `[in, out]`, as GPT-2's |
+| `Cache`, and classes derived from it | an argument that remembers tokens, and moves once |
+
 Where a loader fused or renamed tensors (experts, mostly), the place of each is found by its bytes.
 Vocabularies of variants may be larger or smaller than the base's.
 

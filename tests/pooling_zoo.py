@@ -135,6 +135,20 @@ def texts(folder: Path) -> Made:
     return made
 
 
+def roberta(folder: Path) -> Made:
+    """A RoBERTa with its masked-language head; its classifiers read the first token, without a pooler.
+
+    Positions are counted from the padding token on.
+    """
+    made = Made(folder)
+    sizes = {**_TEXT, "pad_token_id": 1, "max_position_embeddings": 40}
+    save(transformers.RobertaForMaskedLM, transformers.RobertaConfig(**sizes), made.base)
+    cls = transformers.RobertaForSequenceClassification
+    made.tune(cls, "two", "int:bits=8", num_labels=2)
+    made.tune(cls, "five", "lossless", num_labels=5)
+    return made
+
+
 def rewards(folder: Path) -> Made:
     """A decoder, and reward models whose configuration knows no padding."""
     made = Made(folder)

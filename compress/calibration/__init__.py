@@ -5,7 +5,7 @@ The one part of `compress` that needs transformers, imported when a model is fir
 
 from deltafold.compress.calibration.data import CalibrationSet, read_calibration
 from deltafold.compress.calibration.evidence import CalibratedEvidence
-from deltafold.compress.calibration.fit import LogitFit, compress_and_fit, fit_scales
+from deltafold.compress.calibration.fit import compress_and_fit, fit_scales
 from deltafold.compress.calibration.judge import CalibratedJudge
 from deltafold.compress.calibration.model import (
     ParameterMap,
@@ -23,6 +23,7 @@ from deltafold.compress.calibration.quality import (
     logits_of,
     mean_loss,
 )
+from deltafold.compress.fitting import LogitFit
 
 __all__ = [
     "CalibratedEvidence",

@@ -173,6 +173,7 @@ class Diagnose:
             self.data,
             wanted=needs,
             references=self.evidence.references,
+            safe=self.evidence.safe,
             device=self.device,
             group_bytes=self.group_bytes,
         )

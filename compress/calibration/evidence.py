@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from deltafold.compress.model_memory import (
     moment_bytes,
     on_cpu,
 )
+from deltafold.compress.naming import NamedBase
 from deltafold.compress.references import Reference, names_of, tensors_of
 
 _ROWS: Final = 8
@@ -49,6 +51,18 @@ class Moment(NamedTuple):
     second: torch.Tensor
     inputs: torch.Tensor
     turned: bool
+
+
+class SafeExamples(NamedTuple):
+    """What an aligned model is to keep.
+
+    Attributes:
+        data: harmful prompts with safe answers.
+        aligned: the model that gives them: the base, or another checkpoint, by the fine-tune's names.
+    """
+
+    data: CalibrationSet
+    aligned: Reference
 
 
 class Gradient(NamedTuple):
@@ -81,7 +95,8 @@ class CalibratedEvidence:
         data: what it is run on.
         wanted: the needs to meet; others are not provided. All but `sequential` if left out.
         references: other checkpoints by role.
-        device: where the model runs.
+        safe: for `safe-activations` and `safe-gradients`, which are those of the aligned model.
+        device: where the models run.
         group_bytes: most memory for the moments, or the gradients, of one pass.
         model: the loaded fine-tune, if the caller has it.
     """
@@ -93,6 +108,7 @@ class CalibratedEvidence:
         *,
         wanted: Iterable[Need] = AT_THE_FINE_TUNE,
         references: Mapping[str, Reference] | None = None,
+        safe: SafeExamples | None = None,
         device: str = "cpu",
         group_bytes: int = GROUP_BYTES,
         model: Any = None,
@@ -101,6 +117,8 @@ class CalibratedEvidence:
         possible: set[Need] = {"activations", "gradients", "logits", "sequential"}
         possible |= {"labels"} if data.answers else set()
         possible |= {"reference"} if self.references else set()
+        possible |= {"safe-activations", "safe-gradients"} if safe else set()
+        self.safe = safe
         self.provides = tuple(n for n in NEEDS if n in possible & set(wanted))
         self.device, self._group_bytes, self._given = device, group_bytes, model
         self._run: _Run | None = None
@@ -117,6 +135,31 @@ class CalibratedEvidence:
             gradient=gradient.mean if gradient else None,
             fisher=gradient.fisher if gradient else None,
             references=tensors_of(self.references, name),
+            safe=self._safe(name),
+        )
+
+    def _safe(self, name: str) -> Evidence | None:
+        if self.safe is None or self._aligned is None:
+            return None
+        source = self.safe.aligned.source
+        own = source.own(name) if isinstance(source, NamedBase) else name
+        return None if own is None else self._aligned.of(own)
+
+    @cached_property
+    def _aligned(self) -> CalibratedEvidence | None:
+        """Evidence of the aligned model, by its own names; None where nobody wants any."""
+        wanted: list[Need] = []
+        wanted += ["activations"] if "safe-activations" in self.provides else []
+        wanted += ["gradients"] if "safe-gradients" in self.provides else []
+        if self.safe is None or not wanted:
+            return None
+        source = self.safe.aligned.source
+        return CalibratedEvidence(
+            source.checkpoint if isinstance(source, NamedBase) else source,
+            self.safe.data,
+            wanted=wanted,
+            device=self.device,
+            group_bytes=self._group_bytes,
         )
 
     def order(self, names: Sequence[str]) -> list[str]:
@@ -147,6 +190,8 @@ class CalibratedEvidence:
         used: dict[str, Any] = {"data": self.data.record(), "provides": list(self.provides)}
         if self.references:
             used["references"] = names_of(self.references)
+        if self.safe is not None:
+            used["safe"] = {"data": self.safe.data.record(), "aligned": self.safe.aligned.name}
         return used
 
     @property

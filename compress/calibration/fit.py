@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -28,6 +28,7 @@ from deltafold.compress.checkpoint import Checkpoint, TensorSource
 from deltafold.compress.companions import named
 from deltafold.compress.errors import DeltafoldError
 from deltafold.compress.evidence import EvidenceSource
+from deltafold.compress.fitting import LogitFit
 from deltafold.compress.memory import resident
 from deltafold.compress.model_memory import fitting_bytes, on_cpu
 from deltafold.compress.naming import NamedBase
@@ -39,48 +40,6 @@ from deltafold.compress.sizes import human, parse_size
 from deltafold.compress.source import open_variant
 from deltafold.compress.staging import Staging
 from deltafold.compress.terms import Context, Encoded
-
-
-@dataclass(frozen=True)
-class LogitFit:
-    """How scales are trained.
-
-    Attributes:
-        steps: optimizer steps.
-        lr: Adam's rate at the start; a cosine takes it to zero. For scales in units of the weights;
-            0 takes 1e-4, and 0.01 for factors.
-        batch: rows of a step.
-        length: most tokens of a row; longer ones are cut into several.
-        what: all `scales`, or for the whole model one factor for each of a tensor's `terms`: two for
-            `shift-scale`, after arXiv 2505.11344.
-    """
-
-    steps: int = 200
-    lr: float = 0.0
-    batch: int = 4
-    length: int = 128
-    what: Literal["scales", "terms"] = "scales"
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or not self.lr >= 0 or self.batch < 1 or self.length < 2:
-            raise DeltafoldError(
-                "bad-argument", "scales are fitted in at least one step, with a rate above 0."
-            )
-
-    def record(self) -> dict[str, Any]:
-        """What a manifest says about it."""
-        return {
-            "what": self.what,
-            "steps": self.steps,
-            "lr": self.rate,
-            "batch": self.batch,
-            "length": self.length,
-        }
-
-    @property
-    def rate(self) -> float:
-        """The rate that is used."""
-        return self.lr or {"scales": 1e-4, "terms": 1e-2}[self.what]
 
 
 def compress_and_fit(
@@ -101,7 +60,12 @@ def compress_and_fit(
     max_memory: int | str | None = None,
     progress: OnProgress = ignore,
 ) -> PackReport:
-    """`compress_checkpoint`, then `fit_scales`; nothing stands at `out` before both are done."""
+    """`compress_checkpoint`, then `fit_scales`; nothing stands at `out` before both are done.
+
+    Scales are fitted as `fit` says, or else the recipe.
+    """
+    recipe = recipe or Recipe()
+    fit, recipe = fit or recipe.fit, replace(recipe, fit=None)
     place = Path(out)
     Staging(place, overwrite=overwrite)  # refuses what exists before any work
     if on_cpu(device):
@@ -119,6 +83,7 @@ def compress_and_fit(
             quality=quality,
             jobs=jobs,
             max_memory=max_memory,
+            device=device,
             progress=progress,
         )
         return fit_scales(

@@ -17,6 +17,7 @@ import torch
 from deltafold.compress.calibration.data import needs_transformers
 from deltafold.compress.checkpoint import Checkpoint, TensorSource
 from deltafold.compress.errors import DeltafoldError, name_some
+from deltafold.compress.placing import device_named
 from deltafold.compress.repo import DeltaRepo, pad_rows
 
 
@@ -73,17 +74,16 @@ def decoded_tensors(
     """Every tensor of a delta's model: base plus decoded difference in float32, others as stored."""
     tensors, named = {}, repo.named(base)
     for name in repo.variant_names():
-        stored = named.tensor(name) if name in named else None
         if name not in repo.manifest.tensors:
-            assert stored is not None
-            tensors[name] = stored
-        elif stored is not None and not stored.is_floating_point():
+            tensors[name] = named.tensor(name)
+            continue
+        # A delta to the dequantised base makes its model on that base alone.
+        stored = repo.base_tensor(base, name)
+        if stored is not None and not stored.is_floating_point():
             tensors[name] = repo.restored(name, stored)
         else:
-            # A delta to the dequantised base makes its model on that base alone.
-            under = repo.base_tensor(base, name)
-            delta = repo.delta(name, under).mul_(scale)
-            padded = pad_rows(under, tuple(delta.shape))
+            delta = repo.delta(name, stored).mul_(scale)
+            padded = pad_rows(stored, tuple(delta.shape))
             tensors[name] = delta if padded is None else delta.add_(padded.to(torch.float32))
     return tensors
 
@@ -95,7 +95,7 @@ def _load(
     device: str,
     dtype: torch.dtype,
 ) -> Any:
-    where = _device(device)
+    where = device_named(device)
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
@@ -132,16 +132,6 @@ def _load(
             fix="check that the checkpoint is of a causal language model",
         )
     return model.to(where).eval()
-
-
-def _device(name: str) -> torch.device:
-    try:
-        found = torch.device(name)
-    except RuntimeError as error:
-        raise DeltafoldError("bad-argument", f"there is no device {name!r}.") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise DeltafoldError("bad-argument", "no CUDA device was found.", fix="--device cpu")
-    return found
 
 
 class ParameterMap:

@@ -6,11 +6,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from deltafold.compress.calibration.data import read_calibration
-from deltafold.compress.calibration.evidence import AT_THE_FINE_TUNE, CalibratedEvidence
+from deltafold.compress.calibration.evidence import (
+    AT_THE_FINE_TUNE,
+    CalibratedEvidence,
+    SafeExamples,
+)
 from deltafold.compress.checkpoint import Checkpoint
 from deltafold.compress.evidence import Need
 from deltafold.compress.model_memory import GROUP_BYTES
-from deltafold.compress.references import open_references
+from deltafold.compress.naming import NamedBase
+from deltafold.compress.references import Reference, open_references
 from deltafold.compress.source import open_variant
 
 
@@ -22,6 +27,7 @@ def calibrate(
     rows: int = 64,
     length: int = 512,
     references: Mapping[str, str | Path] | None = None,
+    safe: str | Path | None = None,
     wanted: Iterable[Need] = AT_THE_FINE_TUNE,
     device: str = "cpu",
     group_bytes: int = GROUP_BYTES,
@@ -35,6 +41,8 @@ def calibrate(
         rows: most rows taken.
         length: most tokens of a row.
         references: other checkpoints by role, see `open_references`.
+        safe: a file of harmful prompts with safe answers, which the aligned model is run on: the
+            reference `aligned`, or the base.
         wanted: the needs to meet, `Recipe.needs()`.
         device: where the model runs.
         group_bytes: most memory for the moments, or the gradients, of one pass.
@@ -46,6 +54,17 @@ def calibrate(
     source = open_variant(variant, checkpoint)
     others = open_references(references or {}, checkpoint, source)
     data = read_calibration(file, source.reference.folder, rows=rows, length=length)
+    examples = None
+    if safe is not None:
+        aligned = others.get("aligned") or Reference.of(NamedBase.of(checkpoint, source))
+        folder = aligned.source.reference.folder
+        examples = SafeExamples(read_calibration(safe, folder, rows=rows, length=length), aligned)
     return CalibratedEvidence(
-        source, data, wanted=wanted, references=others, device=device, group_bytes=group_bytes
+        source,
+        data,
+        wanted=wanted,
+        references=others,
+        safe=examples,
+        device=device,
+        group_bytes=group_bytes,
     )

@@ -11,7 +11,8 @@ the code, values are compared in float16, where a tie counts as passed, and thos
 followed: deltas of usual size are so small that the value hardly moves with q, and this is what then
 leaves the divisor next to 1-p, DARE's own. Left out: a bias counts as one more input there.
 
-Any divisor of one's own is `dare:divisor=`; the authors recommend one for all tensors for decoders.
+For decoders the authors recommend one q for all tensors, found by trying several on the model (by the
+least change of its outputs, or by labels). That search is not here: `dare:divisor=` takes its result.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class DarexQ:
 
     id: ClassVar[str] = "darex-q"
     summary: ClassVar[str] = "dare with a divisor for each tensor, by its layer's inputs"
-    paper: ClassVar[str] = "2410.09344"
+    paper: ClassVar[str] = "after 2410.09344"
     needs: ClassVar[tuple[Need, ...]] = ("activations",)
 
     drop: float = 0.9

@@ -5,12 +5,14 @@ released code for the steps. The safety vector is the aligned model minus an una
 block of columns
 
 1. identify: entries whose sign is not the safety vector's;
-2. remove: of these all but the share `spare` with the least Fisher information on safe answers;
+2. remove: of these all but the share `spare` with the least Fisher information of the aligned model
+   on safe answers to harmful prompts, the mean squared gradient of an example;
 3. recalibrate: the columns behind make up for what was removed, by the second moments of the task's
    inputs, as in SparseGPT (`obs.py`).
 
-One difference: the code reads a layer's inputs behind layers that were already edited, here they are
-those of the fine-tune as it came. Tensors that no linear layer multiplies by are left as they are.
+Two differences: the code reads a layer's inputs behind layers that were already edited, here they are
+those of the fine-tune as it came; and it squares the mean gradient of eight examples, here of each.
+Tensors that no linear layer multiplies by are left as they are.
 
 The aligned model is the base, unless a reference `aligned` is given; the fine-tune's delta is taken
 against the base in any case.
@@ -46,8 +48,8 @@ class Irr:
 
     id: ClassVar[str] = "irr"
     summary: ClassVar[str] = "remove entries that point away from safety, recalibrate the others"
-    paper: ClassVar[str] = "2412.11041"
-    needs: ClassVar[tuple[Need, ...]] = ("activations", "gradients", "reference")
+    paper: ClassVar[str] = "after 2412.11041"
+    needs: ClassVar[tuple[Need, ...]] = ("activations", "reference", "safe-gradients")
 
     spare: float = 0.0
     block: int = 128
@@ -68,7 +70,8 @@ class Irr:
         safety = -_reference_delta(context, "unaligned", self.id)
         if _has_reference(context, "aligned"):
             safety += _reference_delta(context, "aligned", self.id)
-        fisher = known(context.evidence, "fisher", self.id, context.name)
+        assert context.evidence is not None
+        fisher = known(context.evidence.safe, "fisher", self.id, context.name)
         shape = rows_and_columns(tuple(delta.shape))
         matrix, safety, fisher = (t.reshape(shape) for t in (delta, safety, fisher))
         found = self.remove(matrix, safety, fisher, moments)

@@ -41,7 +41,7 @@ _EXCLUDED: Final = 0.15
 class SafeDelta:
     """Entries of the fine-tune within a safety budget, the rest compensated.
 
-    The base must be the aligned model. The second moments must be those of safe examples on it.
+    The base must be the aligned model; second moments are those of its inputs on safe examples.
 
     Attributes:
         budget: the paper's s.
@@ -52,8 +52,8 @@ class SafeDelta:
     summary: ClassVar[str] = (
         "take from the fine-tune what a safety budget allows, compensate the rest"
     )
-    paper: ClassVar[str] = "2505.12038"
-    needs: ClassVar[tuple[Need, ...]] = ("activations",)
+    paper: ClassVar[str] = "after 2505.12038"
+    needs: ClassVar[tuple[Need, ...]] = ("safe-activations",)
 
     budget: float = 0.1
     damp: float = 0.01
@@ -66,7 +66,8 @@ class SafeDelta:
 
     def apply(self, delta: torch.Tensor, context: Context) -> torch.Tensor:
         """What was taken, and its compensation; zero for tensors of no linear layer."""
-        moments = None if context.evidence is None else context.evidence.second_moment
+        safe = None if context.evidence is None else context.evidence.safe
+        moments = None if safe is None else safe.second_moment
         if moments is None or not delta.numel():
             return torch.zeros_like(delta)
         shape = rows_and_columns(tuple(delta.shape))

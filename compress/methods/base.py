@@ -38,7 +38,9 @@ class Method(Protocol):
 
     One that codes each row of a matrix without looking at others may say so with `blockwise = True`:
     large tensors then go through it in blocks of rows, and never lie in memory as a whole. One that
-    takes much memory says how much with `entry_bytes`, at an entry (see `compress/limits.py`).
+    takes much memory says how much with `entry_bytes`, at an entry (see `compress/limits.py`). One
+    whose cost is arithmetic says `on_device = True`: it may be given tensors on any one device, makes
+    none elsewhere, and adds up in a fixed order (see `compress/placing.py`).
     """
 
     id: ClassVar[str]

@@ -34,6 +34,7 @@ class CodebookMethod:
     paper: ClassVar[str] = "2410.13841"
     needs: ClassVar[tuple[Need, ...]] = ()
     applied: ClassVar[str] = "sign planes up to 3 bits, else rebuilt"
+    on_device: ClassVar[bool] = True
 
     bits: int = 3
     scale: Literal["tensor", "row"] = "tensor"
@@ -58,6 +59,8 @@ class Lloyd(CodebookMethod):
     id: ClassVar[str] = "lloyd"
     summary: ClassVar[str] = "sign and magnitude level, levels of least squared error"
     paper: ClassVar[str] = "Lloyd 1982"
+    #: Its running sums have no fixed order on a GPU.
+    on_device: ClassVar[bool] = False
 
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
         """One `codebook` term."""

@@ -47,9 +47,10 @@ class DeltaCome:
 
     id: ClassVar[str] = "delta-come"
     summary: ClassVar[str] = "low rank in bands of 8, 3 and 2 bits, with error feedback"
-    paper: ClassVar[str] = "2406.08903"
+    paper: ClassVar[str] = "after 2406.08903"
     needs: ClassVar[tuple[Need, ...]] = ("activations", "sequential")
     applied: ClassVar[str] = "low rank on the fly"
+    on_device: ClassVar[bool] = True
 
     bits: float = 1.0
     group: int = 128

@@ -49,6 +49,7 @@ class DeltaZip:
     paper: ClassVar[str] = "2312.05215"
     needs: ClassVar[tuple[Need, ...]] = ("activations", "sequential")
     applied: ClassVar[str] = "sparse on the fly, or rebuilt at load"
+    on_device: ClassVar[bool] = True
 
     bits: int = 4
     damp: float = 0.01
@@ -83,17 +84,18 @@ def prune_and_round(
     """
     rows, columns = matrix.shape
     step = matrix.abs().amax(dim=1, keepdim=True) * (2 / (2**grid.bits - 1))
-    middle = torch.full(step.shape, 2 ** (grid.bits - 1), dtype=torch.uint8)
+    middle = torch.full_like(step, 2 ** (grid.bits - 1), dtype=torch.uint8)
     scales = grid.rounded(Scales(step, middle))
     positions: list[torch.Tensor] = []
-    codes = torch.full((rows, -(-columns // _OF) * _OF), 2 ** (grid.bits - 1), dtype=torch.uint8)
+    wide = (rows, -(-columns // _OF) * _OF)
+    codes = matrix.new_full(wide, 2 ** (grid.bits - 1), dtype=torch.uint8)
 
     def choose(start: int, now: torch.Tensor, diagonal: torch.Tensor) -> Settle:
         score = (now / diagonal).square()
         # The last block may be short: what is not there is kept only where nothing else is left.
         score = torch.nn.functional.pad(score, (0, _OF - now.shape[1]), value=-1.0)
         best = score.argsort(dim=1, descending=True, stable=True)[:, :_KEEP]
-        kept = torch.zeros(rows, _OF, dtype=torch.bool).scatter_(1, best, True)
+        kept = now.new_zeros(rows, _OF, dtype=torch.bool).scatter_(1, best, True)
         positions.append(best.sort(dim=1).values)
 
         def settle(j: int, column: torch.Tensor) -> torch.Tensor:
@@ -105,5 +107,5 @@ def prune_and_round(
 
     sweep(matrix, inverse_cholesky(damped(moment, damp)), choose, group=_OF)
     places = torch.cat(positions, dim=1)
-    starts = torch.arange(places.shape[1]) // _KEEP * _OF
+    starts = torch.arange(places.shape[1], device=places.device) // _KEEP * _OF
     return places, Coded(codes.gather(1, places + starts), scales)

@@ -41,7 +41,7 @@ def _grouped(values: torch.Tensor, moment: torch.Tensor, grid: Grid, damp: float
     rows, columns = values.shape
     width = grid.width(columns)
     one = Grid(grid.bits, 0, grid.symmetric, grid.scale_format)
-    codes = torch.zeros(rows, columns, dtype=torch.uint8)
+    codes = values.new_zeros(rows, columns, dtype=torch.uint8)
     fitted: list[Scales] = []
 
     def choose(start: int, now: torch.Tensor, diagonal: torch.Tensor) -> Settle:
@@ -66,7 +66,7 @@ def _ordered(values: torch.Tensor, moment: torch.Tensor, grid: Grid, damp: float
     scales = grid.fit(values)
     step, zero = grid.spread(scales, columns)
     one = Grid(grid.bits, 0, grid.symmetric, grid.scale_format)
-    codes = torch.zeros(rows, columns, dtype=torch.uint8)
+    codes = values.new_zeros(rows, columns, dtype=torch.uint8)
 
     def choose(start: int, now: torch.Tensor, diagonal: torch.Tensor) -> Settle:
         def settle(j: int, column: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,7 @@ class ImPart:
 
     id: ClassVar[str] = "impart"
     summary: ClassVar[str] = "low rank, entries of weak vectors dropped by seeded masks"
-    paper: ClassVar[str] = "2504.13237"
+    paper: ClassVar[str] = "after 2504.13237"
     needs: ClassVar[tuple[Need, ...]] = ()
     applied: ClassVar[str] = "low rank on the fly"
 

@@ -39,6 +39,7 @@ class IntegerHessian:
     paper: ClassVar[str] = "after 2210.17323"
     needs: ClassVar[tuple[Need, ...]] = ("activations",)
     applied: ClassVar[str] = "codes on the fly"
+    on_device: ClassVar[bool] = True
 
     bits: int = 4
     group: int = 0

@@ -28,6 +28,7 @@ class Svd:
     paper: ClassVar[str] = "Eckart-Young 1936"
     needs: ClassVar[tuple[Need, ...]] = ()
     applied: ClassVar[str] = "low rank on the fly"
+    on_device: ClassVar[bool] = True
 
     rank: int = 16
     bits: float = 0.0

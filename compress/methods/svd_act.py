@@ -39,6 +39,7 @@ class SvdAct:
     paper: ClassVar[str] = "Eckart-Young 1936, whitened"
     needs: ClassVar[tuple[Need, ...]] = ("activations",)
     applied: ClassVar[str] = "low rank on the fly"
+    on_device: ClassVar[bool] = True
 
     rank: int = 16
     bits: float = 0.0

@@ -45,6 +45,7 @@ class SvdWidths:
     paper: ClassVar[str] = "after 2506.11087"
     needs: ClassVar[tuple[Need, ...]] = ("activations", "sequential")
     applied: ClassVar[str] = "low rank on the fly"
+    on_device: ClassVar[bool] = True
 
     bits: float = 1.0
     group: int = 128
@@ -67,7 +68,7 @@ class SvdWidths:
         widths = self._widths(known, *factors)
         order = widths.argsort(descending=True, stable=True)[: max(int((widths > 0).sum()), 1)]
         # Even a budget for none buys one vector of the least width.
-        bands = Counter(max(w, _WIDTHS[1]) for w in widths[order].tolist())
+        bands = Counter(max(w, _WIDTHS[1]) for w in widths[order].cpu().tolist())
         term = Banded(ranks=tuple(bands.values()), widths=tuple(bands), group=self.group)
         left, singular, right = factors
         chosen = (left[:, order], singular[order], right[order])
@@ -125,7 +126,7 @@ def allot(errors: torch.Tensor, budget: int) -> torch.Tensor:
     The price of a bit is moved until the budget is just kept; what the relaxed program leaves over is
     less than one vector's step.
     """
-    widths = torch.tensor(_WIDTHS)
+    widths = torch.tensor(_WIDTHS).to(errors.device)
 
     def at(price: float) -> torch.Tensor:
         return widths[(errors + price * widths).argmin(dim=1)]

@@ -13,6 +13,7 @@ from typing import ClassVar, Final
 
 import torch
 
+from deltafold.compress.evidence import Evidence
 from deltafold.compress.terms.base import (
     Checked,
     Context,
@@ -140,18 +141,21 @@ def block_context(context: Context, start: int, rows: int, index: int) -> Contex
             return None
         return tensor.reshape(rows_and_columns(tuple(tensor.shape)))[start:stop]
 
-    evidence = context.evidence
-    if evidence is not None:
-        evidence = replace(
+    def seen(evidence: Evidence | None) -> Evidence | None:
+        if evidence is None:
+            return None
+        return replace(
             evidence,
             gradient=cut(evidence.gradient),
             fisher=cut(evidence.fisher),
             references={r: t for r, v in evidence.references.items() if (t := cut(v)) is not None},
+            safe=seen(evidence.safe),
         )
+
     return replace(
         context,
         name=f"{context.name}[{index}]",
         base=cut(context.base),
         variant=cut(context.variant),
-        evidence=evidence,
+        evidence=seen(context.evidence),
     )

@@ -122,17 +122,23 @@ def _blocks(magnitudes: torch.Tensor, levels: int) -> torch.Tensor:
     """Block of each entry of `[tables, count]`, int64; equal magnitudes share a block."""
     count = magnitudes.shape[1]
     if count == 0 or levels == 1:
-        return torch.zeros(magnitudes.shape, dtype=torch.int64)
+        return torch.zeros_like(magnitudes, dtype=torch.int64)
     starts = [-(-j * count // levels) for j in range(1, levels)]
     starts = [min(start, count - 1) for start in starts]
-    ranked = np.partition(magnitudes.numpy(), sorted(set(starts)), axis=1)
-    edges = torch.from_numpy(np.ascontiguousarray(ranked[:, starts]))
+    if magnitudes.is_cpu:
+        ranked = np.partition(magnitudes.numpy(), sorted(set(starts)), axis=1)
+        edges = torch.from_numpy(np.ascontiguousarray(ranked[:, starts]))
+    else:
+        places = torch.tensor(starts).to(magnitudes.device)
+        edges = magnitudes.sort(dim=1).values.index_select(1, places)
     return torch.searchsorted(edges, magnitudes, right=True)
 
 
 def _means(magnitudes: torch.Tensor, index: torch.Tensor, levels: int) -> torch.Tensor:
     """Mean of each block, float32 `[tables, levels]`; an empty block has the level below it."""
     tables = magnitudes.shape[0]
+    if not magnitudes.is_cpu:
+        return _means_there(magnitudes, index, levels)
     place = (index + torch.arange(tables).unsqueeze(1) * levels).reshape(-1).numpy()
     size = tables * levels
     # Summed in float64, entry after entry.
@@ -140,6 +146,16 @@ def _means(magnitudes: torch.Tensor, index: torch.Tensor, levels: int) -> torch.
     counts = np.bincount(place, minlength=size)
     means = (sums / np.maximum(counts, 1)).reshape(tables, levels)
     return torch.from_numpy(np.maximum.accumulate(means, axis=1)).to(torch.float32)
+
+
+def _means_there(magnitudes: torch.Tensor, index: torch.Tensor, levels: int) -> torch.Tensor:
+    """The same on a device: level by level, since adding up by index there has no order."""
+    found = []
+    for level in range(levels):
+        here = index == level
+        total = torch.where(here, magnitudes, 0.0).sum(dim=1, dtype=torch.float64)
+        found.append(total / here.sum(dim=1).clamp_min(1))
+    return torch.stack(found, dim=1).cummax(dim=1).values.to(torch.float32)
 
 
 def _midpoints(table: torch.Tensor) -> torch.Tensor:

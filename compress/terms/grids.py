@@ -64,7 +64,7 @@ class Grid:
         """The scales with the least squared error among shrunken ranges, rounded as stored."""
         groups = self._grouped(values)
         if groups.numel() == 0:
-            empty = torch.zeros(groups.shape[:2])
+            empty = groups.new_zeros(groups.shape[:2])
             return Scales(empty, self._middle(empty))
         found = self._candidate(groups, 1.0)
         least = self._loss(groups, found)
@@ -137,7 +137,7 @@ class Grid:
         return padded.reshape(rows, groups, width)
 
     def _middle(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.full(like.shape, 2 ** (self.bits - 1), dtype=torch.uint8)
+        return torch.full_like(like, 2 ** (self.bits - 1), dtype=torch.uint8)
 
     def _candidate(self, groups: torch.Tensor, share: float) -> Scales:
         if self.symmetric:

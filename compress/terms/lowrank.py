@@ -86,7 +86,8 @@ def truncated_svd(
     """
     rows, columns = matrix.shape
     if matrix.numel() == 0:
-        return torch.zeros(rows, rank), torch.zeros(rank), torch.zeros(rank, columns)
+        zeros = matrix.new_zeros
+        return zeros(rows, rank), zeros(rank), zeros(rank, columns)
     if min(rows, columns) <= _DIRECT:
         left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
         return left[:, :rank].contiguous(), singular[:rank], right[:rank].contiguous()

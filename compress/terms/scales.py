@@ -17,8 +17,8 @@ def store(values: torch.Tensor, fmt: str, key: str) -> dict[str, torch.Tensor]:
     """float32 values as parts: `key`, and `key_unit` (float32 `[1]`) where `fmt` is float16."""
     if fmt == "float32":
         return {key: values.to(torch.float32).contiguous()}
-    largest = values.abs().amax() if values.numel() else torch.zeros(())
-    unit = torch.where(largest > 0, largest, torch.ones(()))
+    largest = values.abs().amax() if values.numel() else values.new_zeros(())
+    unit = torch.where(largest > 0, largest, torch.ones_like(largest))
     half = (values / unit).to(torch.float16).contiguous()
     return {key: half, f"{key}_unit": unit.to(torch.float32).reshape(1)}
 

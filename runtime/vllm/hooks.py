@@ -153,6 +153,14 @@ class LayerHook:
             self.calls.rows = x.shape[0]
         return idle
 
+    def rests_at_lookup(self, ids: torch.Tensor) -> bool:
+        """The same for ids that are looked up."""
+        idle = self._rows.rests
+        if idle:
+            self.calls.lookups += 1
+            self.calls.rows = ids.shape[0]
+        return idle
+
     def add_products(self, y: torch.Tensor, x: torch.Tensor, biased: bool) -> None:
         """`y[rows] += x[rows] D^T (+ b)`; y `[tokens, N]`, x `[tokens, M]`."""
         if self.rests(x):
@@ -221,10 +229,10 @@ class LayerHook:
 
     def add_rows(self, y: torch.Tensor, ids: torch.Tensor) -> None:
         """`y[rows] += D[ids[rows]]`; ids `[tokens]`, local to this rank."""
+        if self.rests_at_lookup(ids):
+            return
         self.calls.lookups += 1
         self.calls.rows = ids.shape[0]
-        if self._rows.rests:
-            return
         slots = self._rows.token_slots[: len(ids)]
         if self._packed is not None:
             assert self._tiles is not None

@@ -35,12 +35,12 @@ class Hosted:
         self._pinned: set[int] = set()
         self._asked: dict[int, Any] = {}
 
-    def ready(self, lora: Any, live: Collection[int], *, again: bool = False) -> bool:
+    def ready(self, lora: Any, live: Callable[[], Collection[int]], *, again: bool = False) -> bool:
         """Have a variant in host memory.
 
         Args:
             lora: vLLM's `LoRARequest`.
-            live: numbers of variants that requests wait for or run.
+            live: tells the numbers of variants that requests wait for or run.
             again: whether it is to be read again if it is there.
 
         Returns:
@@ -57,7 +57,7 @@ class Hosted:
         self._asked[number] = lora
         self._held[number] = lora.lora_path
         self._held.move_to_end(number)
-        stay = {*live, *self._pinned, number}
+        stay = {*live(), *self._pinned, number}
         over = max(len(self._held) - self._room, 0)
         leaving = [n for n in self._held if n not in stay][:over]
         if leaving:
@@ -66,7 +66,7 @@ class Hosted:
                 del self._held[old]
         return True
 
-    def pin(self, number: int, live: Collection[int]) -> None:
+    def pin(self, number: int, live: Callable[[], Collection[int]]) -> None:
         """Keep a variant whatever else is asked for; raises as `ready` does."""
         if number in self._asked:
             self.ready(self._asked[number], live)

@@ -138,7 +138,9 @@ class DeltaManager:
                 self.add_adapter(request)
         for number in wanted:
             self._activate(number, wanted)
-        if mapping is not None:
+        if not wanted:
+            self.rows.rest()
+        elif mapping is not None:
             slots = {0: -1, **{n: s for n, s in self._used.items() if n in wanted}}
             tokens = [slots[int(n)] for n in mapping.index_mapping]
             self.rows.set(tokens, [slots[int(n)] for n in mapping.prompt_mapping])

@@ -109,7 +109,8 @@ class DeltaMethod:
     def embedding(self, layer: Any, ids: torch.Tensor) -> torch.Tensor:
         """Rows of each token's own table."""
         y: torch.Tensor = self.inner.embedding(layer, ids)
-        self._ops.lookup(y, ids, layer.deltafold_handle)
+        if torch.compiler.is_compiling() or not self._hook.rests_at_lookup(ids):
+            self._ops.lookup(y, ids, layer.deltafold_handle)
         return y
 
 

@@ -9,7 +9,7 @@ import inspect
 import logging
 import multiprocessing
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def _patch_requests(core: Any) -> None:
         hosted = _hosted(self)
         try:
             if hosted is not None and request.lora_request is not None:
-                hosted.ready(request.lora_request, _live(self.scheduler))
+                hosted.ready(request.lora_request, partial(_live, self.scheduler))
         except Exception as error:
             reject = getattr(self, "_send_error_outputs_to_client", None)
             if reject is None:  # the engine runs in the caller's own process
@@ -166,7 +166,7 @@ def _patch_requests(core: Any) -> None:
         if hosted is None:
             return add(self, lora_request)
         again = bool(lora_request.load_inplace)
-        hosted.ready(lora_request, _live(self.scheduler), again=again)
+        hosted.ready(lora_request, partial(_live, self.scheduler), again=again)
         return True
 
     @wraps(remove)
@@ -183,7 +183,7 @@ def _patch_requests(core: Any) -> None:
     def pin_lora(self: Any, lora_id: int) -> Any:
         hosted = _hosted(self)
         if hosted is not None:
-            hosted.pin(lora_id, _live(self.scheduler))
+            hosted.pin(lora_id, partial(_live, self.scheduler))
         return pin(self, lora_id)
 
     core.add_request, core.add_lora = add_request, add_lora

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import torch
@@ -62,6 +63,9 @@ def segments_of(slots: np.ndarray) -> list[Segment]:
     return found
 
 
+_NOBODY: Final = np.empty(0, np.int64)
+
+
 @dataclass
 class StepRows:
     """The rows of the running step.
@@ -82,6 +86,7 @@ class StepRows:
     step: int = 0
     _host: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     _around: torch.Tensor | None = None
+    _clear: bool = False
 
     @classmethod
     def make(cls, tokens: int, logits: int, device: torch.device) -> StepRows:
@@ -99,6 +104,16 @@ class StepRows:
         rows = np.asarray(logits, np.int64)
         _fill(self.logit_slots, rows)
         self.tokens, self.logits = segments_of(self._host), segments_of(rows)
+        self._clear = False
+
+    def rest(self) -> None:
+        """Begin a step of the base alone."""
+        self.step += 1
+        self.tokens, self.logits, self._host = [], [], _NOBODY
+        if not self._clear:  # the next such step finds them as they are
+            self.token_slots.fill_(-1)
+            self.logit_slots.fill_(-1)
+            self._clear = True
 
     @contextmanager
     def reading_logits(self, indices: torch.Tensor) -> Iterator[None]:
@@ -108,6 +123,7 @@ class StepRows:
         slots = self.token_slots[indices.long()]
         self.logit_slots[:n].copy_(slots)
         self.logit_slots[n:].fill_(-1)
+        self._clear = False
         if self.token_slots.device.type == "cpu":
             self.logits = segments_of(slots.numpy())
         try:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltafold.compress.fitting import CalibrationInputs
 from deltafold.server.cli.options import F, add_options
 
 if TYPE_CHECKING:
+    from deltafold.compress import Recipe
     from deltafold.compress.calibration import CalibratedEvidence, CalibratedJudge
     from deltafold.compress.evidence import Need
     from deltafold.compress.references import ReferenceEvidence
@@ -33,18 +35,14 @@ def calibration_options(command: F) -> F:
             "rows",
             metavar="N",
             type=int,
-            default=_ROWS,
-            show_default=True,
-            help="Most rows of it that are used.",
+            help=f"Most rows of it that are used; {_ROWS} if left out.",
         ),
         click.option(
             "--calibrate-length",
             "length",
             metavar="N",
             type=int,
-            default=_LENGTH,
-            show_default=True,
-            help="Most tokens of a row.",
+            help=f"Most tokens of a row; {_LENGTH} if left out.",
         ),
         click.option(
             "--reference",
@@ -55,7 +53,17 @@ def calibration_options(command: F) -> F:
             "unaligned, or task: another fine-tune, of which there may be several.",
         ),
         click.option(
-            "--device", default="cpu", show_default=True, help="Where calibration runs the model."
+            "--safe",
+            metavar="FILE",
+            help="Harmful prompts with safe answers, for safe-delta and irr, which look at the aligned "
+            "model on them: the base, or --reference aligned.",
+        ),
+        click.option(
+            "--device",
+            default="cpu",
+            show_default=True,
+            help="Where calibration runs the model, and where codecs run whose cost is arithmetic "
+            "(see `deltafold codecs`); the others stay on the CPU.",
         ),
     ]
     return add_options(command, options)
@@ -70,14 +78,29 @@ class CalibrationOptions:
         rows: most rows.
         length: most tokens of a row.
         references: `ROLE=MODEL`.
-        device: where the model runs.
+        safe: a file of safe answers, or None.
+        device: where the model runs, and codecs whose cost is arithmetic.
     """
 
     file: str | None = None
     rows: int = _ROWS
     length: int = _LENGTH
     references: tuple[str, ...] = ()
+    safe: str | None = None
     device: str = "cpu"
+
+    @classmethod
+    def take(cls, given: dict[str, Any], recipe: Recipe) -> CalibrationOptions:
+        """A command's arguments, which come before what the recipe's file says."""
+        said = recipe.calibration or CalibrationInputs(rows=_ROWS, length=_LENGTH)
+        return cls(
+            file=given["file"] or said.file or None,
+            rows=said.rows if given["rows"] is None else given["rows"],
+            length=said.length if given["length"] is None else given["length"],
+            references=given["references"] or said.references,
+            safe=given["safe"] or said.safe or None,
+            device=given["device"],
+        )
 
     def evidence(
         self, base: str, variant: str, wanted: Iterable[Need]
@@ -93,6 +116,12 @@ class CalibrationOptions:
 
         references = read_references(self.references)
         if self.file is None:
+            if self.safe is not None:
+                raise DeltafoldError(
+                    "bad-argument",
+                    "--safe goes with calibration data of the task.",
+                    fix="--calibrate prompts.jsonl",
+                )
             if not all(map(is_task, references)):
                 raise DeltafoldError(
                     "bad-argument",
@@ -109,6 +138,7 @@ class CalibrationOptions:
             rows=self.rows,
             length=self.length,
             references=references,
+            safe=self.safe,
             wanted=(*wanted, "reference") if any(map(is_task, references)) else wanted,
             device=self.device,
         )

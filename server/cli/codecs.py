@@ -72,6 +72,8 @@ def _describe(kind: str, method: type[Any]) -> dict[str, Any]:
     }
     if hasattr(method, "applied"):
         described["applied"] = method.applied
+    if kind == "codec":
+        described["on_device"] = bool(getattr(method, "on_device", False))
     return described
 
 
@@ -113,4 +115,6 @@ def _text(word: str, listed: list[dict[str, Any]]) -> str:
         for o in item["options"]
         if "choices" in o
     ]
-    return "\n".join([table(head, rows), *([""] if choices else []), *choices])
+    there = ", ".join(item["id"] for item in listed if item.get("on_device"))
+    notes = [f"  --device cuda runs: {there}"] if there else []
+    return "\n".join([table(head, rows), *([""] if choices or notes else []), *choices, *notes])

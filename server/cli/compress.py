@@ -70,14 +70,11 @@ if TYPE_CHECKING:
     help="Train instead one factor for each of a tensor's terms, the same for all tensors: two for "
     "shift-scale.",
 )
-@click.option(
-    "--fit-steps", metavar="N", type=int, default=200, show_default=True, help="Steps of that."
-)
+@click.option("--fit-steps", metavar="N", type=int, help="Steps of that; 200 if left out.")
 @click.option(
     "--fit-lr",
     metavar="RATE",
     type=float,
-    default=0.0,
     help="Its first rate: of scales in units of the weights, 1e-4 if left out; of factors 0.01.",
 )
 @machine_options
@@ -100,8 +97,8 @@ def compress(
     base_quantization: str | None,
     fit_scales: bool,
     fit_terms: bool,
-    fit_steps: int,
-    fit_lr: float,
+    fit_steps: int | None,
+    fit_lr: float | None,
     overwrite: bool,
     dry_run: bool,
     **more: Any,
@@ -129,6 +126,9 @@ def compress(
     _refuse_half_a_choice(against, base_quantization)
     budget, machine = BudgetOptions.take(more), MachineOptions.take(more)
     chosen = budget.applied(read_recipe(codec, sets, recipe, edits), codec)
+    fit = _fit_of(chosen.fit, fit_scales, fit_terms, fit_steps, fit_lr)
+    # What is packed; fitting comes on top of it.
+    options, chosen = CalibrationOptions.take(more, chosen), replace(chosen, fit=None)
     if dry_run and chosen.budget is None:
         found = predict_checkpoint(
             base,
@@ -138,11 +138,10 @@ def compress(
             base_quantization=base_quantization,
             limits=machine.limits(),
             device=more["device"],
-            fit=fit_scales,
+            fit=fit is not None,
         )
         output.result(prediction_data(found), prediction_text(found))
         return
-    options = CalibrationOptions(**more)
     evidence = options.evidence(base, variant, wanted_evidence(chosen))
     judge = judge_of(evidence, options.device)
     pack: Callable[..., PackReport] = partial(
@@ -152,8 +151,8 @@ def compress(
         jobs=machine.threads,
         max_memory=machine.max_memory,
         fresh=machine.fresh,
+        device=options.device,
     )
-    fit = _fit_of(fit_scales, fit_terms, fit_steps, fit_lr)
     if fit:
         pack = _fitting(calibrated(evidence), fit, base_quantization)
         # It packs into a folder of its own, which is always fresh.
@@ -191,19 +190,26 @@ def compress(
     output.result(pack_data(report, seconds), pack_text(report, seconds))
 
 
-def _fit_of(scales: bool, terms: bool, steps: int, lr: float) -> LogitFit | None:
-    """How to fit, if that is asked for."""
+def _fit_of(
+    said: LogitFit | None, scales: bool, terms: bool, steps: int | None, lr: float | None
+) -> LogitFit | None:
+    """How to fit, if that is asked for: by the options, or else by the recipe's file."""
     from deltafold.compress import DeltafoldError
 
     if scales and terms:
         raise DeltafoldError(
             "bad-argument", "--fit-scales and --fit-terms train different things: one of the two."
         )
-    if not (scales or terms):
+    if not (scales or terms or said):
         return None
-    from deltafold.compress.calibration import LogitFit
+    from deltafold.compress.fitting import LogitFit
 
-    return LogitFit(steps=steps, lr=lr, what="scales" if scales else "terms")
+    fit = said or LogitFit()
+    if scales or terms:
+        fit = replace(fit, what="scales" if scales else "terms")
+    if steps is not None:
+        fit = replace(fit, steps=steps)
+    return fit if lr is None else replace(fit, lr=lr)
 
 
 def _fitting(

@@ -73,6 +73,9 @@ _STEPS = 5
     multiple=True,
     help="Another checkpoint for codecs and edits that look at one, as for `deltafold compress`.",
 )
+@click.option(
+    "--safe", metavar="FILE", help="Harmful prompts with safe answers, for safe-delta and irr."
+)
 @click.option("--device", default="cpu", show_default=True, help="Where the models run.")
 @click.option("-o", "--out", metavar="FILE", help="Also write a report with heat maps, as HTML.")
 @quiet_option
@@ -90,6 +93,7 @@ def diagnose(
     steps: int,
     group_size: str,
     references: tuple[str, ...],
+    safe: str | None,
     device: str,
     out: str | None,
 ) -> None:
@@ -116,6 +120,7 @@ def diagnose(
         rows=calibrate_rows,
         length=calibrate_length,
         references=read_references(references),
+        safe=safe,
         device=device,
         group_bytes=group_bytes,
     )

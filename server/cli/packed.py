@@ -39,6 +39,8 @@ def pack_data(report: PackReport, seconds: float) -> dict[str, Any]:
         "plan": report.plan.to_json() if report.plan else None,
         "quality": manifest.quality,
         "resumed": report.resumed,
+        "device": report.device,
+        "tensors_on_device": report.on_device,
         "worst": [{"tensor": name, "rel_error": error} for name, error in report.worst()],
         "seconds": round(seconds, 3),
         "peak_memory_bytes": peak_memory(),
@@ -64,6 +66,8 @@ def pack_text(report: PackReport, seconds: float) -> str:
         ("codec", manifest.codec_summary()),
         ("base", f"{manifest.base.name}  ({manifest.base.fingerprint[:23]}...)"),
     ]
+    if report.device != "cpu":
+        lines.append(("device", _device_text(report)))
     quantization = quantization_data(manifest)
     if quantization:
         lines.append(("against", against_text(quantization)))
@@ -114,3 +118,10 @@ def against_text(quantization: Mapping[str, Any]) -> str:
     """What a delta was taken against, where it is not the base itself."""
     count = len(quantization["tensors"])
     return f"the base dequantised from {quantization['method']} ({count} tensors)"
+
+
+def _device_text(report: PackReport) -> str:
+    if not report.on_device:
+        return f"{report.device} coded nothing: the codecs of this recipe run on the CPU"
+    rest = len(report.manifest.tensors) - report.on_device
+    return f"{report.on_device} coded on {report.device}, {rest} on the CPU"

@@ -181,13 +181,26 @@ def test_diagnose_takes_whatever_can_be_packed(words, tmp_path):
         *("--codec", "deltazip:bits=4", "--codec", "ultradelta:drop=0.5", "--edit", "irr"),
         *("--edit", "trim:keep=0.3", "--steps", 1, "--calibrate-rows", 2),
         *("--reference", f"unaligned={shout}", "--reference", f"task={shout}"),
+        *(
+            "--edit",
+            "safe-delta",
+            "--edit",
+            "darex-q",
+            "--edit",
+            "dare-k-gradient",
+            "--safe",
+            words,
+        ),
     )
     labels = {v["spec"]: v["class"] for v in found["verdicts"]}
-    assert set(labels) == {"deltazip:bits=4", "ultradelta:drop=0.5", "irr", "trim:keep=0.3"}
+    edits = {"irr", "trim:keep=0.3", "safe-delta", "darex-q", "dare-k-gradient"}
+    assert set(labels) == {"deltazip:bits=4", "ultradelta:drop=0.5"} | edits
     # It judges what packing makes.
     rows = ("--calibrate", words, "--calibrate-rows", 2)
     folders = (DEMO / "base", DEMO / "zoo" / "title", "-o", tmp_path / "packed")
     packed = as_json("compress", *folders, "--codec", "deltazip:bits=4", *rows)
     assert found["verdicts"][0]["kl"] == pytest.approx(packed["quality"]["kl_mean"], rel=1e-3)
     missing = ("diagnose", DEMO / "base", shout, "--calibrate", words, "--edit", "irr")
-    assert "--reference" in as_json(*missing, status=2)["error"]["fix"]
+    fix = as_json(*missing, status=2)["error"]["fix"]
+    assert "--reference" in fix
+    assert "--safe" in fix

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from deltafold.compress import DeltaRepo, PackReport
@@ -64,10 +65,57 @@ def test_jobs_do_not_change_the_bytes(tmp_path, words):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "4" / name).read_bytes()
 
 
+def test_a_recipe_file_says_what_the_options_say(tmp_path, words):
+    """Fitting and calibration too: one delta, and its manifest's recipe makes it once more."""
+    calibration = ("--calibrate", words, "--calibrate-rows", "2")
+    fit = ("--fit-scales", "--fit-steps", "2", "--fit-lr", "0.001")
+    codecs = ("--codec", "bitdelta", "--set", "*q_proj*=svd-act:rank=4")
+    said = {
+        "default": "bitdelta",
+        "tensors": {"*q_proj*": "svd-act:rank=4"},
+        "fit": {"what": "scales", "steps": 2, "lr": 0.001},
+        "calibration": {"file": str(words), "rows": 2},
+    }
+    file, found = tmp_path / "recipe.yaml", []
+    file.write_text(yaml.safe_dump(said))
+    for name, options in (
+        ("a", (*codecs, *calibration, *fit)),
+        ("b", ("--recipe", file)),
+        ("c", ("--recipe", tmp_path / "again.yaml", *calibration)),
+    ):
+        result = compress("-o", tmp_path / name, *options)
+        assert result.exit_code == 0, result.output
+        found.append(DeltaRepo.open(tmp_path / name).manifest)
+        (tmp_path / "again.yaml").write_text(yaml.safe_dump(found[0].recipe))
+    assert len({manifest.delta_id for manifest in found}) == 1
+    assert found[0].recipe == found[1].recipe == found[2].recipe
+    # An option comes before what the file says.
+    result = compress("-o", tmp_path / "d", "--recipe", file, "--fit-steps", "1")
+    assert DeltaRepo.open(tmp_path / "d").manifest.recipe["fit"]["steps"] == 1
+
+
+def test_safety_edits_look_at_the_aligned_model_on_safe_answers(tmp_path, words):
+    """The file of safe answers decides what they do, and the manifest says which it was."""
+    other = tmp_path / "safe.jsonl"
+    other.write_text('{"prompt": "bomb>", "completion": "no"}\n' * 2)
+    found = []
+    for name, safe in (("a", words), ("b", other)):
+        options = ("--codec", "exact", "--edit", "*layers*=safe-delta:budget=50")
+        result = compress("-o", tmp_path / name, *options, "--calibrate", words, "--safe", safe)
+        assert result.exit_code == 0, result.output
+        found.append(DeltaRepo.open(tmp_path / name).manifest)
+    record = found[1].quality["calibration"]
+    assert record["provides"] == ["safe-activations"]
+    assert (record["safe"]["data"]["name"], record["safe"]["aligned"]) == ("safe.jsonl", "base")
+    assert found[0].delta_id != found[1].delta_id
+
+
 @pytest.mark.parametrize(
     ("options", "code"),
     [
         (["--codec", "svd-act"], "needs-calibration"),
+        (["--edit", "safe-delta", "--calibrate", "WORDS"], "needs-calibration"),
+        (["--edit", "safe-delta", "--safe", "WORDS"], "bad-argument"),
         (["--fit-scales"], "needs-calibration"),
         (["--fit-terms"], "needs-calibration"),
         (["--calibrate", "WORDS", "--fit-scales", "--fit-terms"], "bad-argument"),
@@ -79,6 +127,8 @@ def test_jobs_do_not_change_the_bytes(tmp_path, words):
         (["--calibrate", "WORDS", "--fit-scales", "--fit-steps", "0"], "bad-argument"),
         (["--calibrate", "WORDS", "--fit-scales", "--max-memory", "1KiB"], "not-enough-memory"),
         (["--calibrate", "WORDS", "--codec", "svd-act", "--device", "abacus"], "bad-argument"),
+        (["--device", "abacus"], "bad-argument"),
+        (["--device", "abacus", "--dry-run"], "bad-argument"),
         (["--calibrate", "nowhere.jsonl"], "not-found"),
     ],
 )

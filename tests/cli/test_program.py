@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[2]
 SURFACE = {
     "compress": "-o --out --codec --set --edit --recipe --accept --against --base-quantization "
     "--target-size --max-kl --candidates --dry-run "
-    "--calibrate --calibrate-rows --calibrate-length --reference --device --fit-scales --fit-terms "
+    "--calibrate --calibrate-rows --calibrate-length --reference --safe --device --fit-scales "
+    "--fit-terms "
     "--fit-steps --fit-lr "
     "--jobs --max-memory --fresh --overwrite --quiet --json --debug",
     "family": "-o --out --method --codec --names --set --accept --overwrite --quiet --json --debug",
@@ -38,7 +39,7 @@ SURFACE = {
     "verify": "--base --full --quiet --json --debug",
     "eval": "--base --against --data --rows --length --device --dry-run --quiet --json --debug",
     "diagnose": "--calibrate --calibrate-rows --calibrate-length --codec --edit --steps --group-size "
-    "--reference --device -o --out --quiet --json --debug",
+    "--reference --safe --device -o --out --quiet --json --debug",
     "restore": "--base -o --out --dtype --overwrite --quiet --json --debug",
     "export": "--base --to -o --out --rank --drop --dtype --overwrite --quiet --json --debug",
     "report": "-o --out --svg-dir --json --debug",

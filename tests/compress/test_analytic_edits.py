@@ -208,13 +208,14 @@ def test_without_inputs_darex_q_is_dare():
     assert torch.equal(found, DareEdit(drop=0.6, seed=1).apply(delta, W))
 
 
-def with_moments(moments: torch.Tensor, **more: torch.Tensor) -> Evidence:
-    return Evidence(second_moment=moments, **more)
+def safe_moments(moments: torch.Tensor) -> Evidence:
+    """Of the aligned model; what the fine-tune sees is another thing, and must not matter."""
+    return Evidence(second_moment=torch.eye(len(moments)) * 7, safe=Evidence(second_moment=moments))
 
 
 def test_safe_delta_takes_nothing_without_a_budget_and_all_but_the_dearest_with_any():
     delta, found_moments = gaussian(12, 40) * 0.1, moments(40)
-    context = Context("w", evidence=with_moments(found_moments))
+    context = Context("w", evidence=safe_moments(found_moments))
     assert not SafeDelta(budget=0.0).apply(delta, context).any()
     found = SafeDelta(budget=1e30).apply(delta, context)
     price = inverse_cholesky(damped(found_moments)).diagonal() ** -2
@@ -225,7 +226,7 @@ def test_safe_delta_takes_nothing_without_a_budget_and_all_but_the_dearest_with_
 
 def test_safe_delta_without_correlations_takes_or_leaves():
     delta = gaussian(64, 40)
-    context = Context("w", evidence=with_moments(torch.eye(40)))
+    context = Context("w", evidence=safe_moments(torch.eye(40)))
     found = SafeDelta(budget=500.0).apply(delta, context)
     taken = found != 0
     assert torch.equal(found[taken], delta[taken])
@@ -239,7 +240,7 @@ def test_safe_delta_without_correlations_takes_or_leaves():
 
 def test_safe_delta_keeps_safe_answers_closer_than_taking_alone():
     delta, second = gaussian(32, 64) * 0.1, moments(64)
-    found = SafeDelta(budget=3.0).apply(delta, Context("w", evidence=with_moments(second)))
+    found = SafeDelta(budget=3.0).apply(delta, Context("w", evidence=safe_moments(second)))
 
     def moved(change):
         return torch.trace(change @ second @ change.T).item()
@@ -252,7 +253,12 @@ def test_safe_delta_keeps_safe_answers_closer_than_taking_alone():
 def irr_context(delta: torch.Tensor, second: torch.Tensor, safety: torch.Tensor) -> Context:
     base = torch.zeros_like(delta)
     fisher = gaussian(*delta.shape, seed=7).abs()
-    evidence = with_moments(second, fisher=fisher, references={"unaligned": -safety})
+    evidence = Evidence(
+        second_moment=second,
+        fisher=torch.ones_like(fisher),
+        references={"unaligned": -safety},
+        safe=Evidence(fisher=fisher),
+    )
     return Context("w", base=base, evidence=evidence)
 
 
@@ -290,7 +296,7 @@ def test_irr_recalibrates_what_stays():
 
 
 def test_evidence_that_was_not_seen_is_asked_for_by_name():
-    context = Context("w", base=torch.zeros(2, 3), evidence=with_moments(torch.eye(3)))
+    context = Context("w", base=torch.zeros(2, 3), evidence=Evidence(second_moment=torch.eye(3)))
     with pytest.raises(DeltafoldError, match="'unaligned'") as caught:
         Irr().apply(torch.ones(2, 3), context)
     assert caught.value.code == "needs-calibration"

@@ -32,8 +32,9 @@ from deltafold.compress.calibration import (
     read_calibration,
 )
 from deltafold.compress.calibration.batches import IGNORED
-from deltafold.compress.calibration.evidence import grouped
-from deltafold.compress.references import open_references
+from deltafold.compress.calibration.evidence import SafeExamples, grouped
+from deltafold.compress.naming import NamedBase
+from deltafold.compress.references import Reference, open_references
 
 SMALL = {
     "hidden_size": 32,
@@ -265,6 +266,27 @@ def test_other_checkpoints_come_by_role(made, variant):
     assert evidence.provides == ("reference",)
     assert torch.equal(evidence.of(Q).references["aligned"], other.tensor(Q).float())
     assert evidence.record()["references"] == {"aligned": "base"}
+
+
+def test_safe_answers_are_the_aligned_models(made, variant):
+    """Moments and gradients on them are those of the model that is given as aligned."""
+    base, source = Checkpoint.open(made.base), Checkpoint.open(variant)
+    safe = CalibrationSet("safe", words().rows[:2])
+    wanted = ("safe-activations", "safe-gradients")
+    for aligned in (base, source):
+        evidence = CalibratedEvidence(
+            source,
+            words(),
+            wanted=wanted,
+            safe=SafeExamples(safe, Reference.of(NamedBase(aligned))),
+        )
+        assert evidence.provides == wanted
+        found, expected = evidence.of(DOWN), CalibratedEvidence(aligned, safe).of(DOWN)
+        assert found.second_moment is None
+        assert torch.equal(found.safe.second_moment, expected.second_moment)
+        assert torch.equal(found.safe.fisher, expected.fisher)
+    others = CalibratedEvidence(base, safe).of(DOWN)
+    assert not torch.allclose(found.safe.second_moment, others.second_moment, rtol=1e-3)
 
 
 def test_layers_come_in_the_order_of_their_calls(variant):

@@ -59,6 +59,9 @@ def evidence_of(context: Context) -> Evidence:
         fisher=torch.rand(shape, generator=draw),
         references={"unaligned": context.base + torch.randn(shape, generator=draw) * 0.01},
         inputs=inputs,
+        safe=Evidence(
+            second_moment=inputs.T @ inputs / 9, fisher=torch.rand(shape, generator=draw)
+        ),
     )
 
 

@@ -179,6 +179,49 @@ def test_new_resized_and_missing_tensors(tmp_path):
     assert "--to hf" in refused("engine-unsupported", tmp_path, pair.out, drop=dropped).fix
 
 
+MOE = {
+    "model.layers.0.mlp.gate.weight": (3, 8),
+    "model.layers.0.mlp.shared_expert_gate.weight": (1, 8),
+    "model.layers.0.mlp.shared_expert.up_proj.weight": (6, 8),
+    "model.layers.0.self_attn.k_proj.weight": (3, 8),
+}
+NUMBERED = {f"model.layers.0.mlp.experts.{i}.up_proj.weight": (6, 8) for i in range(3)}
+FUSED = {"model.layers.0.mlp.experts.gate_up_proj": (3, 6, 8)}
+NAMED = {f"model.layers.0.mlp.experts.expert_{i}.wi.weight": (6, 8) for i in range(3)}
+
+
+@pytest.mark.parametrize("experts", [NUMBERED, FUSED], ids=["numbered", "fused"])
+def test_experts_and_routers_are_refused(tmp_path, experts):
+    """A model of transformers holds them as parameters, which PEFT does not find as linear layers."""
+    delta = packed_of(tmp_path, MOE | experts)
+    error = refused("engine-unsupported", tmp_path, delta)
+    router = "model.layers.0.mlp.gate.weight"
+    for name in (router, *experts):
+        assert name in str(error)
+    assert "shared" not in str(error)
+    assert router in str(refused("engine-unsupported", tmp_path, delta, drop=["*.experts.*"]))
+    report = export_peft(
+        delta, tmp_path / "base", tmp_path / "lora", drop=["*.experts.*", "*.mlp.gate.*"]
+    )
+    assert set(report.of("lora")) == set(MOE) - {router}
+    assert set(report.of("dropped")) == {router, *experts}
+
+
+def test_experts_that_stay_modules_are_adapted(tmp_path):
+    report = export_peft(packed_of(tmp_path, MOE | NAMED), tmp_path / "base", tmp_path / "lora")
+    assert set(report.of("lora")) == set(MOE | NAMED)
+
+
+def packed_of(root, shapes):
+    """A delta that changes tensors of these shapes."""
+    draw = torch.Generator().manual_seed(0)
+    base = {n: torch.randn(s, generator=draw) for n, s in shapes.items()}
+    write_checkpoint(root / "base", base)
+    write_checkpoint(root / "tuned", {n: v + torch.rand(v.shape) for n, v in base.items()})
+    compress_checkpoint(root / "base", root / "tuned", root / "delta")
+    return root / "delta"
+
+
 def test_overwriting(packed):
     out = packed.root / "lora"
     export_peft(packed.out, packed.base, out, drop=BARE)

@@ -203,6 +203,17 @@ def test_tensors_in_blocks_are_fitted_as_well(tmp_path, data, monkeypatch):
         assert {k for k in old if not torch.equal(old[k], new[k])} >= {"0.scales", "1.scales"}
 
 
+def test_a_recipe_that_fits_is_followed_or_refused(tmp_path, data):
+    recipe = Recipe(default=parse_spec("bitdelta"), fit=LogitFit(steps=1, lr=1e-3, batch=16))
+    report = compress_and_fit(BASE, VARIANT, tmp_path / "out", data, recipe=recipe)
+    assert report.manifest.recipe["fit"] == recipe.fit.record()
+    assert Recipe.from_mapping(report.manifest.recipe) == recipe
+    with pytest.raises(DeltafoldError, match="fits scales") as refused:
+        compress_checkpoint(BASE, VARIANT, tmp_path / "none", recipe=recipe)
+    assert refused.value.code == "bad-argument"
+    assert not (tmp_path / "none").exists()
+
+
 def test_what_has_no_scales_is_counted(tmp_path, data):
     recipe = Recipe(
         default=parse_spec("bitdelta"), overrides=(("*mlp*", parse_spec("svd:rank=4")),)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deltafold.compress import DeltafoldError, Recipe, parse_spec
+from deltafold.compress.fitting import CalibrationInputs, LogitFit
 from deltafold.compress.methods import BitDelta, ExactMethod, Integer, LosslessMethod
 
 
@@ -65,6 +66,17 @@ def test_a_pattern_given_again_moves_to_the_end():
         ("1: red", "bad-recipe"),
         ("tensors: [a]", "bad-recipe"),
         ("tensors: {a: magic}", "unknown-codec"),
+        ("fit: true", "bad-recipe"),
+        ("fit: {speed: 3}", "bad-recipe"),
+        ("fit: {steps: many}", "bad-recipe"),
+        ("fit: {steps: true}", "bad-recipe"),
+        ("fit: {steps: 0}", "bad-argument"),
+        ("fit: {what: signs}", "bad-argument"),
+        ("calibration: words.jsonl", "bad-recipe"),
+        ("calibration: {rows: 1.5}", "bad-recipe"),
+        ("calibration: {references: aligned=x}", "bad-recipe"),
+        ("calibration: {references: [3]}", "bad-recipe"),
+        ("merge: {method: task}", "bad-recipe"),
     ],
 )
 def test_files_that_are_no_recipes(tmp_path, text, code):
@@ -87,3 +99,18 @@ def test_no_file(tmp_path):
     with pytest.raises(DeltafoldError) as caught:
         Recipe.from_file(tmp_path / "plan.yaml")
     assert caught.value.code == "not-found"
+
+
+def test_how_scales_are_fitted_comes_back():
+    recipe = Recipe.from_mapping({"fit": {"steps": 20, "lr": 1}})
+    assert recipe.fit == LogitFit(steps=20, lr=1)
+    again = Recipe.from_mapping(recipe.to_json())
+    assert again.fit.record() == recipe.fit.record()
+
+
+def test_inputs_are_read_and_not_recorded():
+    """Paths of one machine are no part of what a delta says of itself."""
+    said = {"file": "a.jsonl", "rows": 3, "references": ["aligned=b"]}
+    recipe = Recipe.from_mapping({"calibration": said})
+    assert recipe.calibration == CalibrationInputs("a.jsonl", rows=3, references=("aligned=b",))
+    assert "calibration" not in recipe.to_json()

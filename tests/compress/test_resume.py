@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,14 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import make_pair, write_checkpoint
+from killing import killed_at
 from packing import tree
 
 from deltafold.compress import (
     DeltafoldError,
     Recipe,
+    assembly,
     compress_checkpoint,
     parse_spec,
     predict_checkpoint,
+    shards,
+    staging,
 )
 from deltafold.compress.budget.goal import Budget
 from deltafold.compress.journal import Journal
@@ -65,6 +70,42 @@ def whole(models, tmp_path):
 def test_jobs_change_no_byte(models, whole, tmp_path, jobs):
     pack(models, tmp_path / "out", jobs=jobs)
     assert tree(tmp_path / "out") == whole
+
+
+THREADS = """
+import os, sys
+from pathlib import Path
+import torch
+from deltafold.compress import Recipe, compress_checkpoint, parse_spec
+
+torch.set_num_threads(int(sys.argv[3]))
+specs = ("svd:rank=8", "ultradelta", "dct", "d-qrelo", "impart", "svd", "bitdelta:scale=tensor")
+overrides = tuple((f"{n}.w", parse_spec(spec)) for n, spec in enumerate(specs))
+compress_checkpoint(*sys.argv[1:3], sys.argv[4], recipe=Recipe(overrides=overrides), jobs=int(sys.argv[5]))
+assert torch.get_num_threads() == int(sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory):
+    """Matrices that are large enough for linear algebra to be shared among threads."""
+    folder, draw = tmp_path_factory.mktemp("square"), torch.Generator().manual_seed(2)
+    shapes = {f"{n}.w": (512, 448) for n in range(5)} | {"5.w": (1030, 1040), "6.w": (512, 448)}
+    base = {n: torch.randn(s, generator=draw).mul(0.02) for n, s in shapes.items()}
+    tuned = {n: v + 1e-3 * torch.randn(v.shape, generator=draw) for n, v in base.items()}
+    return write_checkpoint(folder / "base", base), write_checkpoint(folder / "ft", tuned)
+
+
+@pytest.mark.parametrize(("threads", "jobs"), [(2, 1), (2, 2), (1, 2)])
+def test_threads_of_linear_algebra_change_no_byte(square, tmp_path_factory, threads, jobs):
+    """Sums that are split among threads round otherwise: what is coded must not see how many."""
+    folder = tmp_path_factory.getbasetemp() / "threads"
+    for count, several in {(1, 1), (threads, jobs)}:
+        out = folder / f"{count}-{several}"
+        if not out.exists():
+            arguments = [*map(str, square), str(count), str(out), str(several)]
+            subprocess.run([sys.executable, "-c", THREADS, *arguments], check=True)
+    assert tree(folder / f"{threads}-{jobs}") == tree(folder / "1-1")
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -137,6 +178,58 @@ def test_killed_outright(models, whole, tmp_path):
     assert not out.exists()
     assert pack(models, out).resumed >= 6
     assert tree(out) == whole
+
+
+#: Changes of the disk beside renames and removals: parts, lines of the journal, files of the delta.
+CHANGES = ((Journal, "put"), (Journal, "add"), (shards, "write_file"), (assembly, "write_card"),
+           (assembly, "_write_json"), (staging, "sync"))  # fmt: skip
+
+
+@pytest.fixture
+def few(tmp_path):
+    """A base and a fine-tune of three tensors."""
+    draw = torch.Generator().manual_seed(5)
+    base = {f"layers.{n}.weight": torch.randn(8, 16, generator=draw) for n in (1, 2)}
+    base["norm"] = torch.ones(9)
+    tuned = {n: v + 0.1 * torch.randn(v.shape, generator=draw) for n, v in base.items()}
+    return write_checkpoint(tmp_path / "base", base), write_checkpoint(tmp_path / "ft", tuned)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_at_any_step(few, tmp_path, overwrite):
+    """The output is the old delta, none, or the new one; what was finished is not done again."""
+    pack(few, tmp_path / "whole")
+    whole, out = tree(tmp_path / "whole"), tmp_path / "there" / "out"
+    compress_checkpoint(*few, tmp_path / "old", recipe=Recipe(default=parse_spec("exact")))
+    old, seen = tree(tmp_path / "old"), set()
+    for step in range(200):
+        shutil.rmtree(out.parent, ignore_errors=True)
+        if overwrite:
+            shutil.copytree(tmp_path / "old", out)
+        changes: list[str] = []
+        with killed_at(step, *CHANGES, counted=changes) as killed:
+            pack(few, out, overwrite=overwrite)
+        if not killed:
+            break
+        found = {n: raw for n, raw in tree(out).items() if n not in (".journal", ".spool")}
+        assert found in ([old, {}, whole] if overwrite else [{}, whole])
+        seen.add("none" if not found else "new" if found == whole else "old")
+        if overwrite and not found:
+            # The next run puts the old one back, whatever becomes of itself.
+            with pytest.raises(DeltafoldError) as caught:
+                pack(few, out)
+            assert caught.value.code == "exists"
+            assert tree(out) == old
+        if found == whole and not overwrite:
+            continue
+        report = pack(few, out, overwrite=overwrite)
+        assert report.resumed == (0 if found == whole else changes.count("add"))
+        assert tree(out) == whole
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+    else:
+        raise AssertionError("it never ended")
+    assert step > 20
+    assert seen == ({"old", "none", "new"} if overwrite else {"none", "new"})
 
 
 def interrupted(models, out):

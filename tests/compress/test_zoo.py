@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import base_tensors, fine_tuned, write_checkpoint
+from killing import killed_at
 from packing import tree
 
 from deltafold.compress import DeltafoldError, DeltaRepo, Recipe, compress_checkpoint, verify_delta
@@ -187,49 +185,6 @@ def test_collecting_again_changes_nothing_and_a_newcomer_joins_in(zoo, made, tmp
     assert collect(quiet).shared == {}
 
 
-class Killed(BaseException):
-    """The process is gone: nothing happens from here on."""
-
-
-@contextlib.contextmanager
-def killed_at(step: int) -> Iterator[list[bool]]:
-    """Let the n-th change of the disk be the last; says afterwards whether it came to that."""
-    left, killed, opened = [step], list[bool](), set[int]()
-    os_open, os_close = os.open, os.close
-
-    def guarded(work):
-        def call(*args, **options):
-            left[0] -= 1
-            if left[0] < 0:
-                raise Killed
-            return work(*args, **options)
-
-        return call
-
-    def noted_open(*args, **options):
-        opened.add(descriptor := os_open(*args, **options))
-        return descriptor
-
-    def noted_close(descriptor):
-        opened.discard(descriptor)
-        os_close(descriptor)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("replace", "rename", "unlink", "symlink_to"):
-            patch.setattr(Path, name, guarded(getattr(Path, name)))
-        patch.setattr(os, "link", guarded(os.link))
-        patch.setattr(shutil, "rmtree", guarded(shutil.rmtree))
-        patch.setattr(os, "open", noted_open)
-        patch.setattr(os, "close", noted_close)
-        try:
-            yield killed
-        except Killed:
-            killed.append(True)
-    # A process that has ended holds no locks.
-    for descriptor in opened:
-        os_close(descriptor)
-
-
 def test_killed_at_any_step_every_delta_can_be_read_and_the_next_run_finishes(zoo, made, tmp_path):
     reached = 0
     for step in range(0, 200, 2):
@@ -278,6 +233,7 @@ def test_leftovers_go_and_what_is_in_work_stays(zoo):
         (zoo / name / "x").write_bytes(b"x" * 100)
     (zoo / "one" / "delta-00001-of-00002.safetensors").write_bytes(b"left")
     (zoo / "one" / "mine.safetensors").write_bytes(b"mine")
+    (zoo / "two" / ".spool").write_bytes(b"parts")
     lock = on_disk.take_name(zoo, "busy")
     assert lock is not None
     done = collect(zoo)
@@ -285,8 +241,9 @@ def test_leftovers_go_and_what_is_in_work_stays(zoo):
         "cut.partial",
         "one.partial",
         "delta-00001-of-00002.safetensors",
+        ".spool",
     ]
-    assert done.freed == 204
+    assert done.freed == 209
     assert (zoo / "one" / "mine.safetensors").exists()
     on_disk.give_name(zoo, "busy", lock)
     collect(zoo)

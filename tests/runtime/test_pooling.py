@@ -76,6 +76,29 @@ def test_heads_of_other_sizes_share_a_batch(engine: Any, texts: pooling_zoo.Made
     assert grade.probabilities == grade.logits, "a regression is no probability"
 
 
+def test_heads_of_two_layers_without_a_pooler(tmp_path: Path) -> None:
+    """RoBERTa: texts of other lengths in one pass, each by its variant's own two-layer head."""
+    made = pooling_zoo.roberta(tmp_path)
+    noise = torch.Generator().manual_seed(0)
+    names, lengths = ["two", "five", "two", "five"], [5, 9, 3, 38]
+    asked = [
+        PoolRequest(n, torch.randint(6, 96, (t,), generator=noise).tolist())
+        for n, t in zip(names, lengths, strict=True)
+    ]
+    with PoolingEngine.open(made.base, made.zoo, device="cpu") as engine:
+        assert {i.name: i.applied for i in engine.variants() if i.name != "base"} == {
+            "two": "delta",
+            "five": "delta",
+        }
+        engine.classify(asked)
+        before = engine.stats().steps
+        found = engine.classify(asked)
+        assert engine.stats().steps == before + 1, "one forward pass for all of them"
+    for request, scores in zip(asked, found, strict=True):
+        ids = torch.tensor([request.input])
+        assert near(scores.logits, logits(made, request.variant, input_ids=ids))
+
+
 def test_pairs_of_texts_are_told_apart(engine: Any, texts: pooling_zoo.Made) -> None:
     first, second = "good film", "bad film"
     single, pair = engine.classify(

@@ -126,3 +126,25 @@ def test_a_device_that_bitsandbytes_cannot_use_is_told_of() -> None:
         need_bitsandbytes(torch.device("meta"))
     assert caught.value.code == "missing-extra"
     assert "meta" in str(caught.value)
+
+
+@pytest.mark.parametrize("broken", ["wrong", "refuses its arguments", "has no such function"])
+def test_a_bitsandbytes_whose_products_do_not_work_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """Another version may want more of a state than this one, or give something else."""
+    functions = pytest.importorskip("bitsandbytes")
+    if broken == "has no such function":
+        monkeypatch.delattr(functions, "matmul_4bit")
+    else:
+
+        def product(x: torch.Tensor, codes: Any, state: Any, bias: Any) -> torch.Tensor:
+            if broken == "wrong":
+                return x.new_zeros(len(x), state.shape[0])
+            raise TypeError("a state needs its codes")
+
+        monkeypatch.setattr(functions, "matmul_4bit", product)
+    with pytest.raises(DeltafoldError) as caught:
+        need_bitsandbytes(torch.device("cpu"))
+    assert caught.value.code == "missing-extra"
+    assert "cpu" in str(caught.value)

@@ -42,46 +42,46 @@ def made(room: int) -> tuple[Hosted, Workers]:
 
 def test_the_one_least_recently_asked_for_leaves_first():
     hosted, workers = made(2)
-    assert [hosted.ready(lora(n), ()) for n in (1, 2, 1, 3)] == [True, True, False, True]
+    assert [hosted.ready(lora(n), tuple) for n in (1, 2, 1, 3)] == [True, True, False, True]
     assert (workers.loaded, workers.left) == ([1, 2, 3], [2])
-    assert hosted.ready(lora(2), ())
+    assert hosted.ready(lora(2), tuple)
     assert workers.left == [2, 1]
 
 
 def test_what_has_requests_or_is_pinned_never_leaves():
     hosted, workers = made(1)
-    hosted.ready(lora(1), ())
-    hosted.pin(1, ())
-    hosted.ready(lora(2), ())
-    hosted.ready(lora(3), {2})
+    hosted.ready(lora(1), tuple)
+    hosted.pin(1, tuple)
+    hosted.ready(lora(2), tuple)
+    hosted.ready(lora(3), lambda: {2})
     assert workers.left == []
-    hosted.ready(lora(4), ())
+    hosted.ready(lora(4), tuple)
     assert workers.left == [2, 3]
     hosted.forget(1)
-    assert hosted.ready(lora(1), ())
+    assert hosted.ready(lora(1), tuple)
 
 
 def test_pinning_brings_back_what_left():
     hosted, workers = made(1)
     for number in (1, 2):
-        hosted.ready(lora(number), ())
-    hosted.pin(1, ())
+        hosted.ready(lora(number), tuple)
+    hosted.pin(1, tuple)
     assert (workers.loaded, workers.left) == ([1, 2, 1], [1, 2])
 
 
 def test_what_cannot_be_loaded_takes_nobodys_room():
     hosted, workers = made(1)
-    hosted.ready(lora(1), ())
+    hosted.ready(lora(1), tuple)
     workers.broken = {"zoo/2"}
     with pytest.raises(ValueError, match="zoo/2"):
-        hosted.ready(lora(2), ())
+        hosted.ready(lora(2), tuple)
     assert workers.left == []
-    assert not hosted.ready(lora(1), ())
+    assert not hosted.ready(lora(1), tuple)
 
 
 def test_another_path_under_the_same_number_is_asked_of_the_workers():
     hosted, workers = made(2)
-    hosted.ready(lora(1), ())
-    assert hosted.ready(Lora(1, "zoo/other"), ())
+    hosted.ready(lora(1), tuple)
+    assert hosted.ready(Lora(1, "zoo/other"), tuple)
     assert workers.loaded == [1, 1]
-    assert hosted.ready(Lora(1, "zoo/other"), (), again=True)
+    assert hosted.ready(Lora(1, "zoo/other"), tuple, again=True)

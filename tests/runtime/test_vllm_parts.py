@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from checkpoints import wide_pair
 
-from deltafold.compress import DeltafoldError
+from deltafold.compress import Checkpoint, DeltafoldError, compress_checkpoint
 from deltafold.compress.methods import parse_spec
 from deltafold.compress.terms import Context, Encoded
 from deltafold.runtime.kernels.forms import Target
@@ -20,7 +21,7 @@ from deltafold.runtime.vllm.hooks import Content, LayerHook, NormHook
 from deltafold.runtime.vllm.routes import Move, Region, Window
 from deltafold.runtime.vllm.rows import StepRows, segments_of
 from deltafold.runtime.vllm.settings import Settings, settings_of
-from deltafold.runtime.vllm.source import tagged, untagged
+from deltafold.runtime.vllm.source import Source, tagged, untagged
 from deltafold.runtime.vllm.windows import Piece, TablePiece, windowed_form
 from deltafold.server.vllm.command import VllmServer
 
@@ -200,6 +201,19 @@ def test_what_would_answer_wrongly_is_refused_at_the_start(part, name, value, na
 def test_a_path_carries_its_digest():
     assert untagged(tagged("/zoo/a", "sha256:12")) == ("/zoo/a", "sha256:12")
     assert untagged("/zoo/a#b") == ("/zoo/a#b", None)
+
+
+def test_a_delta_for_a_dequantised_base_is_refused(tmp_path):
+    """vLLM quantises in other ways, and an unquantised base is not it either."""
+    pair = wide_pair(tmp_path)
+    for method, name in ((None, "plain"), ("nf4", "repaired")):
+        out = tmp_path / "zoo" / name
+        compress_checkpoint(pair.base, pair.variant, out, base_quantization=method)
+    source = Source(Checkpoint.open(pair.base))
+    assert source.open(str(tmp_path / "zoo" / "plain")).reference.name == "plain"
+    with pytest.raises(DeltafoldError, match="dequantised base") as caught:
+        source.open(str(tmp_path / "zoo" / "repaired"))
+    assert caught.value.code == "base-mismatch"
 
 
 def test_the_command_is_vllms_own(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,38 @@ def test_the_other_routes_work(pooling_url: str, pooling_client: openai.OpenAI) 
     assert 'deltafold_requests_total{finish_reason="stop",variant="five"}' in text
     with urllib.request.urlopen(f"{pooling_url}/ready") as reply:
         assert reply.status == 200
+
+
+def test_texts_and_pictures_in_one_space(tmp_path: Path) -> None:
+    """CLIP: vectors of texts and of pictures, at once, of base and variant, as dense models give."""
+    made = pooling_zoo.pairs(tmp_path)
+    raw = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(raw, "PNG")
+    picture = f"data:image/png;base64,{base64.b64encode(raw.getvalue()).decode()}"
+    with (
+        PoolingEngine.open(made.base, made.zoo, device="cpu") as engine,
+        BackgroundServer(create_app(engine)) as server,
+    ):
+        asked = [(n, x) for n in ("art", "base") for x in ("the cat sat", picture)]
+        with ThreadPoolExecutor(4) as pool:
+            replies = list(
+                pool.map(
+                    lambda a: post(f"{server.url}/v1/embeddings", {"model": a[0], "input": a[1]}),
+                    asked,
+                )
+            )
+        ids = torch.tensor([engine.encode("art", "the cat sat")])
+    seen = (torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
+    vectors = []
+    for (name, given), (status, reply, _) in zip(asked, replies, strict=True):
+        assert status == 200, reply
+        vectors.append(torch.tensor(reply["data"][0]["embedding"]))
+        with torch.inference_mode():
+            both = made.dense(name)(input_ids=ids, pixel_values=seen)
+        expected = both.image_embeds if given == picture else both.text_embeds
+        assert (vectors[-1] - expected[0]).abs().max() < 1e-5, name
+    assert all((vectors[i] - vectors[i + 2]).abs().max() > 1e-2 for i in (0, 1)), "each its own"
 
 
 def test_pictures_as_data_urls(tmp_path_factory: pytest.TempPathFactory) -> None:
