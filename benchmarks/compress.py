@@ -1,17 +1,17 @@
 """Packing at the size of an 8B model: speed beside reading and hashing, memory, and lossless ratios.
 
-    python benchmarks/compress.py [--layers 2] [--vocabulary 128256] [--rounds 3] [--zipnn PYTHON]
-                                  [--json OUT]
+    python benchmarks/compress.py [--layers 2] [--vocabulary 128256] [--narrower 1] [--rounds 3]
+                                  [--zipnn PYTHON] [--json OUT]
 
 Makes a base and a fine-tune with the shapes of Llama-3.1-8B, of random bfloat16 weights, scaled down by
 layers and by rows of the vocabulary (the factor is printed). Every measured run is a process of its own
 with an empty cache of digests. It times itself from behind its imports to its end, by the clock and by
 what it takes of the processor; the time of whole processes, importing torch included, is in the JSON.
 Reading both checkpoints and hashing every tensor is a run like the others, with as many threads, and
-takes turns with them. Figures are the least of all rounds. Reading comes from the system's cache of
-files, so that the disk does not decide; what is written goes to a disk and is synced. Coders of 256 MiB
-in memory stand beside each other: ours, zstandard, and ZipNN on the XOR of both models, where `--zipnn`
-names a Python that has it; it is never installed here.
+takes turns with them, and so does what `--dry-run` predicts. Figures are the least of all rounds.
+Reading comes from the system's cache of files, so that the disk does not decide; what is written
+goes to a disk and is synced. Coders of 256 MiB in memory stand beside each other: ours, zstandard, and
+ZipNN on the XOR of both models, where `--zipnn` names a Python that has it; it is never installed here.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ SIGMA, STEP = 0.02, 3e-3
 BLOCK = 2**22
 
 
-def shapes(layers: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model with so many layers and tokens."""
-    found: dict[str, tuple[int, ...]] = dict.fromkeys(EMBEDDING, (vocabulary, 4096))
-    found |= {"model.norm.weight": (4096,)}
+def shapes(layers: int, vocabulary: int, narrower: int = 1) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model with so many layers and tokens, its layers so many times narrower."""
+    found: dict[str, tuple[int, ...]] = dict.fromkeys(EMBEDDING, (vocabulary, 4096 // narrower))
+    found |= {"model.norm.weight": (4096 // narrower,)}
     for layer in range(layers):
-        found |= {f"model.layers.{layer}.{name}": shape for name, shape in LAYER.items()}
+        for name, shape in LAYER.items():
+            found[f"model.layers.{layer}.{name}"] = tuple(n // narrower for n in shape)
     return found
 
 
@@ -120,6 +121,14 @@ began, busy = time.perf_counter(), time.process_time()
 compress_checkpoint(base, tuned, out, recipe=recipe, jobs=int(jobs), max_memory=bound)
 print(time.perf_counter() - began, time.process_time() - busy, peak_memory())
 """
+PREDICT = """
+import sys
+from deltafold.compress import Recipe, parse_spec, predict_checkpoint
+from deltafold.compress.limits import Limits
+base, tuned, jobs, codec = sys.argv[1:5]
+recipe = Recipe(default=parse_spec(codec))
+print(predict_checkpoint(base, tuned, recipe=recipe, limits=Limits(int(jobs))).seconds)
+"""
 RESTORE = """
 import sys, time
 import deltafold.compress.restore
@@ -143,7 +152,8 @@ for _ in range(2):  # compiles, the first time on a machine
     done = time.perf_counter()
 assert torch.equal(back.view(torch.int16), mine.view(torch.int16))
 size = sum(p.numel() for p in coded.parts.values())
-print(size / 2**28, 2**28 / (middle - began), 2**28 / (done - middle))
+count = mine.nbytes
+print(size / count, count / (middle - began), count / (done - middle))
 """
 ZSTD = """
 import sys, time, zstandard
@@ -217,7 +227,7 @@ class Least:
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one pair."""
-    model, jobs = shapes(options.layers, options.vocabulary), options.jobs
+    model, jobs = shapes(options.layers, options.vocabulary, options.narrower), options.jobs
     base, tuned = make_pair(folder, model)
     files = [p / "model.safetensors" for p in (tuned, base)]
     read = sum(f.stat().st_size for f in files)
@@ -228,10 +238,11 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     run(HASH, base, tuned, jobs)  # fills the system's cache
     run(PACK, base, tuned, jobs, out, "lossless", "2GiB")  # compiles
     for _ in range(options.rounds):
-        for codec in CODECS:
+        for codec in options.codec:
             subprocess.run(["rm", "-rf", out, again], check=True)
             least.add("hash", run(HASH, base, tuned, jobs))
             least.add(codec, run(PACK, base, tuned, jobs, out, codec, "2GiB"))
+            least.add(f"predicted {codec}", run(PREDICT, base, tuned, jobs, codec)[:1])
             ratios[codec] = folder_bytes(out) / (read / 2)
         least.add("restore", run(RESTORE, base, out, again))
         coders = {"lossless": OURS, "zstd": ZSTD} | ({"zipnn": ZIPNN} if options.zipnn else {})
@@ -240,10 +251,11 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             least.add(f"coder {name}", run(code, *files, jobs, python=python)[:3], max)
     hashing, hash_busy, hash_process = least.found["hash"]
     packing = {}
-    for codec in CODECS:
+    for codec in options.codec:
         seconds, busy, peak, process = least.found[codec]
         packing[codec] = {
             "seconds": seconds,
+            "predicted_seconds": least.found[f"predicted {codec}"][0],
             "speed_over_hashing": hashing / seconds,
             "cpu_seconds": busy,
             "cpu_speed_over_hashing": hash_busy / busy,
@@ -294,12 +306,13 @@ def show(result: dict[str, Any]) -> None:
         f"{result['jobs']} threads; imports are not counted\n"
     )
     print(
-        f"{'codec':<28}{'seconds':>9}{'of hashing speed':>18}{'by CPU time':>13}"
+        f"{'codec':<28}{'seconds':>9}{'dry run':>9}{'of hashing speed':>18}{'by CPU time':>13}"
         f"{'peak GiB':>10}{'size':>8}"
     )
     for codec, row in result["packing"].items():
         print(
-            f"{codec:<28}{row['seconds']:>9.2f}{row['speed_over_hashing']:>18.0%}"
+            f"{codec:<28}{row['seconds']:>9.2f}{row['predicted_seconds']:>9.2f}"
+            f"{row['speed_over_hashing']:>18.0%}"
             f"{row['cpu_speed_over_hashing']:>13.0%}"
             f"{row['peak_bytes'] / 2**30:>10.2f}{row['ratio']:>8.1%}"
         )
@@ -326,11 +339,18 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=FULL_VOCABULARY)
+    parser.add_argument(
+        "--narrower", type=int, default=1, help="layers this much narrower; to try it"
+    )
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--codec", action="append", help="one of the codecs, beside lossless; may be repeated"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--zipnn", help="a Python with zipnn installed")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
+    options.codec = [c for c in CODECS if c in (options.codec or CODECS) or c == "lossless"]
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder), options)
     show(result)

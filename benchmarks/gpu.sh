@@ -3,7 +3,9 @@
 # there, then the benchmarks. Prints short tables and writes JSON and plots to $1 (default:
 # benchmarks/results). STEPS names what to run, all of it by default; each takes minutes, so that a short
 # loan of a machine can take them one by one:
-#   tests linear experts kernels prefill step
+#   tests linear experts kernels prefill step vllm
+# vllm is not among those by default: it wants an environment with vLLM's CUDA build (torch 2.13), named
+# by VLLM_PYTHON, and runs eager, with graphs, and with graphs in the second model runner.
 # A step that fails does not keep the others from running; the exit code then is 1, and the last line
 # names those that failed. What a benchmark measured before it was cut short is in its JSON file.
 #
@@ -77,6 +79,18 @@ for step in $steps; do
             --variants 4 --rounds 5 --json "$out/kernels-gpu-prefill-4.json"
         ;;
     step) try benchmarks/decode_step.py --device cuda --json "$out/step-gpu.json" ;;
+    vllm)
+        size=(--hidden 4096 --layers 16 --tokens 128)
+        (
+            python="${VLLM_PYTHON:-.venv-vllm/bin/python}" failed=""
+            try benchmarks/vllm_serving.py "${size[@]}" --json "$out/vllm-gpu-eager.json"
+            try benchmarks/vllm_serving.py "${size[@]}" --compile --json "$out/vllm-gpu-graphs.json"
+            export VLLM_USE_V2_MODEL_RUNNER=1
+            try benchmarks/vllm_serving.py "${size[@]}" --compile \
+                --json "$out/vllm-gpu-graphs-v2.json"
+            [ -z "$failed" ]
+        ) || failed="$failed $step"
+        ;;
     *)
         echo "there is no step $step" >&2
         failed="$failed $step"

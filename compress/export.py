@@ -36,6 +36,9 @@ from deltafold.compress.terms import LowRank
 from deltafold.compress.terms.lowrank import truncated_svd
 from deltafold.compress.verify import check_coverage
 
+#: Names of the table and the output layer that PEFT keeps tied (`EMBEDDING_LAYER_NAMES`).
+_TABLE, _HEAD = "embed_tokens", "lm_head"
+
 Kind = Literal["lora", "saved", "bias", "dropped"]
 
 
@@ -211,9 +214,11 @@ class _Run:
         for name in _tensors_of(module, self.source):
             coded = self.kinds.get(name) == "saved"
             base = self.repo.base_tensor(self.source.checkpoint, name)
-            self.tensors[PREFIX + name] = (
-                self.repo.restored(name, base) if coded else self.source.tensor(name)
-            )
+            value = self.repo.restored(name, base) if coded else self.source.tensor(name)
+            self.tensors[PREFIX + name] = value
+            if name.endswith(f".{_TABLE}.weight") and vocabulary(self.source.folder)[1]:
+                # PEFT saves a table that it keeps tied under both names, and asks for both.
+                self.tensors.setdefault(f"{PREFIX}{_HEAD}.weight", value)
 
 
 def _kinds(repo: DeltaRepo, source: Checkpoint, drop: Collection[str]) -> dict[str, Kind]:
@@ -243,7 +248,7 @@ def _kinds(repo: DeltaRepo, source: Checkpoint, drop: Collection[str]) -> dict[s
             kinds[name] = "bias"
         else:
             kinds[name] = "saved"
-    _refuse(repo, kinds, of_experts(repo.named(source)))
+    _refuse(repo, kinds, of_experts(repo.named(source)) | _lost_ties(repo, source))
     return kinds
 
 
@@ -266,12 +271,20 @@ def _is_linear(entry: TensorEntry, name: str, words: int | None) -> bool:
     )
 
 
-def _refuse(repo: DeltaRepo, kinds: Mapping[str, Kind], routed: Collection[str]) -> None:
-    """What PEFT has no place for: new, resized or absent tensors, bare parameters, and experts and
-    routers, which are no linear layers in the model that it adapts.
+def _lost_ties(repo: DeltaRepo, source: Checkpoint) -> set[str]:
+    """Tables of tokens whose output layer PEFT would leave as it was: it ties them by name."""
+    words, tied = vocabulary(source.folder)
+    shapes = {n: entry.shape for n, entry in repo.manifest.tensors.items()}
+    tables = {n for n, shape in shapes.items() if len(shape) == 2 and shape[0] == words}
+    return {n for n in tables if n.split(".")[-2] not in (_TABLE, _HEAD)} if tied else set()
+
+
+def _refuse(repo: DeltaRepo, kinds: Mapping[str, Kind], strange: Collection[str]) -> None:
+    """What PEFT has no place for: new, resized or absent tensors, bare parameters; experts and
+    routers, which are no linear layers in the model that it adapts; ties that it does not know.
     """
     kept = [n for n, kind in kinds.items() if kind != "dropped"]
-    lost = [n for n in kept if n in routed or not _fits(repo, n, kinds[n])]
+    lost = [n for n in kept if n in strange or not _fits(repo, n, kinds[n])]
     if lost or repo.manifest.absent:
         raise DeltafoldError(
             "engine-unsupported",

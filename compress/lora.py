@@ -142,6 +142,8 @@ class LoraSource:
         adapter.check_saved(base.names())
         for path, key in adapter.plain.items():
             name = self._find(path)
+            if self._is_second_copy(name, key):
+                continue
             self._refuse_resized(name, key)
             if not self._same_as_base(name, key):
                 self._refuse_tied(name, adapter.saved_module(path.rpartition(".")[0]))
@@ -288,6 +290,14 @@ class LoraSource:
         ):
             return False
         return file.sha256(key) == self._digests[name].sha256
+
+    def _is_second_copy(self, name: str, key: str) -> bool:
+        """Whether PEFT has saved a table that it kept tied once more, under its output layer's name."""
+        file, plain = self._adapter.file, self._adapter.plain
+        if name in self._base or not self._adapter.ties_weights:
+            return False
+        tables = [k for p, k in plain.items() if _is_tied_table(self._base, self._find(p))]
+        return any(file.sha256(k) == file.sha256(key) for k in tables)
 
     def _check_shapes(self, name: str, lora: LoraModule) -> None:
         spec, entries = self.spec(name), self._adapter.file.entries

@@ -6,14 +6,14 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from deltafold.compress import dtypes, fast
 from deltafold.compress.budget.options import Part
 from deltafold.compress.budget.size import companion_bytes, payload_bytes
-from deltafold.compress.checkpoint import Spec
+from deltafold.compress.checkpoint import Checkpoint, Spec
 from deltafold.compress.encode import is_blockwise
 from deltafold.compress.fast import Pair
 from deltafold.compress.limits import SPARE, Limits, check_room, needs
@@ -22,6 +22,7 @@ from deltafold.compress.methods import Method, PairMethod
 from deltafold.compress.methods.chain import looks_around
 from deltafold.compress.model_memory import evidence_bytes, fitting_bytes, on_cpu
 from deltafold.compress.payload import payload_digest, payload_key
+from deltafold.compress.shapes import rows_and_columns
 from deltafold.compress.spec import spec_of
 from deltafold.compress.streaming import Coder
 from deltafold.compress.terms import (
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 _FIXED = (Planes, ColumnPlanes, Codes, LowRank, Codebook, NM, Patches, Exact, Dense)
 #: Side of the square matrix that speed is tried on.
 _TRIED = 1024
+#: Bytes of each model that are read to know how fast they can be.
+_SAMPLE = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Prediction:
         nbytes: of the delta, as `Totals.delta_bytes` counts, if every tensor differs from the base's.
         variant_bytes: of the fine-tune's tensors.
         fixed: whether that is so to the byte; where codecs depend on the data it is an estimate.
-        seconds: that coding would take on this machine as busy as it is now, reading left out.
+        seconds: that reading, hashing and coding would take on this machine as busy as it is now;
+            writing and checking the delta is left out.
         timed: whether `seconds` counts every codec; those that run the model, or look at all of it, are
             not tried.
         memory: bytes that the process would hold at its peak, those of `model` counted.
@@ -82,7 +86,7 @@ class Prediction:
 
 
 def predict(job: Job, limits: Limits, *, device: str = "cpu", fit: bool = False) -> Prediction:
-    """Look at headers only; no tensor is read. Speed is tried on random numbers.
+    """Look at headers, read a sample of both models for its speed, try codecs on random numbers.
 
     Args:
         job: what would be packed.
@@ -95,7 +99,7 @@ def predict(job: Job, limits: Limits, *, device: str = "cpu", fit: bool = False)
     """
     coder = Coder(job.source, job.target, job.recipe, _nowhere, {}, quantization=job.quantization)
     parts: list[Part] = []
-    entries: dict[str, list[Any]] = {}
+    entries: dict[str, tuple[Method, list[tuple[int, int]]]] = {}
     fixed = True
     for name in job.target.names():
         spec = job.target.spec(name)
@@ -106,11 +110,14 @@ def predict(job: Job, limits: Limits, *, device: str = "cpu", fit: bool = False)
             fixed = fixed and _is_fixed(term)
             for key, part in sorted(term.parts(spec.shape).items()):
                 parts.append(Part(payload_key(name, number, key), part.dtype, part.shape))
-        known = entries.setdefault(spec_of(method), [method, 0])
-        known[1] += math.prod(spec.shape)
+        known = entries.setdefault(spec_of(method), (method, []))
+        known[1].append(rows_and_columns(spec.shape))
     names = job.target.names()
     taken = needs(coder, names, job.recipe)
-    seconds = sum(count * _seconds_an_entry(method) for method, count in entries.values())
+    coding = 0.0
+    for method, sizes in entries.values():
+        speed = _speed(method) if _is_tried(method) else Speed()
+        coding += sum(speed.seconds(rows, columns) for rows, columns in sizes)
     model = 0
     if on_cpu(device):
         model = evidence_bytes(job.target, job.recipe.needs())
@@ -122,7 +129,7 @@ def predict(job: Job, limits: Limits, *, device: str = "cpu", fit: bool = False)
         nbytes=payload_bytes(parts) + companion_bytes(job.companions, job.source),
         variant_bytes=sum(_size(job.target.spec(n)) for n in names),
         fixed=fixed,
-        seconds=seconds / limits.jobs,
+        seconds=coding / limits.jobs + _reading(job),
         timed=all(_is_tried(method) for method, _ in entries.values()),
         memory=min(memory, limits.memory or memory),
         model=model,
@@ -159,12 +166,58 @@ def _is_tried(method: Method) -> bool:
     return not method.needs and not looks_around(method)
 
 
-def _seconds_an_entry(method: Method) -> float:
-    """Coding and reading back a matrix of random numbers, a weight's share; 0 of what is not tried."""
-    if not _is_tried(method):
-        return 0.0
+@dataclass(frozen=True)
+class Speed:
+    """How long a codec takes.
+
+    Attributes:
+        entry: seconds an entry of a matrix whose sides are `_TRIED`.
+        grows: whether an entry takes longer in proportion to the shorter side, as it does where
+            matrices are multiplied or decomposed.
+    """
+
+    entry: float = 0.0
+    grows: bool = False
+
+    @classmethod
+    def of(cls, small: float, large: float) -> Speed:
+        """From the seconds of two square matrices, the sides of the larger twice the other's."""
+        # Four times the entries take four times as long, or eight times; the border is between them.
+        return cls(large / _TRIED**2, large > 2**2.5 * small > 0)
+
+    def seconds(self, rows: int, columns: int) -> float:
+        """What a matrix takes."""
+        times = min(rows, columns) / _TRIED if self.grows else 1.0
+        return rows * columns * self.entry * times
+
+
+def _speed(method: Method) -> Speed:
+    """From coding and reading back matrices of random numbers."""
     _seconds(method, 64)  # compiles, the first time on a machine
-    return _seconds(method, _TRIED) / _TRIED**2
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as packing does
+    try:
+        return Speed.of(_seconds(method, _TRIED // 2), _seconds(method, _TRIED))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _reading(job: Job) -> float:
+    """Seconds that reading both models takes, by a sample of each."""
+    seconds = 0.0
+    for model in (job.source.checkpoint, job.target):
+        if not isinstance(model, Checkpoint):
+            continue
+        name = max(model.names(), key=model.nbytes, default=None)
+        if name is None or not model.nbytes(name):
+            continue
+        rows = rows_and_columns(model.spec(name).shape)[0]
+        width = model.nbytes(name) // max(rows, 1)
+        count = min(rows, max(_SAMPLE // max(width, 1), 1))
+        began = time.perf_counter()
+        model.matrix_rows(name, 0, count)
+        seconds += (time.perf_counter() - began) / (count * width) * model.nbytes()
+    return seconds
 
 
 def _seconds(method: Method, side: int) -> float:

@@ -34,6 +34,31 @@ def test_the_quality_benchmark_runs(tmp_path):
     assert "| codec `bitdelta:bits=4` |" in done.stdout
 
 
+@pytest.mark.slow
+def test_packing_at_a_tiny_size(tmp_path: Path) -> None:
+    out = tmp_path / "compress.json"
+    script = ROOT / "benchmarks" / "compress.py"
+    codecs = ["--codec", "bitdelta", "--codec", "lossless"]
+    tiny = ["--layers", "1", "--vocabulary", "256", "--narrower", "32", "--rounds", "1"]
+    done = subprocess.run(
+        [sys.executable, str(script), *tiny, *codecs, "--jobs", "2", "--json", str(out)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text("utf-8"))
+    assert found["factor"] == pytest.approx(8030261248 / found["parameters"])
+    assert found["bytes_read"] > 4 * found["parameters"]
+    packing = found["packing"]
+    # Deltas have headers and manifests beside their codes, which count at this size.
+    assert packing["bitdelta"]["ratio"] < packing["lossless"]["ratio"] < 0.5
+    assert 0.1 < found["coders"]["lossless"]["ratio"] < found["coders"]["zstd"]["ratio"] < 0.9
+    for row in packing.values():
+        assert row["speed_over_hashing"] == found["hash_seconds"] / row["seconds"]
+        assert row["predicted_seconds"] > 0
+        assert 0 < row["peak_bytes"] < 2**31
+    assert "of hashing speed" in done.stdout
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux alone")
 def test_kernels_on_tiny_layers(tmp_path: Path) -> None:
     out = tmp_path / "kernels.json"

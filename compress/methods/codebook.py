@@ -1,9 +1,9 @@
-"""`codebook` and `lloyd`: a sign and one of a few magnitudes for each weight.
+"""`codebook`: a sign and one of a few magnitudes for each weight.
 
 Source: arXiv 2410.13841, section 4.2 (more bits for BitDelta): sorted magnitudes in blocks, each
 block its mean; one bit is BitDelta. Whether the blocks hold equal counts, and over what they are
-taken, the paper leaves open; here they do, over a tensor or a row. Lloyd's levels have less squared
-error at the same size and are not in the paper, hence the other name.
+taken, the paper leaves open; here they do, over a tensor or a row. Levels of least squared error are
+not in the paper: they are `lloyd`.
 """
 
 from __future__ import annotations
@@ -40,35 +40,20 @@ class CodebookMethod:
     scale: Literal["tensor", "row"] = "tensor"
 
     def __post_init__(self) -> None:
-        _term(self.id, self.bits, self.scale)
+        self.term()
 
     def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
         """One `codebook` term."""
-        return [_term(self.id, self.bits, self.scale).encode(delta, context)]
+        return [self.term().encode(delta, context)]
 
     def plan(self, shape: tuple[int, ...], dtype: str) -> list[Term]:
         """One `codebook` term."""
-        return [_term(self.id, self.bits, self.scale)]
+        return [self.term()]
 
-
-@method
-@dataclass(frozen=True)
-class Lloyd(CodebookMethod):
-    """Levels of least squared error, with the same options."""
-
-    id: ClassVar[str] = "lloyd"
-    summary: ClassVar[str] = "sign and magnitude level, levels of least squared error"
-    paper: ClassVar[str] = "Lloyd 1982"
-    #: Its running sums have no fixed order on a GPU.
-    on_device: ClassVar[bool] = False
-
-    def encode(self, delta: torch.Tensor, context: Context) -> list[Encoded]:
-        """One `codebook` term."""
-        return [_term(self.id, self.bits, self.scale).encode_lloyd(delta)]
-
-
-def _term(who: str, bits: int, scale: Literal["tensor", "row"]) -> Codebook:
-    if not 1 <= bits <= 8:
-        raise DeltafoldError("bad-recipe", f"{who}: bits must be 1 to 8, not {bits}")
-    # A table a tensor is too few bytes to save on.
-    return Codebook(2 ** (bits - 1), scale, "float32" if scale == "tensor" else "float16")
+    def term(self) -> Codebook:
+        """As configured. Raises `bad-recipe`."""
+        if not 1 <= self.bits <= 8:
+            raise DeltafoldError("bad-recipe", f"{self.id}: bits must be 1 to 8, not {self.bits}")
+        # A table a tensor is too few bytes to save on.
+        table = "float32" if self.scale == "tensor" else "float16"
+        return Codebook(2 ** (self.bits - 1), self.scale, table)

@@ -12,6 +12,8 @@ from deltafold.server.cli.output import Output, output_options, table
 
 #: The tensor for which sizes are listed.
 _MATRIX = (4096, 4096)
+#: Fine-tunes of the family for which sizes are listed.
+_MEMBERS = 8
 
 
 @click.command("codecs")
@@ -37,7 +39,10 @@ def codecs(output: Output) -> None:
         for name in sorted(METHODS)
     ]
     edits = [_describe("edit", EDITS[name]) for name in sorted(EDITS)]
-    families = [_describe("family", FAMILIES[name]) for name in sorted(FAMILIES)]
+    families = [
+        _describe("family", FAMILIES[name]) | {"bits": _member_bits(FAMILIES[name])}
+        for name in sorted(FAMILIES)
+    ]
     merges = [_describe("merge", MERGES[name]) for name in sorted(MERGES)]
     terms = [{"id": term_id, "v": version} for term_id, version in sorted(REGISTRY)]
     data = {
@@ -82,6 +87,19 @@ def _bits(method: type[Any]) -> float:
     from deltafold.compress.methods import bits_per_weight
 
     return round(bits_per_weight(method(), _MATRIX, "BF16"), 3)
+
+
+def _member_bits(method: type[Any]) -> float:
+    """Bits a weight of one of eight members, an eighth of what they share in 16-bit numbers counted."""
+    from deltafold.compress.methods import bits_per_weight
+
+    chosen, members = method(), _MEMBERS
+    term = chosen.term(members)
+    rows, columns = _MATRIX
+    own = 8 * sum(int(spec.nbytes) for spec in term.parts(_MATRIX).values()) / (rows * columns)
+    rest = getattr(chosen, "codec", None)
+    own += bits_per_weight(rest, _MATRIX, "BF16") if rest is not None else 0.0
+    return round(float(own + 16 * term.groups / members), 3)
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:

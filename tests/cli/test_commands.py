@@ -300,6 +300,19 @@ def test_codecs():
         assert f"{codec['bits']:.2f}" in text
         for option in codec["options"]:
             assert f"{option['name']}={written(option['default'])}" in text
+    lines = text.splitlines()
+    for kind in ("codecs", "edits", "families", "merges"):
+        for item in data[kind]:
+            needs = ", ".join(item["needs"]) or "nothing"
+            shown = [item["id"], needs, item["paper"], item["class"] or "-", item["summary"]]
+            shown += [item["applied"], f"{item['bits']:.2f}"] if "bits" in item else []
+            assert ("bits" in item) == ("applied" in item) == (kind in ("codecs", "families"))
+            assert any(all(text in line for text in shown) for line in lines), shown
+    shared = {family["id"]: family["bits"] for family in data["families"]}
+    # An eighth of 16 bits, of two groups in `row-groups`; a bit, an index a row, or a bit and scales.
+    assert shared["emr"] == 1 + 16 / 8
+    assert shared["row-groups"] == pytest.approx(2 * 16 / 8, abs=0.01)
+    assert shared["shift-scale"] == pytest.approx(1.008 + 16 / 8, abs=0.001)
 
 
 def test_schema_describes_real_manifests(packed):

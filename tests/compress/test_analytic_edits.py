@@ -112,6 +112,19 @@ def test_products_with_the_gradient_are_split_by_their_sign():
     assert torch.equal(found != 0, delta * gradient >= 0)
 
 
+def test_the_gradients_split_keeps_the_mean_by_default():
+    """A share p, as measured, is multiplied by k, the others by what keeps the mean multiplier 1."""
+    delta, gradient = gaussian(40, 50), gaussian(40, 50, seed=1)
+    context = Context("w", evidence=Evidence(gradient=gradient))
+    below = delta * gradient < 0
+    p = below.double().mean().item()
+    found = DareKGradient(k=0.25).apply(delta, context) / delta
+    torch.testing.assert_close(found[below], torch.full_like(found[below], 0.25))
+    others = torch.full_like(found[~below], (1 - 0.25 * p) / (1 - p))
+    torch.testing.assert_close(found[~below], others)
+    assert found.mean().item() == pytest.approx(1.0, abs=1e-5)
+
+
 def test_della_keeps_each_rank_at_its_own_rate():
     # 4096 rows with the same order of magnitudes: column j has rank j + 1.
     delta = torch.arange(1, 9, dtype=torch.float32).repeat(4096, 1)

@@ -188,6 +188,12 @@ def test_one_import_line_registers_a_class(cls):
     assert text.count(f"from {cls.__module__} import") == 1
 
 
+@pytest.mark.parametrize("registry", REGISTRIES.values(), ids=REGISTRIES)
+def test_every_method_has_a_file_of_its_own(registry):
+    modules = [cls.__module__ for cls in registry.values()]
+    assert len(set(modules)) == len(modules)
+
+
 @every_class
 def test_only_names_of_whole_methods_are_papers_names(cls):
     """A source that was followed in part only is cited with `after`."""

@@ -33,6 +33,7 @@ from deltafold.compress.budget.goal import Budget
 from deltafold.compress.journal import Journal
 from deltafold.compress.limits import Limits
 from deltafold.compress.memory import MemoryBudget
+from deltafold.compress.predict import Speed
 from deltafold.compress.safetensors_file import SafetensorsFile, file_head
 from deltafold.compress.sizes import parse_size
 
@@ -81,7 +82,8 @@ from deltafold.compress import Recipe, compress_checkpoint, parse_spec
 torch.set_num_threads(int(sys.argv[3]))
 specs = ("svd:rank=8", "ultradelta", "dct", "d-qrelo", "impart", "svd", "bitdelta:scale=tensor")
 overrides = tuple((f"{n}.w", parse_spec(spec)) for n, spec in enumerate(specs))
-compress_checkpoint(*sys.argv[1:3], sys.argv[4], recipe=Recipe(overrides=overrides), jobs=int(sys.argv[5]))
+recipe = Recipe(overrides=overrides)
+compress_checkpoint(*sys.argv[1:3], sys.argv[4], recipe=recipe, jobs=int(sys.argv[5]))
 assert torch.get_num_threads() == int(sys.argv[3])
 """
 
@@ -480,6 +482,17 @@ def test_a_dry_run_knows_the_size_to_the_byte(models, tmp_path, codec):
     assert found.variant_bytes == report.manifest.totals.variant_bytes
 
 
+def test_speed_is_scaled_as_the_codec_grows():
+    plain, cubic = Speed.of(0.1, 0.4), Speed.of(0.1, 0.8)
+    assert not plain.grows
+    assert cubic.grows
+    assert plain.seconds(4096, 1024) == pytest.approx(1.6)
+    assert plain.seconds(4096, 4096) == pytest.approx(6.4)
+    assert cubic.seconds(4096, 1024) == pytest.approx(3.2)
+    assert cubic.seconds(4096, 4096) == pytest.approx(51.2)
+    assert not Speed.of(0.0, 0.0).grows
+
+
 def test_a_dry_run_of_a_codec_that_goes_by_data_is_an_estimate(models):
     """`axis-signs` chooses between scales a row and scales a column when it has seen the inputs."""
     recipe = Recipe(default=parse_spec("axis-signs"))
@@ -501,22 +514,30 @@ def test_a_dry_run_counts_the_model_that_calibration_runs(models):
     assert (fitting.model, fitting.timed) == (6 * 4 * weights, True)
 
 
-def hollow(folder: Path, layers: int) -> Path:
+def hollow(
+    folder: Path,
+    layers: int,
+    width: int = 8192,
+    inner: int = 28672,
+    keys: int = 1024,
+    words: int = 128256,
+) -> Path:
     """A checkpoint with the shapes of a 70B model, all holes: its files take no room."""
     folder.mkdir()
     folder.joinpath("config.json").write_text("{}")
-    shapes = {"model.embed_tokens": (128256, 8192), "lm_head": (128256, 8192)}
+    shapes = {"model.embed_tokens": (words, width), "lm_head": (words, width)}
+    shapes |= {"model.norm": (width,)}
     for layer in range(layers):
         for name, shape in {
-            "self_attn.q_proj": (8192, 8192),
-            "self_attn.k_proj": (1024, 8192),
-            "self_attn.v_proj": (1024, 8192),
-            "self_attn.o_proj": (8192, 8192),
-            "mlp.gate_proj": (28672, 8192),
-            "mlp.up_proj": (28672, 8192),
-            "mlp.down_proj": (8192, 28672),
-            "input_layernorm": (8192,),
-            "post_attention_layernorm": (8192,),
+            "self_attn.q_proj": (width, width),
+            "self_attn.k_proj": (keys, width),
+            "self_attn.v_proj": (keys, width),
+            "self_attn.o_proj": (width, width),
+            "mlp.gate_proj": (inner, width),
+            "mlp.up_proj": (inner, width),
+            "mlp.down_proj": (width, inner),
+            "input_layernorm": (width,),
+            "post_attention_layernorm": (width,),
         }.items():
             shapes[f"model.layers.{layer}.{name}"] = shape
     specs = {f"{name}.weight": (torch.bfloat16, shape) for name, shape in shapes.items()}
@@ -525,6 +546,18 @@ def hollow(folder: Path, layers: int) -> Path:
         file.write(head)
         file.truncate(len(head) + 2 * sum(math.prod(s) for _, s in specs.values()))
     return folder
+
+
+def test_a_dry_run_of_7b_has_the_bytes_that_bitdelta_reports(tmp_path):
+    """Its table prints 1.24 GiB: signs and a scale a matrix, tables and norms whole."""
+    shapes = {"width": 4096, "inner": 11008, "keys": 4096, "words": 32000}
+    base, tuned = (hollow(tmp_path / name, 32, **shapes) for name in ("base", "ft"))
+    whole = tuple((pattern, parse_spec("exact")) for pattern in ("*embed*", "lm_head*"))
+    recipe = Recipe(default=parse_spec("bitdelta:scale=tensor"), overrides=whole)
+    found = predict_checkpoint(base, tuned, recipe=recipe)
+    assert found.fixed
+    assert found.variant_bytes == 13_476_831_232
+    assert found.nbytes / 2**30 == pytest.approx(1.24, abs=0.005)
 
 
 def test_a_dry_run_of_70b(tmp_path):

@@ -146,8 +146,6 @@ def make(case: Golden) -> None:
     context = Context(NAME, base, variant, shared=read)
     delta = variant.float() - (0 if base is None else base.float())
     encoded = _encode(case.term, delta, context)
-    reading = Context(NAME, base)
-    encoded = case.term.encode(delta, context)
     reading = Context(NAME, base, shared=read)
     stored = {f"part.{key}": part for key, part in encoded.parts.items()}
     stored["decoded"] = encoded.term.decode(encoded.parts, case.shape, reading).clone()

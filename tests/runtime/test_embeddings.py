@@ -11,7 +11,8 @@ import pytest
 import torch
 import zoo_models
 
-from deltafold.compress import DeltafoldError
+from deltafold.compress import DeltafoldError, Recipe, merge_deltas, parse_spec
+from deltafold.compress.merges import Task
 from deltafold.runtime.embedded import EmbeddedEngine
 from deltafold.runtime.engine import Embeddings, Request, Sampling
 
@@ -82,6 +83,26 @@ def test_variants_embed_their_own_tokens(tmp_path: Path) -> None:
     for name, out in zip(names, outputs, strict=True):
         assert list(out.token_ids) == expected(made.plain(name), prompt)
     assert len({out.token_ids for out in outputs}) == 3
+
+
+def test_merged_deltas_and_mixtures_take_embeddings(tmp_path: Path) -> None:
+    """Deltas of two language models joined, and embeddings of a picture before the text."""
+    made = zoo_models.make(tmp_path, codecs={"a": "lossless", "b": "lossless"})
+    recipe = Recipe(default=parse_spec("exact"))
+    parents = [made.zoo / "a", made.zoo / "b"]
+    merge_deltas(made.base, parents, made.zoo / "both", method=Task(scale=0.5), recipe=recipe)
+    joined, first, second = (made.plain(name) for name in ("base", "a", "b"))
+    with torch.no_grad():
+        for parameter, one, two in zip(
+            joined.parameters(), first.parameters(), second.parameters(), strict=True
+        ):
+            parameter.copy_(0.5 * one + 0.5 * two)
+    prompt: list[Any] = [40, Embeddings(vectors(5, 64)), 42, 43]
+    with EmbeddedEngine.open(made.base, zoo=made.zoo, device="cpu") as engine:
+        requests = [Request(name, prompt, GREEDY) for name in ("both", "a*0.5+b*0.5", "a")]
+        both, mixed, one = (list(out.token_ids) for out in engine.generate(requests))
+    assert both == mixed == expected(joined, prompt)
+    assert one == expected(first, prompt) != both
 
 
 def test_a_row_that_was_given_up_reads_them_again(tmp_path: Path) -> None:
