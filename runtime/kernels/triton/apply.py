@@ -85,7 +85,8 @@ def apply_slices(  # type: ignore[no-untyped-def]
                     weight = field_values(word, j, BITS, COMPUTE, PAIRS)
                     sums = tl.dot(weight, taken, sums, input_precision="ieee")
                     if FOLD > 0 and (j + 1) % FOLD == 0:
-                        begins = t * TK + j * BW
+                        # Of the first of these fields: the last may lie beyond the columns.
+                        begins = t * TK + (j + 1 - FOLD) * BW
                         inside = (n >= 0) & (begins < columns)
                         at_group = levels + begins // group * level_stride
                         level = tl.load(at_group, mask=inside, other=0.0).to(tl.float32)
