@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from deltafold.runtime.kernels.base import DeltaMatrix, leaves
+from deltafold.runtime.kernels.reference import Dense
 from deltafold.runtime.kernels.simple import Factors
 from deltafold.runtime.kernels.triton.forms import BitSlices
 from deltafold.runtime.kernels.triton.layout import Kind, Slice, make_slice, values
@@ -80,6 +81,8 @@ def exact(form: DeltaMatrix) -> torch.Tensor:
                 total = total + weight * values(piece).cpu().double()
         elif isinstance(leaf, Factors):
             total = total + weight * (leaf.b.cpu().double() @ leaf.a.cpu().double())
+        elif isinstance(leaf, Dense):
+            total = total + weight * leaf.weight.cpu().double()
         else:
             assert isinstance(leaf, SparseRows), type(leaf)
             total = total + weight * leaf.dense(torch.float32).cpu().double()

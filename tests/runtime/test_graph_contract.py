@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from deltafold.runtime.batch import BatchState
 from deltafold.runtime.kernels.base import DeltaMatrix, Scaled, Sum
+from deltafold.runtime.kernels.reference import Dense
 from deltafold.runtime.kernels.simple import Factors
 from deltafold.runtime.layers import EmbeddingHook, LinearHook
 from deltafold.runtime.loading import LoadedVariant
@@ -30,7 +31,7 @@ if sys.platform != "linux":
 
 from slices import random_kind
 
-from deltafold.runtime.kernels.triton import launch, lookup, lowrank, sparse
+from deltafold.runtime.kernels.triton import dense, launch, lookup, lowrank, sparse
 from deltafold.runtime.kernels.triton.forms import BitSlices
 from deltafold.runtime.kernels.triton.grouped import GroupedProducts
 from deltafold.runtime.kernels.triton.layout import Kind, Slice
@@ -77,6 +78,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]
         (launch, ["apply_slices", "add_splits"]),
         (sparse, ["apply_sparse"]),
         (lowrank, ["shrink", "stretch"]),
+        (dense, ["multiply"]),
         (lookup, ["look_up"]),
     ):
         for name in names:
@@ -114,6 +116,7 @@ def forms() -> dict[str, DeltaMatrix]:
         "3 bits in groups": slices(2, 1, group=64),
         "lists": lists,
         "low rank": Factors(empty(5, COLUMNS), empty(ROWS, 5)),
+        "dense": Dense(empty(ROWS, COLUMNS)),
         "a mixture": Sum(
             [Scaled(slices(4), 0.5), Scaled(Factors(empty(3, COLUMNS), empty(ROWS, 3)), 2)]
         ),
@@ -154,7 +157,8 @@ def test_segments_and_launches_depend_on_sizes_alone(launches: list[Any]) -> Non
         layer.add(ys, x, by_slot, make_segments(slots, capacity, 8, scales), capacity)
     assert launches == first
     names = {name for name, _ in launches}
-    assert names == {"apply_slices", "add_splits", "apply_sparse", "shrink", "stretch"}
+    kernels = {"apply_slices", "add_splits", "apply_sparse", "shrink", "stretch", "multiply"}
+    assert names == kernels
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])

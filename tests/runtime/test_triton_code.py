@@ -102,6 +102,7 @@ REGISTERS = {
     "look up": 80,
     "shrink": 168,
     "stretch": 240,
+    "dense": 255,
     "sparse": 80,
     "scatter": 128,
 }

@@ -29,6 +29,7 @@ from slices import (
     random_slices,
 )
 
+from deltafold.runtime.kernels.reference import Dense
 from deltafold.runtime.kernels.triton import launch, lowrank
 from deltafold.runtime.kernels.triton.grouped import GroupedProducts, GroupedRows
 from deltafold.runtime.kernels.triton.segments import make_segments
@@ -55,6 +56,10 @@ def layers(shape: tuple[int, int], seed: int, dtype: torch.dtype) -> DeltaMatrix
     return form
 
 
+def random_dense(shape: tuple[int, int], seed: int, dtype: torch.dtype) -> Dense:
+    return Dense(torch.randn(shape, generator=noise(seed)).to(DEVICE, dtype))
+
+
 def mixture(shape: tuple[int, int], seed: int, dtype: torch.dtype) -> DeltaMatrix:
     parts = [lists(shape, seed, dtype), random_factors(5, shape, seed, dtype)]
     return Sum([random_slices([1], shape, seed), *[Scaled(part, 0.5) for part in parts]])
@@ -67,6 +72,7 @@ FORMS: dict[str, Make] = {
     "lists": lists,
     "strata": layers,
     "low rank": lambda shape, seed, dtype: random_factors(70 - 20 * (seed % 3), shape, seed, dtype),
+    "dense": random_dense,
     "mixture": mixture,
 }
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from deltafold.runtime.kernels.base import DeltaMatrix, Scaled, Sum
+from deltafold.runtime.kernels.reference import Dense
 from deltafold.runtime.kernels.simple import Factors
 
 if sys.platform != "linux":
@@ -104,11 +105,14 @@ def test_codecs_of_all_kinds_share_a_group(cut: int, monkeypatch: pytest.MonkeyP
     def factors(p: int, rank: int) -> Factors:
         return random_factors(rank, (rows[p], columns), p + rank)
 
+    def dense(p: int) -> Dense:
+        return Dense(torch.randn(rows[p], columns, generator=noise(p)).to(DEVICE))
+
     sparse = [random_sparse(v)[0] for v in range(3)]
     forms: dict[int, list[DeltaMatrix | None]] = {
-        0: [sparse[0], None, factors(2, 3), slices(3, 2)],
+        0: [sparse[0], dense(1), factors(2, 3), slices(3, 2)],
         1: [slices(0, 4), Sum([Scaled(sparse[1], 2.0), factors(1, 20)]), slices(2, 2), None],
-        2: [None, sparse[2], slices(2, 4), factors(3, 7)],
+        2: [None, sparse[2], Sum([slices(2, 4), Scaled(dense(2), -0.5), dense(2)]), factors(3, 7)],
     }
     x = torch.randn(tokens, columns, generator=noise(9)).to(DEVICE)
     ys = [torch.zeros(tokens, n, device=DEVICE) for n in rows]

@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from deltafold.runtime.kernels.triton.apply import add_splits, apply_slices
+from deltafold.runtime.kernels.triton.dense import multiply
 from deltafold.runtime.kernels.triton.expand import expand
 from deltafold.runtime.kernels.triton.launch import compute_type, constants, options
 from deltafold.runtime.kernels.triton.layout import Kind
@@ -47,7 +48,10 @@ POINTERS = {
     **dict.fromkeys(["order", "tile_slot", "tile_start", "tile_length", "counts", "ranks"], "*i32"),
     **dict.fromkeys(["begin", "slot_rows", "first", "first_block", "widths"], "*i32"),
     **dict.fromkeys(["scales", "partial", "ranked", "factors_table"], "*fp32"),
-    **dict.fromkeys(["words_table", "levels_table", "columns_table", "a_table", "b_table"], "*i64"),
+    **dict.fromkeys(
+        ["words_table", "levels_table", "columns_table", "a_table", "b_table", "weights_table"],
+        "*i64",
+    ),
     **dict.fromkeys(["places_table", "values_table", "starts_table"], "*i64"),
     "places": "*i16",
     "values": "*fp16",
@@ -202,6 +206,12 @@ def cases() -> Iterator[tuple[str, Any, dict[str, Any], str, dict[str, int]]]:
         made = {**low, "BK": step, "STEPS": 4096 // step}
         yield f"shrink {name}", shrink, made, NAMES[dtype], warps
         yield f"stretch {name}", stretch, {**low, **more}, NAMES[dtype], warps
+    for block, dtype in [(8, torch.bfloat16), (64, torch.float16), (64, torch.float32)]:
+        step, warps = columns_for(dtype), warps_for(block, dtype)
+        sizes = {"BT": block, "BN": 64, "BK": step, "ENTRIES": 1, "STEPS": 4096 // step}
+        flags = {"SCALED": True, "ALIGNED": 16, "PARTS": 3, "COMPUTE": compute_type(dtype)}
+        name = f"dense, {block} tokens, {NAMES[dtype]}"
+        yield name, multiply, {**sizes, **flags}, NAMES[dtype], warps
     sparse = {"BLOCK": 32, "STEP": 32, "ENTRIES": 1, "SCALED": False, "PARTS": 3}
     yield "sparse lists", apply_sparse, {**sparse, "OF": 0, "HALF": 0}, "bf16", {}
     yield "sparse strata", apply_sparse, {**sparse, "OF": 16, "HALF": 8}, "bf16", {}

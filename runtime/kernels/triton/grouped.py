@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from deltafold.runtime.kernels.base import DeltaMatrix, leaves
+from deltafold.runtime.kernels.reference import Dense
 from deltafold.runtime.kernels.simple import Factors
+from deltafold.runtime.kernels.triton import dense, sparse
 from deltafold.runtime.kernels.triton import forms as slices
-from deltafold.runtime.kernels.triton import sparse
+from deltafold.runtime.kernels.triton.dense import DenseTable, add_dense, make_dense_table
 from deltafold.runtime.kernels.triton.forms import BitSlices
 from deltafold.runtime.kernels.triton.launch import add_slices
 from deltafold.runtime.kernels.triton.layout import Kind
@@ -32,10 +34,9 @@ from deltafold.runtime.kernels.triton.table import ByPart, SliceTable, make_tabl
 #: One variant's form of each part of a layer.
 Forms: TypeAlias = Sequence[DeltaMatrix | None]
 _Held: TypeAlias = "weakref.ref[DeltaMatrix] | None"
-#: What shares a launch: a kind of slices, a layout of sparse rows, or low rank.
-_Key: TypeAlias = Kind | tuple[int, int] | None
-_LOW_RANK: Final = None
-_Table: TypeAlias = SliceTable | SparseTable | FactorTable
+#: What shares a launch: a kind of slices, a layout of sparse rows, or one of these.
+_Key: TypeAlias = Kind | tuple[int, int] | Literal["low rank", "dense"]
+_Table: TypeAlias = SliceTable | SparseTable | FactorTable | DenseTable
 
 
 def groupable(form: DeltaMatrix, rows: int, dtype: torch.dtype, longest: int) -> bool:
@@ -57,6 +58,9 @@ def _fits(leaf: DeltaMatrix, rows: int, dtype: torch.dtype, longest: int) -> boo
         return longest <= slices.REBUILD_ABOVE
     if isinstance(leaf, SparseRows):
         return leaf.rows == rows and longest <= sparse.REBUILD_ABOVE
+    if isinstance(leaf, Dense):
+        fits = leaf.weight.is_contiguous() and leaf.weight.dtype == dtype
+        return fits and leaf.weight.shape[0] == rows and longest <= dense.REBUILD_ABOVE
     if not isinstance(leaf, Factors):
         return False
     whole = leaf.a.is_contiguous() and leaf.b.is_contiguous()
@@ -160,6 +164,8 @@ class GroupedProducts:
                 add_slices(mine, x, table, segments)
             elif isinstance(table, SparseTable):
                 add_sparse(mine, x, table, segments)
+            elif isinstance(table, DenseTable):
+                add_dense(mine, x, table, segments)
             else:
                 add_factors(mine, x, table, segments)
 
@@ -216,9 +222,11 @@ def _pieces(form: DeltaMatrix | None) -> list[tuple[_Key, Any, float]]:
             found += [(piece.kind.of_blocks, piece, weight) for piece in leaf.slices]
         elif isinstance(leaf, SparseRows):
             found.append((leaf.layout, leaf, weight))
+        elif isinstance(leaf, Dense):
+            found.append(("dense", leaf, weight))
         else:
             assert isinstance(leaf, Factors), type(leaf)
-            found.append((_LOW_RANK, leaf, weight))
+            found.append(("low rank", leaf, weight))
     return found
 
 
@@ -227,4 +235,6 @@ def _table(key: _Key, by_part: ByPart[Any], device: torch.device) -> _Table:
         return make_table(key, by_part, device)
     if isinstance(key, tuple):
         return make_sparse_table(by_part, device)
+    if key == "dense":
+        return make_dense_table(by_part, device)
     return make_factor_table(by_part, device)
