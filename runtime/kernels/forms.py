@@ -39,6 +39,7 @@ from deltafold.runtime.kernels.signs import (
 )
 from deltafold.runtime.kernels.simple import ColumnSubset, Factors, csr
 from deltafold.runtime.kernels.tables import TABLES, PackedTable
+from deltafold.runtime.kernels.whole import is_sparse, whole
 
 #: Below this share of entries kept, compressed rows beat a dense product on a CPU, unless the matrix
 #: is so small that the call costs more than the product.
@@ -88,12 +89,14 @@ def _product(
     context: Context,
     target: Target,
 ) -> DeltaMatrix:
+    encoded = whole(encoded, shape, context)
     term, parts = encoded
-    if isinstance(term, Blocks):
+    packed_here = applies_packed(target.device)
+    if isinstance(term, Blocks) and not (packed_here and is_sparse(term)):
         blocks = term.each(parts, shape, context)
         forms = [_product(Encoded(t, p), s, s, c, target) for t, p, s, c in blocks]
         return Stacked(forms, term.rows)
-    if applies_packed(target.device):
+    if packed_here:
         form = _on_gpu(encoded, matrix, shape, context, target)
         if form is not None:
             return form
@@ -208,6 +211,9 @@ def _row_subset(
 def _table(
     encoded: Encoded, shape: tuple[int, ...], context: Context, target: Target
 ) -> DeltaMatrix:
+    if applies_packed(target.device):
+        # On a CPU blocks stay where they are, in the mapped file.
+        encoded = whole(encoded, shape, context)
     term, parts = encoded
     if isinstance(term, Blocks):
         blocks = term.each(parts, shape, context)
@@ -244,4 +250,6 @@ def share_kept(term: Term, delta: torch.Tensor) -> float:
         return term.keep / term.of
     if isinstance(term, Sparse | SparseCodes):
         return term.count / max(delta.numel(), 1)
+    if isinstance(term, Blocks) and is_sparse(term):
+        return int(delta.count_nonzero()) / max(delta.numel(), 1)
     return 1.0

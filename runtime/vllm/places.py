@@ -16,8 +16,6 @@ from deltafold.compress.terms import (
     Encoded,
     LowRank,
     Planes,
-    Sparse,
-    SparseCodes,
     Term,
 )
 from deltafold.runtime.kernels.base import DeltaMatrix
@@ -26,6 +24,7 @@ from deltafold.runtime.kernels.simple import Factors
 from deltafold.runtime.kernels.triton.forms import BitSlices, bit_slices
 from deltafold.runtime.kernels.triton.layout import Kind, Slice, group_fits, make_slice, unlay
 from deltafold.runtime.kernels.triton.sparse import BLOCK, SparseRows, sparse_rows, strata
+from deltafold.runtime.kernels.whole import is_sparse, whole, whole_term
 from deltafold.runtime.vllm.needs import Key, Place
 from deltafold.runtime.vllm.routes import Window
 
@@ -36,6 +35,7 @@ _CPU = torch.device("cpu")
 def kinds_of(term: Term, shape: tuple[int, int]) -> list[Kind] | None:
     """The slices that a term becomes, from its configuration alone; None where it becomes none."""
     rows, columns = shape
+    term = whole_term(term)
     if not rows * columns:
         return None
     if isinstance(term, ColumnPlanes):
@@ -110,7 +110,7 @@ def _form(
     dtype: torch.dtype,
     window: Window,
 ) -> DeltaMatrix | None:
-    term, parts = encoded
+    term, parts = encoded = whole(encoded, shape, context)
     rows = slice(window.row, window.row + window.rows)
     columns = slice(window.column, window.column + window.columns)
     if isinstance(term, Planes | Codes | ColumnPlanes | Codebook):
@@ -125,7 +125,7 @@ def _form(
         found = strata(term, parts, shape, _CPU, context.name)
         if found is not None:
             return found
-    if isinstance(term, NM | Sparse | SparseCodes):
+    if is_sparse(term):
         delta = term.decode(parts, shape, context)
         if share_kept(term, delta) < _SPARSE_BELOW:
             return sparse_rows(window.of(delta).contiguous(), _CPU)
@@ -212,7 +212,7 @@ def places_of_terms(
             rank = min(term.rank, *shape)
             known = found[None].room if None in found else 0
             found[None] = Place(window.columns, None, 1, known + rank)
-        elif isinstance(term, NM | Sparse | SparseCodes) and not looks_up:
+        elif is_sparse(term) and not looks_up:
             raise LookupError(type(term).__name__)
         else:
             return None

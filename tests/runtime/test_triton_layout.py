@@ -9,6 +9,7 @@ import torch
 
 from deltafold.compress import parse_spec
 from deltafold.compress.terms import Codebook, Codes, Context, Encoded, Planes
+from deltafold.compress.terms.blocks import block_context, join
 from deltafold.runtime.kernels.forms import Target, product_form, table_form
 from deltafold.runtime.kernels.reference import dense_delta
 
@@ -140,3 +141,45 @@ def test_terms_that_the_layout_cannot_hold_are_left_to_others(spec: str) -> None
     ((term, parts),), _, _ = encoded(spec, (20, 96))
     assert isinstance(term, Planes | Codes | Codebook)
     assert bit_slices(term, parts, (20, 96), DEVICE) is None
+
+
+@pytest.mark.usefixtures("packed")
+@pytest.mark.parametrize(
+    ("spec", "form"),
+    [
+        ("bitdelta", BitSlices),
+        ("bitdelta:bits=2,group=32", BitSlices),
+        ("int:bits=3,group=32", BitSlices),
+        ("dare:drop=0.9", SparseRows),
+        ("stratified", SparseRows),
+    ],
+)
+def test_blocks_of_rows_are_one_matrix_to_the_kernels(spec: str, form: type) -> None:
+    """Tensors of more than 2^24 entries are coded in blocks; pieces could not share a launch."""
+    shape, rows = (100, 96), 33
+    base, delta = torch.zeros(shape), torch.randn(shape, generator=noise(1)) * 0.05
+    delta[rows:] *= 30
+    context = Context("w", base, base + delta)
+    pieces = []
+    for number, start in enumerate(range(0, shape[0], rows)):
+        block = block_context(context, start, rows, number)
+        (piece,) = parse_spec(spec).encode(delta[start : start + rows], block)
+        pieces.append(piece)
+    made = [join(rows, pieces)]
+    exact = dense_delta(made, shape, context)
+    target = Target(DEVICE, torch.float32)
+    found = product_form(made, shape, context, target)
+    assert type(found) is form
+    x = torch.randn(5, shape[1], generator=noise(2))
+    off = found.matmul(x.to(DEVICE)).cpu().double() - x.double() @ exact.double().T
+    # Lists hold float16.
+    assert (
+        off.norm()
+        <= (1e-3 if form is SparseRows else 1e-6) * (x.double() @ exact.double().T).norm()
+    )
+    if form is BitSlices:
+        table = table_form(made, shape, context, target)
+        assert type(table) is form
+        assert torch.allclose(
+            table.gather(torch.tensor([99, 0, 40], device=DEVICE)).cpu(), exact[[99, 0, 40]]
+        )

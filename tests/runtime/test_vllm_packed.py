@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deltafold.compress.methods import parse_spec
-from deltafold.compress.terms import Context, Encoded
+from deltafold.compress.terms import Blocks, Codes, Context, Encoded, Planes, Sparse, Term
 from deltafold.runtime.kernels.base import Sum, leaves
 from deltafold.runtime.kernels.reference import dense_delta
 from deltafold.runtime.vllm.hooks import Content, LayerHook
@@ -22,6 +22,12 @@ from deltafold.runtime.vllm.windows import Piece
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N, M = 96, 64
 WHOLE = Window(0, N, 0, M)
+#: As large tensors are coded: in blocks of 40 rows, the last one shorter.
+BLOCKS: dict[str, Term] = {
+    "blocks of planes": Planes(bits=2),
+    "blocks of groups": Codes(bits=3, group=32),
+    "blocks of dare": Sparse(mask="bitmap"),
+}
 #: Slices of one, two and four bits and of sums of them, lists, strata, and factors.
 SPECS = [
     "bitdelta",
@@ -31,6 +37,7 @@ SPECS = [
     "int:bits=4,group=32",
     "dare:drop=0.9",
     "svd:rank=4",
+    *BLOCKS,
 ]
 WINDOWS = [WHOLE, Window(16, 48, 0, M), Window(0, N, 32, 32), Window(5, 40, 0, M)]
 
@@ -39,7 +46,14 @@ def encoded(spec: str, seed: int = 1) -> list[Encoded]:
     noise = torch.Generator().manual_seed(seed)
     base = torch.randn(N, M, generator=noise)
     variant = base + torch.randn(N, M, generator=noise) * 0.1
-    return parse_spec(spec).encode(variant - base, Context("w", base, variant))
+    context, delta = Context("w", base, variant), variant - base
+    if spec not in BLOCKS:
+        return parse_spec(spec).encode(delta, context)
+    if "dare" in spec:
+        delta *= torch.rand(N, M, generator=noise) < 0.1
+    # Blocks have units of their own, as their largest levels differ.
+    delta[40:80] *= 3
+    return [Blocks(40, (BLOCKS[spec],)).encode(delta, context)]
 
 
 def context() -> Context:
