@@ -75,10 +75,15 @@ def test_a_mixed_batch_equals_restored_dense_models(
         (alone,) = answers(folder, None, [Request("base", PROMPT, sampling)])
         assert max(abs(a - b) for a, b in zip(found, alone, strict=True)) < 1e-4, name
     assert len({tuple(found) for found in mixed}) == len(mixed)
-    # Signs by row group and by column, two kinds of codes, both sparse layouts, and low rank.
+    # Signs by row group and by column, two kinds of codes, both sparse layouts, low rank and dense.
     kinds = {(key.bits, key.by_column) for key in launched if isinstance(key, Kind)}
     assert kinds == {(1, False), (1, True), (2, False)}
-    assert {key for key in launched if not isinstance(key, Kind)} == {(0, 0), (16, 8), None}
+    assert {key for key in launched if not isinstance(key, Kind)} == {
+        (0, 0),
+        (16, 8),
+        "low rank",
+        "dense",
+    }
 
 
 def test_scales_and_mixtures_equal_those_of_dense_deltas(
