@@ -250,6 +250,7 @@ class DeltaManager:
         """See once which hooks the model calls; vLLM's own warm-up may have shown it already."""
         if not self._sites.called():
             probe(self._runner, self._model, self.rows)
+        self._sites.note()
 
     def _host_copy(self, number: int) -> LoadedVariant:
         """A registered variant in host memory; the engine's core sees to it before a step asks."""

@@ -51,6 +51,7 @@ class Sites:
     bare: dict[str, list[str]] = field(default_factory=dict)
     hooks: dict[str, Hook] = field(default_factory=dict)
     later_rank: bool = False
+    _rows: dict[str, int] = field(default_factory=dict)
 
     def _read(self, parameter: str) -> bool:
         return any(site.hook.calls.total for site in self.places[parameter])
@@ -59,19 +60,26 @@ class Sites:
         """Whether the model ran at all since it was wrapped."""
         return any(hook.calls.total for hook in self.hooks.values())
 
+    def note(self) -> None:
+        """Remember with how many rows each hook was called last.
+
+        Between steps only: within one, some hooks have been called for it and others not yet.
+        """
+        self._rows = {n: h.calls.rows for n, h in self.hooks.items() if h.calls.total}
+
     def bypassed(self, parameter: str) -> list[str]:
         """Names of modules that hold a parameter and whose hook was never called, or was called with
-        rows that are not the step's tokens.
+        rows that were not the step's tokens when they were noted. Any thread may ask.
         """
         layers = [h for h in self.hooks.values() if not (isinstance(h, LayerHook) and h.is_head)]
-        rows = Counter(h.calls.rows for h in layers if h.calls.total)
+        rows = Counter(self._rows[h.name] for h in layers if h.name in self._rows)
         usual = rows.most_common(1)[0][0] if rows else -1
         odd = []
         for site in self.places[parameter]:
             hook = site.hook
             if self.later_rank and not hook.calls.total and site.looks_up and self._read(parameter):
                 continue  # a tied table is there for the head; tokens were looked up on the first rank
-            strange = hook in layers and hook.calls.rows != usual
+            strange = hook in layers and self._rows.get(hook.name, usual) != usual
             if not hook.calls.total or strange:
                 odd.append(hook.name)
         return odd

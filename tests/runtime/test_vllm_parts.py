@@ -21,6 +21,7 @@ from deltafold.runtime.vllm.hooks import Content, LayerHook, NormHook
 from deltafold.runtime.vllm.routes import Move, Region, Window
 from deltafold.runtime.vllm.rows import StepRows, segments_of
 from deltafold.runtime.vllm.settings import Settings, settings_of
+from deltafold.runtime.vllm.sites import Site, Sites
 from deltafold.runtime.vllm.source import Source, tagged, untagged
 from deltafold.runtime.vllm.windows import Piece, TablePiece, windowed_form
 from deltafold.server.vllm.command import VllmServer
@@ -280,3 +281,18 @@ def test_engines_refuse_each_others_options(tmp_path):
 def test_without_vllm_the_extra_is_named(tmp_path):
     found = run_serve(tmp_path, "--engine", "vllm")
     assert (found.exit_code, "deltafold[vllm]" in found.stderr) == (4, True)
+
+
+def test_a_step_that_is_half_done_makes_no_hook_look_bypassed():
+    """Variants are read beside running steps, whose rows some hooks have seen and others not yet."""
+    rows = StepRows.make(16, 16, torch.device("cpu"))
+    hooks = {name: LayerHook(name, rows, 2, is_head=False) for name in ("a", "b", "odd", "never")}
+    sites = Sites(
+        places={name: [Site(hook, "weight")] for name, hook in hooks.items()}, hooks=hooks
+    )
+    for name, seen in (("a", 5), ("b", 5), ("odd", 2)):
+        hooks[name].calls.products, hooks[name].calls.rows = 1, seen
+    sites.note()
+    hooks["a"].calls.products, hooks["a"].calls.rows = 2, 9
+    found = {name: sites.bypassed(name) for name in hooks}
+    assert found == {"a": [], "b": [], "odd": ["odd"], "never": ["never"]}
