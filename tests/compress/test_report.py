@@ -6,6 +6,7 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from deltafold.compress import DeltafoldError, DeltaRepo, Recipe, compress_check
 from deltafold.compress.card import card_text
 from deltafold.compress.delta_files import read_manifest
 from deltafold.compress.licences import licence_of
-from deltafold.compress.memory import peak_memory
+from deltafold.compress.memory import Timeline, peak_memory
 from deltafold.compress.pictures import Point, bars, bytes_by_kind, error_map, kind_of, scatter
 from deltafold.compress.report import memory_samples, write_report
 from deltafold.compress.svg import ticks
@@ -89,8 +90,9 @@ def test_the_page_of_a_delta(pair):
 
 
 def test_memory_of_a_real_run_is_drawn(pair, monkeypatch):
-    """Short runs have no such file: here every one has."""
-    monkeypatch.setattr("deltafold.compress.assembly._WORTH_DRAWING", 1)
+    """Short runs have no such file: here one that is looked at every millisecond has."""
+    monkeypatch.setattr("deltafold.compress.assembly._WORTH_DRAWING", 2)
+    monkeypatch.setattr("deltafold.compress.assembly.Timeline", partial(Timeline, every=1e-3))
     pack(pair, Recipe(default=parse_spec("bitdelta:bits=1")))
     samples = memory_samples(pair.out / "report" / "memory.csv")
     assert samples
